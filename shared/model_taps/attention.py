@@ -1,0 +1,137 @@
+"""Attention rows of chosen query tokens, beside any attention kernel.
+
+A function registered with transformers calls the model's own kernel (SDPA, FlashAttention, eager) and recomputes
+softmax(q_R Kᵀ · scale + mask) for the wanted rows only: O(rows × length) memory, never `output_attentions=True`. Rows obey
+the given mask (None: causal within the row's segment), soft-capping and sinks. They are in the graph, so a student trains on
+the fast kernel too. Legend: B rows of the batch, S positions, H query heads, R wanted rows, L longest row.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from model_taps.blocks import decoder_blocks
+
+PREFIX = "tapped_"
+
+
+@dataclass(frozen=True, slots=True)
+class RowQuery:
+    """Which rows are wanted, int64 [R] each: `batch` row of the batch, `query` position in it, `first` position of the
+    row's segment. A row spans keys first..query, so its length is query - first + 1."""
+
+    batch: Tensor
+    query: Tensor
+    first: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [R]."""
+        return self.query - self.first + 1
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+@dataclass(slots=True)
+class _Tap:
+    rows: RowQuery
+    layers: frozenset[int]
+    taken: dict[int, Tensor] = field(default_factory=dict)
+
+
+_active: ContextVar[_Tap | None] = ContextVar("attention_tap", default=None)
+
+
+def softmax_attention_layers(model: PreTrainedModel) -> list[int]:
+    """Blocks (from 1) that have softmax attention of their own, by the config's layer types; linear ones are left out."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    count = len(decoder_blocks(model))
+    return [i for i in range(1, count + 1) if kinds is None or "linear" not in kinds[i - 1]]
+
+
+@contextlib.contextmanager
+def tap_attention_rows(model: PreTrainedModel, rows: RowQuery, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Within the block, a forward pass fills the dict: layer (from 1) -> probabilities [R, H, L], float32, zero beyond a row's
+    length; column j is key first + j. The model must have been prepared by `enable_row_capture`."""
+    tap = _Tap(rows, frozenset(layers))
+    token = _active.set(tap)
+    try:
+        yield tap.taken
+    finally:
+        _active.reset(token)
+
+
+def enable_row_capture(model: PreTrainedModel) -> None:
+    """Route the model's attention through the capturing function; idempotent, and free while no tap is open."""
+    kernel = model.config._attn_implementation  # noqa: SLF001  (transformers has no public getter)
+    if kernel.startswith(PREFIX):
+        return
+    name = PREFIX + kernel.replace("/", "_")
+    AttentionInterface.register(name, _capturing(kernel))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    model.set_attn_implementation(name)
+
+
+def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        tap = _active.get()
+        layer = int(getattr(module, "layer_idx", -1)) + 1
+        if tap is not None and layer in tap.layers and layer not in tap.taken:
+            tap.taken[layer] = attention_rows(module, query, key, attention_mask, tap.rows, kwargs)
+        return _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+
+    return forward
+
+
+def _kernel_function(kernel: str, module: nn.Module) -> Callable[..., Any]:
+    if kernel == "eager":  # transformers keeps the eager function of a family in its modelling file
+        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return function
+    return ALL_ATTENTION_FUNCTIONS[kernel]  # type: ignore[no-any-return]
+
+
+def attention_rows(
+    module: nn.Module, query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, rows: RowQuery, options: dict[str, Any]
+) -> Tensor:
+    """softmax(q·K · scaling + mask) of the wanted rows, [R, H, L] float32; see `tap_attention_rows`.
+
+    `mask` is None (causal), bool [B, 1|H, S, S] (True: attend) or additive of that shape. `options` are the kernel's:
+    scaling, softcap, sliding_window, s_aux (sinks, one logit per head that takes part in the softmax and is dropped).
+    """
+    scaling = options.get("scaling") or query_BHSd.shape[-1] ** -0.5
+    longest = int(rows.lengths.max()) if len(rows) else 0
+    columns_L = torch.arange(longest, device=query_BHSd.device)
+    inside_RL = columns_L < rows.lengths[:, None]
+    keys_RL = (rows.first[:, None] + columns_L).clamp(max=key_BGSd.shape[2] - 1)
+    query_RHd = query_BHSd[rows.batch, :, rows.query].float()
+    key_RLGd = key_BGSd[rows.batch[:, None], :, keys_RL].float()
+    groups = query_RHd.shape[1] // key_RLGd.shape[2]
+    query_RGgd = query_RHd.unflatten(1, (-1, groups))
+    scores_RHL = torch.einsum("rghd,rlgd->rghl", query_RGgd, key_RLGd).flatten(1, 2) * scaling
+    softcap = options.get("softcap")
+    if softcap is not None:
+        scores_RHL = softcap * torch.tanh(scores_RHL / softcap)
+    allowed_RL = inside_RL
+    window = options.get("sliding_window")
+    if mask is None:
+        if window is not None:
+            allowed_RL = allowed_RL & (rows.query[:, None] - keys_RL < window)
+    else:
+        mask_RHL = mask[rows.batch[:, None], :, rows.query[:, None], keys_RL].transpose(1, 2)
+        scores_RHL = scores_RHL.masked_fill(~mask_RHL, -torch.inf) if mask.dtype == torch.bool else scores_RHL + mask_RHL.float()
+    scores_RHL = scores_RHL.masked_fill(~allowed_RL[:, None], -torch.inf)
+    sinks_H = options.get("s_aux")
+    if sinks_H is None:
+        return scores_RHL.softmax(-1)
+    sinks_RH1 = sinks_H.float()[None, :, None].expand(len(rows), -1, 1)
+    return torch.cat([scores_RHL, sinks_RH1], -1).softmax(-1)[..., :-1]

@@ -1,0 +1,72 @@
+"""Load a causal LM and its tokenizer from a folder or by hub name, and say what they are. Nothing of theirs is executed unless asked for."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from signal_store.canonical import digest
+from signal_store.errors import InputError, NotFoundError
+
+
+def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
+    folder = Path(name)
+    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if (looks_local or folder.exists()) and not folder.is_dir():
+        raise NotFoundError(f"no such {what} folder", expected="a folder with config.json", found=name)
+    try:
+        return auto.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NotFoundError(f"cannot load the {what}", expected="a model folder or a hub name", found=f"{name}: {reason}") from error
+
+
+def load_config(name: str, *, what: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model; NotFoundError in one line if there is none."""
+    config: PretrainedConfig = _from_pretrained(AutoConfig, name, what, revision=revision, trust_remote_code=trust_remote_code)
+    return config
+
+
+def load_model(name: str, *, what: str, **options: Any) -> PreTrainedModel:
+    """A causal LM in evaluation mode; `options` go to `from_pretrained`."""
+    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, name, what, **options)
+    return model.eval()
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """A fast tokenizer (offsets are needed); InputError for a slow one."""
+    tokenizer = _from_pretrained(AutoTokenizer, name, "tokenizer", revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise InputError("the tokenizer gives no offsets", expected="a fast tokenizer", found=type(tokenizer).__name__, where=name)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Digest of what turns text into ids: vocabulary, merges, normaliser, pre-tokenizer, added tokens. Not the chat template."""
+    return "sha256:" + hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """Digest of the architecture; where the files lay, dtypes and library versions are left out."""
+    plain = {k: v for k, v in config.to_dict().items() if k not in {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}}
+    return digest(_json_safe(plain))
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers, in order of name."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return "sha256:" + state.hexdigest()
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _json_safe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_json_safe(v) for v in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

@@ -1,0 +1,29 @@
+"""The on-disk contract of teacher-cache: recipe of signals, manifest, arrays, open, commit, errors.
+
+    import signal_store
+    cache = signal_store.open_cache("cache.zarr")
+"""
+
+from signal_store.cache import Cache, Segment, open_cache
+from signal_store.errors import (
+    CorruptError,
+    IncompleteError,
+    InputError,
+    MismatchError,
+    NotFoundError,
+    SignalStoreError,
+    StorageError,
+)
+
+__all__ = [
+    "Cache",
+    "CorruptError",
+    "IncompleteError",
+    "InputError",
+    "MismatchError",
+    "NotFoundError",
+    "Segment",
+    "SignalStoreError",
+    "StorageError",
+    "open_cache",
+]

@@ -1,0 +1,160 @@
+"""The distribution signal: an exact head, a low-rank tail, true masses at each cached temperature.
+
+Reconstruction at temperature T: the head is softmax(-distance / T) times its stored mass; the tail gets its stored mass,
+shaped by softmax(ẑ / T) with the head's ids at -inf, ẑ = softcap(basis · y + bias) with y the dequantised tail codes.
+Masses are stored as log(head mass / tail mass), never as a difference: with a sharp teacher 1 - Σ head comes out negative.
+Legend: N tokens, V vocabulary, k head ids, r tail directions, D width of the teacher.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from signal_store.errors import MismatchError
+from signal_store.layout import SCALARS
+
+HEAD_LEVELS = 254
+PADDED_LOGIT = -1e30
+
+
+def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), or the logits where there is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@dataclass(frozen=True, slots=True)
+class DistributionCodes:
+    """What is stored of N tokens: `head_ids` int32 [N, k] ascending, `head_codes` uint8 [N, k], `tail_codes` int8 or int16
+    [N, r], `scalars` float16 [N, 3 + temperatures] (see `layout.SCALARS`)."""
+
+    head_ids: Tensor
+    head_codes: Tensor
+    tail_codes: Tensor
+    scalars: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scalars)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return type(self)(self.head_ids[rows], self.head_codes[rows], self.tail_codes[rows], self.scalars[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same codes on a device, copied without blocking."""
+        parts = (self.head_ids, self.head_codes, self.tail_codes, self.scalars)
+        return type(self)(*(part.to(device, non_blocking=True) for part in parts))
+
+
+@dataclass(frozen=True, slots=True)
+class DistributionCodec:
+    """The calibrated constants. `mean` [D] and `encode_matrix` [D, r] lead from the final hidden state to tail coordinates;
+    `tail_step` [r] quantises them; `tail_basis` [V, r] and `tail_bias` [V] lead to logits; `head_range` is the largest
+    distance below a row's maximum (nats) that the head's codes reach."""
+
+    temperatures: tuple[float, ...]
+    head: int
+    tail_bits: int
+    head_range: float
+    softcap: float | None
+    mean: Tensor
+    encode_matrix: Tensor
+    tail_step: Tensor
+    tail_basis: Tensor
+    tail_bias: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the number of tail directions."""
+        return self.tail_basis.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows of the distribution."""
+        return self.tail_basis.shape[0]
+
+    def to_arrays(self) -> dict[str, NDArray[np.float32]]:
+        """The constants as float32 arrays by name, for the calibration file."""
+        tensors = {name: getattr(self, name) for name in ("mean", "encode_matrix", "tail_step", "tail_basis", "tail_bias")}
+        arrays = {f"distribution/{name}": t.detach().cpu().float().numpy() for name, t in tensors.items()}
+        return {**arrays, "distribution/head_range": np.asarray([self.head_range], dtype=np.float32)}
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, NDArray[np.float32]], temperatures: tuple[float, ...], head: int, tail_bits: int, softcap: float | None
+    ) -> Self:
+        """The inverse of `to_arrays`."""
+        names = ("mean", "encode_matrix", "tail_step", "tail_basis", "tail_bias")
+        tensors = {name: torch.from_numpy(np.array(arrays[f"distribution/{name}"])) for name in names}
+        return cls(temperatures, head, tail_bits, float(arrays["distribution/head_range"][0]), softcap, **tensors)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The constants on a device."""
+        names = ("mean", "encode_matrix", "tail_step", "tail_basis", "tail_bias")
+        tensors = {name: getattr(self, name).to(device) for name in names}
+        return type(self)(self.temperatures, self.head, self.tail_bits, self.head_range, self.softcap, **tensors)
+
+    def encode(self, hidden_ND: Tensor, logits_NV: Tensor, labels_N: Tensor) -> tuple[DistributionCodes, Tensor]:
+        """Codes of N rows, and how many of the codes hit their limit (int64 scalar).
+
+        `hidden_ND`: what the output head reads. `logits_NV`: float32, soft-capped. `labels_N`: int64, -1 where the next token
+        is not known. Ties in the head go to the lower id, so equal input gives equal codes.
+        """
+        values_Nk, ids_Nk = logits_NV.topk(self.head, dim=1)
+        ids_Nk, order_Nk = ids_Nk.sort(dim=1)
+        values_Nk = values_Nk.gather(1, order_Nk)
+        top_N1 = logits_NV.amax(1, keepdim=True)
+        distance_Nk = top_N1 - values_Nk
+        head_codes = (distance_Nk / self.head_range).sqrt().mul(HEAD_LEVELS).round().clamp(0, HEAD_LEVELS).to(torch.uint8)
+        tail_NV = logits_NV.scatter(1, ids_Nk, -torch.inf)
+        head_lse = torch.stack([(values_Nk / t).logsumexp(1) for t in self.temperatures], 1)
+        tail_lse = torch.stack([(tail_NV / t).logsumexp(1) for t in self.temperatures], 1)
+        one = self.temperatures.index(1.0)
+        logsum_N1 = torch.logaddexp(head_lse[:, one], tail_lse[:, one])[:, None]
+        logprobs_NV = logits_NV - logsum_N1
+        entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(1)
+        label_N = logprobs_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0].masked_fill(labels_N < 0, torch.nan)
+        scalars = torch.cat([torch.stack([(top_N1 - logsum_N1)[:, 0], label_N, entropy_N], 1), head_lse - tail_lse], 1)
+        limit = 2 ** (self.tail_bits - 1) - 1
+        tail = ((hidden_ND.float() - self.mean) @ self.encode_matrix / self.tail_step).round()
+        saturated = (tail.abs() > limit).sum() + (distance_Nk > self.head_range * 1.01).sum()
+        tail_codes = tail.clamp(-limit, limit).to(torch.int8 if self.tail_bits == 8 else torch.int16)
+        return DistributionCodes(ids_Nk.to(torch.int32), head_codes, tail_codes, scalars.to(torch.float16)), saturated
+
+    def mass_column(self, temperature: float) -> int:
+        """Column of `scalars` with log(head mass / tail mass) at a temperature; MismatchError if it was not cached."""
+        if temperature not in self.temperatures:
+            raise MismatchError("the cache cannot serve this temperature", expected=f"one of {list(self.temperatures)}", found=temperature)
+        return len(SCALARS) + self.temperatures.index(temperature)
+
+    def tail_logits(self, codes: DistributionCodes) -> Tensor:
+        """ẑ [N, V] float32: the low-rank logits, soft-capped."""
+        coordinates = codes.tail_codes.float() * self.tail_step
+        return apply_softcap(torch.addmm(self.tail_bias, coordinates, self.tail_basis.T), self.softcap)
+
+    def logprobs(self, codes: DistributionCodes, temperature: float, shape_NV: Tensor | None = None) -> Tensor:
+        """log p_T [N, V'] float32 of the teacher at a cached temperature.
+
+        The tail's shape is the cached one; with rank 0 it is `shape_NV`, scaled logits of the caller (a student's own make the
+        tail one bucket: the divergence then sees its mass only). V' is `shape_NV`'s width: a student's padded rows beyond V get
+        probability 0.
+        """
+        log_ratio_N1 = codes.scalars[:, self.mass_column(temperature)].float()[:, None]
+        if self.rank:
+            scaled_NV = self.tail_logits(codes) / temperature
+        elif shape_NV is not None:
+            scaled_NV = shape_NV[:, : self.vocab_size].clone()
+        else:
+            raise ValueError("a cache without a tail needs the shape of one")
+        ids_Nk = codes.head_ids.long()
+        scaled_NV.scatter_(1, ids_Nk, -torch.inf)
+        tail_lse_N1 = scaled_NV.logsumexp(1, keepdim=True) if self.head < self.vocab_size else torch.zeros_like(log_ratio_N1)
+        logprobs_NV = scaled_NV + (F.logsigmoid(-log_ratio_N1) - tail_lse_N1)
+        distance_Nk = self.head_range * (codes.head_codes.float() / HEAD_LEVELS).square()
+        logprobs_NV.scatter_(1, ids_Nk, F.log_softmax(-distance_Nk / temperature, 1) + F.logsigmoid(log_ratio_N1))
+        padding = 0 if shape_NV is None else shape_NV.shape[1] - self.vocab_size
+        return F.pad(logprobs_NV.clamp(min=PADDED_LOGIT), (0, padding), value=PADDED_LOGIT)

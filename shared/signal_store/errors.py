@@ -1,0 +1,77 @@
+"""Everything that can be wrong with a recipe or a cache, grouped by what a caller does about it.
+
+Policy: one line says what is wrong, what was expected, what was found, where, and what to do. Each error carries a stable
+`kind` and is also the builtin a Python programmer would catch.
+"""
+
+import errno
+
+
+class SignalStoreError(Exception):
+    """Base of all errors a user can meet; `str()` is the one line shown on the terminal."""
+
+    kind = "error"
+
+    def __init__(
+        self, what: str, *, expected: object = None, found: object = None, where: object = None, remedy: str | None = None
+    ) -> None:
+        self.what, self.expected, self.found, self.where, self.remedy = what, expected, found, where, remedy
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        parts = [f"[{self.kind}] {self.what}"]
+        parts += [f"expected {self.expected}"] if self.expected is not None else []
+        parts += [f"found {self.found}"] if self.found is not None else []
+        parts += [f"in {self.where}"] if self.where is not None else []
+        line = "; ".join(parts) + (f". {self.remedy}" if self.remedy else "")
+        return " ".join(line.split())
+
+
+class InputError(SignalStoreError, ValueError):
+    """The recipe or the data is wrong: correct it."""
+
+    kind = "input"
+
+
+class NotFoundError(SignalStoreError, FileNotFoundError):
+    """A file, folder, object or model is not there."""
+
+    kind = "not-found"
+
+
+class IncompleteError(SignalStoreError, RuntimeError):
+    """The cache is not finished: go on building it."""
+
+    kind = "incomplete"
+
+
+class MismatchError(SignalStoreError, ValueError):
+    """What is there is not what was asked for: another teacher, tokenizer, recipe, signal or temperature."""
+
+    kind = "mismatch"
+
+
+class CorruptError(SignalStoreError, RuntimeError):
+    """Bytes are not the bytes that were committed: repair or restore."""
+
+    kind = "corrupt"
+
+
+class StorageError(SignalStoreError, OSError):
+    """The disk is full or refuses to be written; nothing committed is lost."""
+
+    kind = "storage"
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def storage_error(error: OSError, where: object) -> SignalStoreError | None:
+    """The error to raise for a failed write, or None where the failure is none of the disk's."""
+    remedy = "Nothing committed is lost: make room and run the same command again."
+    if error.errno in _FULL:
+        return StorageError("the disk is full", found=error.strerror, where=where, remedy=remedy)
+    if error.errno in _REFUSED:
+        return StorageError("the target cannot be written", found=error.strerror, where=where, remedy="Check its permissions.")
+    return None

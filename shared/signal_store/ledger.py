@@ -1,0 +1,146 @@
+"""The ledger: what has been decided and finished, in documents that are created once and never changed.
+
+An attempt writes all objects of its unit to staging, then creates the unit's record: that is the commit. Whoever sees a
+record may move that attempt's objects to their zarr keys. A document is `{"body", "digest", "about"}`: the digest covers the
+body; what differs between machines (attempt, host, times, versions) is in `about`, outside every comparison.
+"""
+
+import contextlib
+import json
+import platform
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Self
+
+from signal_store.canonical import digest, parse_json
+from signal_store.errors import CorruptError, NotFoundError
+from signal_store.objects import Objects
+from signal_store.shard_writer import ShardRecord
+
+PLAN = "ledger/plan.json"
+CALIBRATION = "ledger/calibration.json"
+MANIFEST = "ledger/manifest.json"
+SEALS = "ledger/seals"
+UNITS = "ledger/units"
+STAGING = "ledger/staging"
+
+
+def plan_unit_key(unit: int) -> str:
+    """Where the tokens and positions of a unit are kept, as planned."""
+    return f"ledger/plan/{unit:07d}"
+
+
+def unit_key(unit: int, revision: int = 0) -> str:
+    """Where the record of a finished unit is kept."""
+    return f"{UNITS}/{unit:07d}.{revision}.json"
+
+
+def seal_key(generation: int) -> str:
+    """Where a seal is kept."""
+    return f"{SEALS}/{generation:06d}.json"
+
+
+def staging_prefix(name: str, attempt: str) -> str:
+    """Where an attempt writes before it commits."""
+    return f"{STAGING}/{name}.{attempt}"
+
+
+def new_attempt() -> str:
+    """A name no other attempt has."""
+    return uuid.uuid4().hex[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A ledger document as it stands in storage."""
+
+    body: dict[str, Any]
+    about: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the body."""
+        return digest(self.body)
+
+    def to_bytes(self) -> bytes:
+        """The stored form."""
+        return json.dumps({"body": self.body, "digest": self.digest, "about": self.about}, indent=1, sort_keys=True).encode()
+
+
+def parse_document(data: bytes, where: str) -> Document:
+    """The document in `data`; CorruptError if its body is not what its digest says."""
+    value = parse_json(data, where)
+    if not isinstance(value, dict) or not {"body", "digest", "about"} <= value.keys():
+        raise CorruptError("not a ledger document", expected="body, digest, about", where=where, remedy="Restore this object.")
+    document = Document(value["body"], value["about"])
+    if document.digest != value["digest"]:
+        raise CorruptError("a ledger document was altered", expected=value["digest"], found=document.digest, where=where)
+    return document
+
+
+def read_document(objects: Objects, key: str) -> Document:
+    """The document under `key`; NotFoundError if there is none."""
+    return parse_document(objects.read(key), key)
+
+
+def find_document(objects: Objects, key: str) -> Document | None:
+    """The document under `key`, or None."""
+    try:
+        return read_document(objects, key)
+    except NotFoundError:
+        return None
+
+
+def commit(objects: Objects, key: str, body: dict[str, Any], attempt: str, **about: Any) -> tuple[Document, bool]:
+    """Create the document unless there is one; return the one that stands, and whether it is this attempt's.
+
+    The record is read back after a refusal, for the answer to a create that did succeed may have been lost.
+    """
+    versions = {name: version(name) for name in ("torch", "transformers", "zarr", "numcodecs", "tokenizers")}
+    facts = {"attempt": attempt, "host": socket.gethostname(), "time": time.time(), "python": platform.python_version()}
+    mine = Document(body, {**facts, "versions": versions, **about})
+    if objects.create(key, mine.to_bytes()):
+        return mine, True
+    standing = read_document(objects, key)
+    return standing, standing.about.get("attempt") == attempt
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRecord:
+    """One finished unit: the shards of each array, and how many codes of each array were saturated."""
+
+    cache_id: str
+    unit: int
+    revision: int
+    shards: Mapping[str, tuple[ShardRecord, ...]]
+    saturation: Mapping[str, float]
+
+    def to_body(self) -> dict[str, Any]:
+        """The JSON form."""
+        shards = {path: [asdict(shard) for shard in records] for path, records in self.shards.items()}
+        return {"cache_id": self.cache_id, "unit": self.unit, "revision": self.revision, "shards": shards, "saturation": dict(self.saturation)}
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> Self:
+        """The inverse of `to_body`."""
+        shards = {
+            path: tuple(ShardRecord(**{**r, "chunk_crc32c": tuple(r["chunk_crc32c"])}) for r in records)
+            for path, records in body["shards"].items()
+        }
+        return cls(body["cache_id"], body["unit"], body["revision"], shards, body["saturation"])
+
+
+@contextlib.contextmanager
+def attempt_folder(objects: Objects, name: str) -> Iterator[tuple[str, str]]:
+    """(attempt, staging prefix) of a fresh attempt; what it staged is removed when the block fails."""
+    attempt = new_attempt()
+    prefix = staging_prefix(name, attempt)
+    try:
+        yield attempt, prefix
+    except BaseException:
+        objects.delete_tree(prefix)
+        raise

@@ -1,0 +1,133 @@
+"""The identity of a cache. Its digest is the cache id, carried by every record; times, paths, hosts and versions are not in it."""
+
+from typing import Any, Literal
+
+from signal_store.arrays import ArraySpec
+from signal_store.canonical import digest
+from signal_store.errors import CorruptError, MismatchError
+from signal_store.signals import Section, Signals
+
+FORMAT_VERSION = 1
+Split = Literal["train", "validation"]
+
+
+class TeacherIdentity(Section):
+    """Which model spoke, and how it was run. `name` is what the recipe calls it; the digests are what counts."""
+
+    name: str
+    revision: str | None
+    model_type: str
+    config_digest: str
+    weights_digest: str
+    dtype: str
+    attn_implementation: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    max_positions: int | None
+    logit_softcap: float | None
+    """Soft-capping that a reader must apply to the reconstructed tail."""
+
+
+class TokenizerIdentity(Section):
+    """Which token ids mean what: the digest covers vocabulary, merges, pre-tokenizer and added tokens, not the chat template."""
+
+    digest: str
+    vocab_size: int
+    """Rows of the distribution; a model's padded rows beyond it are not part of the vocabulary."""
+
+
+class SourceIdentity(Section):
+    """One source: its name, its side, what was read and what was left out, and a digest of all its texts."""
+
+    name: str
+    split: Split
+    fingerprint: str
+    num_documents: int
+    num_empty_documents: int
+    num_segments: int
+    num_tokens: int
+
+
+class Capacities(Section):
+    """Rows that every unit has room for, in the arrays that do not have one row per token: maxima over the plan's units."""
+
+    segments: int
+    hidden_rows: int
+    attention_rows: int
+    attention_entries: int
+
+
+class PlanIdentity(Section):
+    """How the text was cut, and how segments are batched for the teacher."""
+
+    digest: str
+    context: int
+    overlap: int
+    unit_tokens: int
+    batch_tokens: int
+    forward: Literal["packed", "padded"]
+    capacities: Capacities
+
+
+class HiddenLayout(Section):
+    """What is stored of one layer's output: `rank` directions of `width`."""
+
+    layer: int
+    width: int
+    rank: int | None
+
+
+class AttentionLayout(Section):
+    """Which heads are stored of one layer."""
+
+    layer: int
+    head_ids: tuple[int, ...]
+    max_columns: int | None
+
+
+class CalibrationIdentity(Section):
+    """What calibration decided, and the digest of the matrices it made."""
+
+    digest: str
+    tail_rank: int
+    head_mass: tuple[float, ...]
+    """Mean mass of the head at each cached temperature: what a reader is served where there is no tail."""
+    hidden: tuple[HiddenLayout, ...]
+    attention: tuple[AttentionLayout, ...]
+
+
+class Manifest(Section):
+    """Everything two caches must share to be the same cache."""
+
+    format_version: int
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    sources: tuple[SourceIdentity, ...]
+    plan: PlanIdentity
+    calibration: CalibrationIdentity
+    signals: Signals
+    arrays: tuple[dict[str, Any], ...]
+
+    @property
+    def cache_id(self) -> str:
+        """Digest of the canonical JSON of this manifest."""
+        return digest(self.model_dump(mode="json"))
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """The arrays that units fill."""
+        return tuple(ArraySpec.from_json(dict(array)) for array in self.arrays)
+
+
+def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
+    """The manifest in a ledger document; refuses a format this version does not know."""
+    version = body.get("format_version")
+    if version != FORMAT_VERSION:
+        raise MismatchError(
+            "another format version", expected=FORMAT_VERSION, found=version, where=where, remedy="Install a version that reads it."
+        )
+    try:
+        return Manifest.model_validate(body)
+    except ValueError as error:
+        raise CorruptError("the manifest does not parse", found=str(error).splitlines()[0], where=where) from error

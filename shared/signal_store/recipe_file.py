@@ -1,0 +1,91 @@
+"""From a YAML file and `key=value` overrides to a validated recipe; every mistake in one line."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from signal_store.errors import InputError, NotFoundError
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:
+    """The recipe in the YAML file at `path`, with dotted `key=value` overrides (values are YAML) on top."""
+    path = Path(path)
+    if not path.is_file():
+        raise NotFoundError("no such recipe", expected="a YAML file", found=path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError("the recipe is not YAML", found=error, where=path) from error
+    if not isinstance(content, dict):
+        raise InputError("the recipe is not a mapping", expected="key: value lines", found=type(content).__name__, where=path)
+    for override in overrides:
+        apply_override(content, override)
+    return validate(content, model, where=str(path))
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in nested mappings, in place; sequence items are addressed by number."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError("not an override", expected="key=value", found=override)
+    *parents, last = key.split(".")
+    node: Any = content
+    for part in parents:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            raise InputError("an override addresses nothing", expected="a mapping", found=repr(node), where=key)
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = yaml.safe_load(value)
+    elif isinstance(node, dict):
+        node[last] = yaml.safe_load(value)
+    else:
+        raise InputError("an override addresses nothing", expected="a mapping", found=repr(node), where=key)
+
+
+def validate(content: Any, model: type[Recipe], where: str) -> Recipe:
+    """`content` as a `model`; InputError listing every mistake with its place."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_problem(dict(e), model) for e in error.errors())
+        raise InputError(f"the recipe is wrong: {problems}", where=where) from error
+
+
+def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _all_keys(model), n=1)
+        return f"unknown key {place}" + (f" (perhaps {near[0]})" if near else "")
+    if error["type"] == "missing":
+        return f"{place} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}, found {str(error['input'])[:80]!r}"
+
+
+def _all_keys(model: type[BaseModel]) -> list[str]:
+    """Keys of a model and of the models in its fields, for a hint."""
+    keys: list[str] = []
+    pending: list[Any] = [model]
+    seen: set[Any] = set()
+    while pending:
+        kind = pending.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += kind.model_fields
+            pending += [field.annotation for field in kind.model_fields.values()]
+        else:
+            pending += getattr(kind, "__args__", ())
+    return keys

@@ -1,0 +1,93 @@
+"""What travels from the cache to a training step: tokens and codes, nothing decoded.
+
+Legend: B rows, S tokens a row, N rows of the distribution that count, P sampled hidden states, R keyword rows, E their entries.
+`flat` positions count b * S + s.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from signal_store.distribution_codec import DistributionCodes
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenCodes:
+    """Sampled outputs of one teacher layer: int8 `values` [P, width or rank], float32 `scale` [P]."""
+
+    values: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCodes:
+    """Keyword rows of one teacher layer, entries end to end: uint8 `weights` [E, H]; `columns` int32 [E, H] and float16
+    `residual` [R, H] where only the heaviest columns are kept, else None."""
+
+    weights: Tensor
+    columns: Tensor | None
+    residual: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the global stream: the next row is row `row` of window `window` of epoch `epoch`."""
+
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CodedBatch:
+    """One micro-batch.
+
+    `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
+    counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None. `hidden_flat` [P] and
+    `hidden` by teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries) and
+    `attention` by teacher layer. `segments`: which segments are in it. `cursor`: where the stream goes on after this step.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    real: Tensor
+    flat: Tensor
+    labels: Tensor
+    distribution: DistributionCodes | None
+    hidden_flat: Tensor
+    hidden: dict[int, HiddenCodes]
+    row_batch: Tensor
+    row_query: Tensor
+    row_first: Tensor
+    row_length: Tensor
+    attention: dict[int, AttentionCodes]
+    segments: tuple[int, ...]
+    packed: bool
+    cursor: Cursor
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on a device, copied without blocking."""
+        return type(self)(**{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """By term, how many of its own things are in this batch."""
+        return {
+            "cross_entropy": int((self.labels >= 0).sum()),
+            "tla": len(self.flat),
+            "lhsm": len(self.hidden_flat),
+            "apc": len(self.row_batch),
+            "asr": int(self.real.sum()),
+        }
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor | DistributionCodes):
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, Cursor | type):
+        return type(value)(**{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
+    return value

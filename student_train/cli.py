@@ -1,0 +1,54 @@
+"""The command line `student-train`. Verbs import what they need when they run, so that `--help` does not import torch."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from signal_store.command_line import run_app
+from signal_store.recipe_file import load_recipe
+from student_train.recipe import RunRecipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML.", metavar="RECIPE.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as steps=200.", metavar="[KEY=VALUE]...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def run(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train a student from a sealed cache; go on where it stopped."""
+    loaded = load_recipe(recipe, overrides or [], RunRecipe)
+    from student_train.run import run as train
+
+    result = train(loaded)
+    typer.echo(json.dumps(result) if as_json else "  ".join(f"{key}: {value}" for key, value in result.items()))
+
+
+@app.command()
+def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run would optimise, and refuse what its cache cannot serve, without training."""
+    loaded = load_recipe(recipe, overrides or [], RunRecipe)
+    from student_train.explain import explain as look
+
+    found = look(loaded)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("term", "weight", "settings", "what it is", "reads of the cache", "taps of the student")
+    for term in found["terms"]:
+        settings = ", ".join(f"{k}: {v}" for k, v in term["settings"].items())
+        table.add_row(term["term"], term["weight"], settings, term["formula"], "\n".join(term["reads"]), "\n".join(term["taps"]))
+    console = Console()
+    console.print(table)
+    console.print({key: value for key, value in found.items() if key != "terms"})
+
+
+def main() -> None:
+    """Entry point."""
+    run_app(app)

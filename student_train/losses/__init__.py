@@ -1,0 +1,1 @@
+"""One term a file, their schedule, their sum."""

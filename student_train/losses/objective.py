@@ -1,0 +1,96 @@
+"""From a recipe's terms to what they need: refused at start where the cache does not hold it, never at step 1000."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from model_taps.attention import softmax_attention_layers
+from model_taps.blocks import layer_at_depth, num_layers
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from student_train.losses.config import ApcTerm, AsrTerm, CrossEntropyTerm, LhsmTerm, Losses, TlaTerm
+from student_train.losses.schedule import Weight
+from student_train.stream.reader import Needs
+
+MIN_HEAD_MASS = 0.9
+"""Least mean mass of the head at which a cache without a tail serves a temperature."""
+
+Term = CrossEntropyTerm | TlaTerm | LhsmTerm | ApcTerm | AsrTerm
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPair:
+    """A teacher's layer in the cache and the student's layer at the same depth."""
+
+    teacher: int
+    student: int
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The terms that are on, and where they read: pairs of layers for LHSM and APC, what of the cache is streamed."""
+
+    losses: Losses
+    hidden_pairs: tuple[LayerPair, ...]
+    attention_pairs: tuple[LayerPair, ...]
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """Terms that are on, by name."""
+        return {name: term for name, term in self.losses if term is not None}
+
+    @property
+    def needs(self) -> Needs:
+        """What is read of the cache besides tokens."""
+        return Needs(
+            distribution=self.losses.tla is not None,
+            hidden=tuple(pair.teacher for pair in self.hidden_pairs),
+            attention=tuple(pair.teacher for pair in self.attention_pairs),
+        )
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Weight of each term at a progress in [0, 1]."""
+        schedule: dict[str, Weight] = {name: term.weight for name, term in self.terms.items()}
+        return {name: weight.at(progress) for name, weight in schedule.items()}
+
+
+def resolve(losses: Losses, cache: Cache, student: PreTrainedModel) -> Objective:
+    """Pair layers by depth; MismatchError naming the term and what the cache lacks."""
+    check_cache(losses, cache)
+    calibration, depth = cache.manifest.calibration, cache.manifest.teacher.num_layers
+    own = num_layers(student)
+    hidden = tuple(LayerPair(h.layer, layer_at_depth(h.layer / depth, own)) for h in calibration.hidden) if losses.lhsm else ()
+    attention: tuple[LayerPair, ...] = ()
+    if losses.apc is not None:
+        able = softmax_attention_layers(student)
+        if not able:
+            raise MismatchError("apc: the student has no softmax attention", expected="a block that has", where="student")
+        wanted = [(a.layer, layer_at_depth(a.layer / depth, own)) for a in calibration.attention]
+        attention = tuple(LayerPair(t, max((x for x in able if x <= s), default=able[0])) for t, s in wanted)
+    return Objective(losses, hidden, attention)
+
+
+def check_cache(losses: Losses, cache: Cache) -> None:
+    """Refuse what the cache cannot serve."""
+    signals = cache.manifest.signals
+    held = [name for name, signal in signals if signal is not None]
+    for term, signal in (("tla", "distribution"), ("lhsm", "hidden"), ("apc", "attention")):
+        if getattr(losses, term) is not None and getattr(signals, signal) is None:
+            raise MismatchError(
+                f"{term} needs a signal that the cache does not hold", expected=signal, found=", ".join(held) or "none", where=cache.root,
+                remedy=f"Build a cache with signals.{signal}, or switch {term} off.",
+            )  # fmt: skip
+    if losses.tla is not None and signals.distribution is not None:
+        temperatures = signals.distribution.temperatures
+        wanted = losses.tla.temperature
+        if wanted not in temperatures:
+            raise MismatchError(
+                "tla: the cache cannot serve this temperature", expected=f"one of {list(temperatures)}", found=wanted, where=cache.root,
+                remedy="Train at one of them, or build a cache whose signals.distribution.temperatures hold it.",
+            )  # fmt: skip
+        mass = cache.manifest.calibration.head_mass[temperatures.index(wanted)]
+        if cache.manifest.calibration.tail_rank == 0 and mass < MIN_HEAD_MASS:
+            raise MismatchError(
+                "tla: the cache has no tail and its head holds too little at this temperature", expected=f"a mean mass of {MIN_HEAD_MASS}",
+                found=f"{mass:.3f}", where=cache.root, remedy="Lower the temperature, or build a cache with a tail.",
+            )  # fmt: skip

@@ -1,0 +1,112 @@
+"""The recipe of a run: which cache, which student, which objective, how trained. One frozen model a section."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from signal_store.signals import Section
+from student_train.losses.config import PRESETS, Losses
+
+
+class StudentSection(Section):
+    """A checkpoint to start from, or a config (a mapping with `model_type`, or a folder) whose weights are drawn from `seed`."""
+
+    checkpoint: str | None = None
+    config: dict[str, Any] | str | None = None
+    seed: int = 0
+    tokenizer: str | None = None
+    """Checked against the cache's; None takes the checkpoint's own, or the cache's for a config."""
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.checkpoint is None) == (self.config is None):
+            raise ValueError("give exactly one of checkpoint and config")
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW with linear warm-up and cosine decay, counted in optimizer steps (REQUIREMENTS 97)."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    min_factor: float = Field(0.0, ge=0, le=1)
+    """Of the learning rate, at the end of the cosine."""
+    clip_norm: float | None = Field(1.0, gt=0)
+
+
+class StreamSection(Section):
+    """How the cache is read. A step is `rows_per_step` rows of `row_tokens` tokens over all ranks and micro-steps."""
+
+    row_tokens: int = Field(1024, ge=2)
+    rows_per_step: int = Field(32, ge=1)
+    micro_rows: int | None = Field(None, ge=1)
+    """Rows of one forward pass; None is all of a rank's."""
+    window_units: int = Field(4, ge=1)
+    """Units shuffled together and held in memory."""
+    workers: int = Field(1, ge=0, le=1)
+    seed: int = 0
+
+
+class ValidationSection(Section):
+    """Loss on the cache's validation split, every n steps and at the end."""
+
+    every: int = Field(500, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many validations in a row without a better one."""
+    min_gain: float = Field(0.0, ge=0)
+
+
+class CheckpointSection(Section):
+    """State to resume from, every n steps; the last `keep` stay."""
+
+    every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class RunRecipe(Section):
+    """Everything `student-train run` needs."""
+
+    cache: Path
+    out: Path
+    student: StudentSection
+    preset: str | None = None
+    losses: dict[str, Any] = {}
+    """Terms on top of the preset's; `name: null` switches one off."""
+    steps: int = Field(ge=1)
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    optimizer: OptimizerSection = OptimizerSection()
+    stream: StreamSection = StreamSection()
+    validation: ValidationSection | None = None
+    checkpoint: CheckpointSection = CheckpointSection()
+    log_every: int = Field(10, ge=1)
+    export: Literal["best", "last"] = "last"
+    """Which weights become the result; `best` needs validation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset}")
+        if all(term is None for _, term in self.objective):
+            raise ValueError("no loss: give a preset or losses")
+        if self.export == "best" and self.validation is None:
+            raise ValueError("export: best needs validation")
+        return self
+
+    @property
+    def objective(self) -> Losses:
+        """The preset with the recipe's own terms on top."""
+        merged: dict[str, Any] = {name: dict(options) for name, options in PRESETS.get(self.preset or "", {}).items()}
+        for name, options in self.losses.items():
+            if isinstance(options, dict):
+                merged[name] = {**(merged.get(name) or {}), **options}
+            else:
+                merged[name] = options
+        return Losses.model_validate(merged)

@@ -1,0 +1,1 @@
+"""From the cache to micro-batches: order, windows, packed rows, batches, loader."""

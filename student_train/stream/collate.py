@@ -1,0 +1,166 @@
+"""Rows of segments to a micro-batch of codes. Pure: arrays in, tensors out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from signal_store.distribution_codec import DistributionCodes
+from student_train.batch import AttentionCodes, CodedBatch, Cursor, HiddenCodes
+from student_train.losses.chunked import IGNORE
+from student_train.stream.reader import LoadedUnit, Needs
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A segment and where it goes: row `row` of the batch, from column `column`."""
+
+    unit: LoadedUnit
+    segment: int
+    row: int
+    column: int
+
+    def of(self, name: str) -> int:
+        """A column of the segment table."""
+        return int(self.unit.segments[name][self.segment])
+
+    def slice_of(self, start: str, count: str) -> slice:
+        """The segment's rows of an array."""
+        return slice(self.of(start), self.of(start) + self.of(count))
+
+    @property
+    def tokens(self) -> slice:
+        """Its token rows."""
+        return self.slice_of("token_start", "length")
+
+
+def place(rows: Sequence[Sequence[tuple[LoadedUnit, int]]]) -> list[Placed]:
+    """Segments end to end in their rows."""
+    placed = []
+    for number, row in enumerate(rows):
+        column = 0
+        for unit, segment in row:
+            placed.append(Placed(unit, segment, number, column))
+            column += int(unit.segments["length"][segment])
+    return placed
+
+
+def collate(rows: Sequence[Sequence[tuple[LoadedUnit, int]]], width: int, needs: Needs, *, packed: bool, cursor: Cursor) -> CodedBatch:
+    """A micro-batch of these rows, each filled up to `width` tokens; a row may be empty."""
+    placed = place(rows)
+    shape = (len(rows), width)
+    ids, positions, real = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+    used = np.zeros(len(rows), np.int64)
+    flats, labels, kept = [], [], []
+    for p in placed:
+        length = p.of("length")
+        columns = slice(p.column, p.column + length)
+        segment_ids = p.unit.rows["tokens/input_ids"][p.tokens].astype(np.int64)
+        ids[p.row, columns], positions[p.row, columns], real[p.row, columns] = segment_ids, np.arange(length), True
+        used[p.row] = p.column + length
+        mask = p.unit.rows["tokens/loss_mask"][p.tokens]
+        counts = np.flatnonzero((mask == 1) | (mask == 2))
+        following = np.append(segment_ids[1:], p.of("next_token"))
+        flats.append(p.row * width + p.column + counts)
+        labels.append(np.where(mask[counts] == 1, following[counts], IGNORE))
+        kept.append(p.tokens.start + counts)
+    for row, start in enumerate(used):
+        positions[row, start:] = np.arange(width - start)
+    attention_positions = _attention_positions(placed, needs)
+    return CodedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        real=torch.from_numpy(real),
+        flat=_joined(flats),
+        labels=_joined(labels),
+        distribution=_distribution(placed, kept) if needs.distribution else None,
+        hidden_flat=_hidden_flat(placed, needs, width),
+        hidden={layer: _hidden(placed, layer) for layer in needs.hidden} if placed else {},
+        row_batch=attention_positions[0],
+        row_query=attention_positions[1],
+        row_first=attention_positions[2],
+        row_length=attention_positions[3],
+        attention={layer: _attention(placed, layer) for layer in needs.attention} if placed else {},
+        segments=tuple(p.unit.first_segment + p.segment for p in placed),
+        packed=packed,
+        cursor=cursor,
+    )
+
+
+def _joined(parts: Sequence[NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _gathered(placed: Sequence[Placed], path: str, wanted: Sequence[NDArray[np.int64] | slice]) -> Tensor:
+    """Rows of an array, segment after segment; uint32 as int32 of the same bits, since torch computes with that."""
+    arrays = [p.unit.rows[path][rows] for p, rows in zip(placed, wanted, strict=True)]
+    joined = np.concatenate(arrays)
+    return torch.from_numpy(joined.view(np.int32) if joined.dtype == np.uint32 else joined)
+
+
+def _distribution(placed: Sequence[Placed], kept: Sequence[NDArray[np.int64]]) -> DistributionCodes | None:
+    if not placed:
+        return None
+    have = placed[0].unit.rows
+    scalars = _gathered(placed, "distribution/scalars", kept)
+
+    def part(name: str, dtype: torch.dtype) -> Tensor:
+        return _gathered(placed, path, kept) if (path := f"distribution/{name}") in have else torch.zeros(len(scalars), 0, dtype=dtype)
+
+    return DistributionCodes(part("head_ids", torch.int32), part("head_codes", torch.uint8), part("tail_codes", torch.int8), scalars)
+
+
+def _hidden_rows(p: Placed, path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows of the hidden arrays, places in the segment) of a segment's sampled states; context rows hold none."""
+    rows = np.arange(p.of("hidden_row_start"), p.of("hidden_row_start") + p.of("hidden_rows"))
+    if path in p.unit.rows:
+        return rows, p.unit.rows[path][rows] - p.of("token_start")
+    places = np.arange(p.of("context_only"), p.of("length"))
+    return rows[p.of("context_only") :], places
+
+
+def _hidden_flat(placed: Sequence[Placed], needs: Needs, width: int) -> Tensor:
+    if not needs.hidden:
+        return torch.zeros(0, dtype=torch.int64)
+    path = f"hidden/block_output/{needs.hidden[0]}/position"
+    return _joined([p.row * width + p.column + _hidden_rows(p, path)[1] for p in placed])
+
+
+def _hidden(placed: Sequence[Placed], layer: int) -> HiddenCodes:
+    group = f"hidden/block_output/{layer}"
+    rows = [_hidden_rows(p, f"{group}/position")[0] for p in placed]
+    return HiddenCodes(_gathered(placed, f"{group}/values", rows), _gathered(placed, f"{group}/scale", rows))
+
+
+def _attention_positions(placed: Sequence[Placed], needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row of the batch, query column, first column of the segment, and stored entries, of every keyword row."""
+    if not needs.attention:
+        return tuple(torch.zeros(0, dtype=torch.int64) for _ in range(4))  # type: ignore[return-value]
+    group = f"attention/{needs.attention[0]}"
+    batch, query, first, length = [], [], [], []
+    for p in placed:
+        rows = p.slice_of("attention_row_start", "attention_rows")
+        positions = p.unit.rows[f"{group}/position"][rows] - p.of("token_start")
+        batch.append(np.full(len(positions), p.row, np.int64))
+        query.append(p.column + positions)
+        first.append(np.full(len(positions), p.column, np.int64))
+        length.append(p.unit.rows[f"{group}/length"][rows].astype(np.int64))
+    return _joined(batch), _joined(query), _joined(first), _joined(length)
+
+
+def _attention(placed: Sequence[Placed], layer: int) -> AttentionCodes:
+    group = f"attention/{layer}"
+    row_slices = [p.slice_of("attention_row_start", "attention_rows") for p in placed]
+    entries = []
+    for p, rows in zip(placed, row_slices, strict=True):
+        offsets, lengths = (p.unit.rows[f"{group}/{name}"][rows] for name in ("offset", "length"))
+        entries.append(slice(int(offsets[0]), int(offsets[-1] + lengths[-1])) if len(offsets) else slice(0, 0))
+    sparse = bool(placed) and f"{group}/columns" in placed[0].unit.rows
+    return AttentionCodes(
+        weights=_gathered(placed, f"{group}/weights", entries),
+        columns=_gathered(placed, f"{group}/columns", entries) if sparse else None,
+        residual=_gathered(placed, f"{group}/residual", row_slices) if sparse else None,
+    )

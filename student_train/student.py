@@ -1,0 +1,74 @@
+"""The student: built from a config or a checkpoint, and checked against the cache it will learn from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from model_taps.loading import load_config, load_model, load_tokenizer, tokenizer_digest
+from signal_store.cache import Cache
+from signal_store.errors import InputError, MismatchError, NotFoundError
+from student_train.recipe import StudentSection
+
+
+def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model in float32, ready to train, and its tokenizer."""
+    tokenizer = _tokenizer(section, cache)
+    if section.checkpoint is not None:
+        model = load_model(
+            section.checkpoint, what="student", dtype=torch.float32, attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+        )  # fmt: skip
+    else:
+        torch.manual_seed(section.seed)
+        config = _config(section, cache)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
+    _check(model, cache)
+    return model.train(), tokenizer
+
+
+def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
+    if isinstance(section.config, str):
+        return load_config(section.config, what="student", trust_remote_code=section.trust_remote_code)
+    assert isinstance(section.config, Mapping)
+    fields = dict(section.config)
+    kind = fields.pop("model_type", None)
+    if kind is None:
+        raise InputError("the student's config names no model_type", expected="such as llama or qwen3", where="student.config")
+    fields.setdefault("vocab_size", cache.manifest.tokenizer.vocab_size)
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(kind, **fields)
+    except (ValueError, TypeError) as error:
+        raise InputError("the student's config is wrong", found=str(error).splitlines()[0], where="student.config") from error
+    return config
+
+
+def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
+    own = section.tokenizer or section.checkpoint
+    try:
+        tokenizer = load_tokenizer(own or str(cache.root / "ledger" / "tokenizer"))
+    except NotFoundError:
+        if section.tokenizer is not None or section.checkpoint is None or not Path(section.checkpoint).is_dir():
+            raise
+        tokenizer = load_tokenizer(str(cache.root / "ledger" / "tokenizer"))  # a checkpoint folder without a tokenizer
+    expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
+    if expected != found:
+        raise MismatchError(
+            "teacher and student have different tokenizers", expected=expected, found=f"{found} ({own or 'the copy in the cache'})",
+            where=cache.root, remedy="Train a student that uses the teacher's tokenizer.",
+        )  # fmt: skip
+    return tokenizer
+
+
+def _check(model: PreTrainedModel, cache: Cache) -> None:
+    vocab_size = cache.manifest.tokenizer.vocab_size
+    rows = len(model.get_output_embeddings().weight)
+    if rows < vocab_size:
+        raise MismatchError("the student's vocabulary is smaller than the cache's", expected=f"at least {vocab_size} rows", found=rows)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < cache.manifest.plan.context:
+        raise MismatchError(
+            "the student's context is shorter than the cache's segments", expected=f"at least {cache.manifest.plan.context} positions",
+            found=positions, where="student.config.max_position_embeddings",
+        )  # fmt: skip

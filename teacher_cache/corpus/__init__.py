@@ -1,0 +1,1 @@
+"""From data sets to segments: sources, documents, tokens, keywords."""

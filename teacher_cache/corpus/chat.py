@@ -1,0 +1,44 @@
+"""A chat as text, rendered by the tokenizer's own template, and the character spans that the assistant wrote."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from signal_store.errors import InputError
+
+
+def render_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], where: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The rendered text and the assistant's spans.
+
+    A template with `{% generation %}` says itself what the assistant wrote. Otherwise the chat is rendered turn by turn: what
+    an assistant's turn adds after the generation prompt is its span. InputError where a template rewrites earlier turns.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise InputError("the tokenizer has no chat template", expected="one, for a source with messages", where=where)
+    if "generation %}" in template:
+        rendered, spans = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+        )
+        return rendered[0], tuple((int(a), int(b)) for a, b in spans[0])
+    text = _render(tokenizer, messages)
+    found = []
+    for number, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
+        after = _render(tokenizer, messages[: number + 1])
+        if not (after.startswith(before) and text.startswith(after)):
+            raise InputError(
+                "the chat template rewrites earlier turns", expected="each turn's text to stay", found=f"turn {number}", where=where,
+                remedy="Mark the assistant's text in the template with {% generation %}.",
+            )  # fmt: skip
+        found.append((len(before), len(after)))
+    return text, tuple(found)
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:
+    if not messages and not options.get("add_generation_prompt"):
+        return ""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))

@@ -1,0 +1,123 @@
+"""Documents of a source, in a fixed order, wherever it lies: a folder, JSONL, Parquet, or anything `datasets` loads."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pygments.lexers import find_lexer_class_for_filename
+from transformers import PreTrainedTokenizerFast
+
+from signal_store.errors import InputError, NotFoundError
+from teacher_cache.corpus.chat import render_chat
+from teacher_cache.corpus.document import Document
+from teacher_cache.recipe import Source
+
+
+def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
+    """All documents of a source (empty ones too), up to `max_documents`."""
+    found = _files(source) if source.folder is not None else (_document(row, source, tokenizer) for row in _rows(source))
+    for number, document in enumerate(found):
+        if source.max_documents is not None and number >= source.max_documents:
+            return
+        yield document
+
+
+def _files(source: Source) -> Iterator[Document]:
+    assert source.folder is not None
+    if not source.folder.is_dir():
+        raise NotFoundError("no such folder", found=source.folder, where=f"source {source.name}")
+    for path in sorted(p for p in source.folder.glob(source.pattern) if p.is_file()):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                "a file is not UTF-8 text", found=error.reason, where=path, remedy="Narrow the source's pattern or convert the file."
+            ) from error
+        yield Document(text, lexer=source.lexer or _lexer_for(path))
+
+
+def _lexer_for(path: Path) -> str | None:
+    lexer = find_lexer_class_for_filename(path.name)
+    return lexer.aliases[0] if lexer is not None and lexer.aliases else None
+
+
+def _rows(source: Source) -> Iterator[Mapping[str, Any]]:
+    if source.jsonl is not None:
+        return _jsonl_rows(source.jsonl, source.name)
+    if source.parquet is not None:
+        return _parquet_rows(source.parquet, source.name)
+    return _dataset_rows(source)
+
+
+def _jsonl_rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        raise NotFoundError("no such file", found=path, where=f"source {name}")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError("a line is not JSON", found=error, where=f"{path}:{number}") from error
+            if not isinstance(row, dict):
+                raise InputError("a line is not an object", expected="{...}", found=type(row).__name__, where=f"{path}:{number}")
+            yield row
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        raise NotFoundError("no such file", found=path, where=f"source {name}")
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise InputError("not a Parquet file", found=error, where=path) from error
+
+
+def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
+    from datasets import load_dataset
+
+    reference = source.dataset
+    assert reference is not None
+    try:
+        table = load_dataset(
+            reference.path,
+            reference.name,
+            split=reference.split,
+            data_files=None if reference.data_files is None else list(_as_tuple(reference.data_files)),
+            revision=reference.revision,
+            streaming=True,
+        )
+        yield from table
+    except (OSError, ValueError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotFoundError("cannot load the data set", found=f"{reference.path}: {reason}", where=f"source {source.name}") from error
+
+
+def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _document(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast) -> Document:
+    if source.messages is not None:
+        text, spans = render_chat(tokenizer, _column(row, source.messages, source, list), where=f"source {source.name}")
+        return Document(text, spans, source.lexer, complete=True)
+    if source.prompt is not None and source.completion is not None:
+        prompt, completion = (_column(row, name, source, str) for name in (source.prompt, source.completion))
+        return Document(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), source.lexer)
+    return Document(_column(row, source.text or "text", source, str), lexer=source.lexer)
+
+
+def _column(row: Mapping[str, Any], name: str, source: Source, kind: type) -> Any:
+    if name not in row:
+        raise InputError("no such column", expected=name, found=", ".join(map(str, row)), where=f"source {source.name}")
+    if not isinstance(row[name], kind):
+        raise InputError(
+            f"column {name} has another type", expected=kind.__name__, found=type(row[name]).__name__, where=f"source {source.name}"
+        )
+    return row[name]

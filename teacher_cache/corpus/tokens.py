@@ -1,0 +1,79 @@
+"""Documents as token ids, with what is known of each token: where it ends in the text, whether it counts, whether it is a keyword."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from teacher_cache.corpus.document import Document
+from teacher_cache.corpus.keywords import keyword_spans
+
+DOCUMENTS_PER_CALL = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedDocument:
+    """`input_ids` uint32 [n]; `byte_end` uint32 [n], end of each token in the document's UTF-8; `counts` bool [n], whether
+    predicting this token counts; `keyword` bool [n]; `closed`: the document ends with the end-of-text token."""
+
+    input_ids: NDArray[np.uint32]
+    byte_end: NDArray[np.uint32]
+    counts: NDArray[np.bool_]
+    keyword: NDArray[np.bool_]
+    closed: bool
+
+
+def tokenize(
+    found: Iterable[Document], tokenizer: PreTrainedTokenizerFast, *, append_eos: bool, keywords: frozenset[str]
+) -> Iterator[TokenizedDocument]:
+    """Each document's tokens, in order; a few hundred documents go through the tokenizer at a time."""
+    pending = iter(found)
+    while batch := list(islice(pending, DOCUMENTS_PER_CALL)):
+        yield from _tokenize_batch(batch, tokenizer, append_eos, keywords)
+
+
+def _tokenize_batch(
+    batch: Sequence[Document], tokenizer: PreTrainedTokenizerFast, append_eos: bool, keywords: frozenset[str]
+) -> Iterator[TokenizedDocument]:
+    plain = tokenizer.backend_tokenizer.encode_batch([d.text for d in batch if not d.complete], add_special_tokens=True)
+    complete = tokenizer.backend_tokenizer.encode_batch([d.text for d in batch if d.complete], add_special_tokens=False)
+    encodings = {True: iter(complete), False: iter(plain)}
+    for document in batch:
+        encoding = next(encodings[document.complete])
+        eos = tokenizer.eos_token_id if append_eos and not document.complete else None
+        closed = eos is not None and (not encoding.ids or encoding.ids[-1] != eos)
+        ids = np.asarray(encoding.ids + ([eos] if closed else []), dtype=np.uint32)
+        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        char_end = np.append(spans[:, 1], len(document.text)) if closed else spans[:, 1]
+        counts = np.ones(len(ids), dtype=bool)
+        if document.counted is not None:
+            counts[: len(spans)] = _covered(spans, document.counted)
+        keyword = np.zeros(len(ids), dtype=bool)
+        if document.lexer is not None and keywords:
+            last_chars = np.asarray([end - 1 for _, end in keyword_spans(document.text, document.lexer, keywords)], dtype=np.int64)
+            keyword[_token_of(spans, last_chars)] = True
+        yield TokenizedDocument(ids, _byte_ends(document.text, char_end), counts, keyword, closed or eos is not None)
+
+
+def _covered(spans: NDArray[np.int64], counted: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Whether a token holds text of a counted span; tokens without text (special ones outside) do not."""
+    covered = np.zeros(len(spans), dtype=bool)
+    for start, end in counted:
+        covered |= (spans[:, 0] < end) & (spans[:, 1] > start)
+    return covered
+
+
+def _token_of(spans: NDArray[np.int64], chars: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The token that holds each character: the first that ends after it."""
+    tokens = np.searchsorted(np.maximum.accumulate(spans[:, 1]), chars, side="right") if len(spans) else np.zeros(0, np.int64)
+    return tokens[tokens < len(spans)]
+
+
+def _byte_ends(text: str, char_end: NDArray[np.int64]) -> NDArray[np.uint32]:
+    if text.isascii():
+        return char_end.astype(np.uint32)
+    widths = np.asarray([len(c.encode("utf-8", "surrogatepass")) for c in text], dtype=np.int64)
+    return np.concatenate([[0], np.cumsum(widths)])[char_end].astype(np.uint32)

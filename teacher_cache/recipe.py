@@ -1,0 +1,134 @@
+"""The recipe of a cache: whose thoughts, about which texts, which signals. One frozen model a section."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from signal_store.manifest import Split
+from signal_store.signals import Section, Signals
+
+
+class TeacherSection(Section):
+    """Any causal LM folder or hub name. `tokenizer` defaults to the model's own."""
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str | None = None
+    """Where the teacher runs; None takes a GPU if there is one."""
+    device_map: str | None = None
+    """As in `from_pretrained` (`auto` spreads a large teacher); excludes `device`."""
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("device and device_map exclude each other")
+        return self
+
+
+class DatasetReference(Section):
+    """What `datasets.load_dataset` takes."""
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    data_files: str | tuple[str, ...] | None = None
+    revision: str | None = None
+
+
+class Source(Section):
+    """One data set: where it lies (exactly one of `folder`, `jsonl`, `parquet`, `dataset`), and which columns are text.
+
+    Columns: `text`; or `prompt` and `completion` (only the completion counts in the loss); or `messages`, a chat that the
+    tokenizer's own template renders (only the assistant's tokens count). Files of a folder are one document each.
+    """
+
+    name: str = Field(min_length=1)
+    split: Split = "train"
+    folder: Path | None = None
+    pattern: str = "**/*"
+    jsonl: Path | None = None
+    parquet: Path | None = None
+    dataset: DatasetReference | None = None
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    lexer: str | None = None
+    """Name of the Pygments lexer that finds keywords; None guesses from the file's name in a folder, else finds none."""
+    max_documents: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        places = [n for n in ("folder", "jsonl", "parquet", "dataset") if getattr(self, n) is not None]
+        if len(places) != 1:
+            raise ValueError(f"give exactly one of folder, jsonl, parquet, dataset (given: {', '.join(places) or 'none'})")
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion go together")
+        kinds = [n for n in ("text", "prompt", "messages") if getattr(self, n) is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"give one of text, prompt and completion, messages (given: {', '.join(kinds)})")
+        if self.folder is not None and kinds:
+            raise ValueError("a folder's files are plain text; columns are for tables")
+        return self
+
+
+class CalibrationSection(Section):
+    """How much text calibration reads; None is 16 tokens per channel of the teacher's width, from every source."""
+
+    tokens_per_source: int | None = Field(None, ge=64)
+
+
+class CacheRecipe(Section):
+    """Everything `teacher-cache build` needs. Paths are relative to the working directory."""
+
+    cache: Path
+    teacher: TeacherSection
+    sources: tuple[Source, ...] = Field(min_length=1)
+    context: int = Field(1024, ge=2)
+    overlap: int = Field(0, ge=0)
+    append_eos: bool = True
+    """Close each text document with the tokenizer's end-of-text token (chats are closed by their template)."""
+    unit_tokens: int | None = Field(None, ge=64)
+    """A power of two; None is max(65,536, 16 × context), rounded up to one."""
+    batch_tokens: int = Field(8192, ge=1)
+    """Tokens of one forward pass, filler included. Part of the cache's identity."""
+    forward: Literal["auto", "packed", "padded"] = "auto"
+    """Several segments a row, or one; auto packs where a probe shows that the teacher keeps them apart."""
+    calibration: CalibrationSection = CalibrationSection.model_validate({})
+    signals: Signals = Signals()
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two sources share a name: {names}")
+        return sources
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.overlap >= self.context:
+            raise ValueError(f"overlap must be below context, found {self.overlap} and {self.context}")
+        if self.batch_tokens < self.context:
+            raise ValueError(f"batch_tokens must hold one context, found {self.batch_tokens} and {self.context}")
+        if self.resolved_unit_tokens < self.context or self.resolved_unit_tokens & (self.resolved_unit_tokens - 1):
+            raise ValueError(f"unit_tokens must be a power of two of at least context, found {self.unit_tokens}")
+        return self
+
+    @property
+    def resolved_unit_tokens(self) -> int:
+        """Tokens of a unit."""
+        return self.unit_tokens or 2 ** (max(65_536, 16 * self.context) - 1).bit_length()
+
+    @property
+    def resolved_max_columns(self) -> int | None:
+        """Columns kept of an attention row, or None for all."""
+        attention = self.signals.attention
+        if attention is None or attention.max_columns is not None:
+            return None if attention is None else attention.max_columns
+        return 64 if self.context > 1024 else None

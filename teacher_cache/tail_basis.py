@@ -1,0 +1,157 @@
+"""The low-rank basis of the distribution's tail, fitted in calibration (DESIGN 5).
+
+The basis minimises the expected squared error of the logits, each token weighted by how likely the teacher finds it on
+average (over the softened distributions, mixed with uniform so that no direction is lost): with W the output head centred by
+those weights and M = Wᵀ diag(w) W = L Lᵀ, it is the PCA of (h - μ)L. Only the fit is centred: decoding uses the head's full
+rows, because a trained head carries a common shift. Legend: n calibration tokens, D width, V vocabulary, r rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from model_taps.head import OutputHead
+from signal_store.distribution_codec import DistributionCodec
+from signal_store.signals import DistributionSignal
+
+UNIFORM_SHARE = 0.5
+QUANTISATION_SHARE = 0.25
+"""Error that the int8 step may add, as a share of the error that the truncated rank makes."""
+SATURATION_QUANTILE = 0.9999
+MARGIN = 1.1
+"""Calibration sees few tokens; the largest code seen gets this much more room."""
+
+
+@dataclass(frozen=True, slots=True)
+class TailFit:
+    """The full-rank fit: `mean` [D], `whiten` [D, D] (h - mean -> coordinates, heaviest first), its inverse `restore`, the
+    coordinates' variances `energy` [D], and their largest magnitudes but for a 10⁻⁴ `reach` [D]."""
+
+    mean: Tensor
+    whiten: Tensor
+    restore: Tensor
+    energy: Tensor
+    reach: Tensor
+    head_range: float
+
+    @classmethod
+    def of(cls, hidden_nD: Tensor, head: OutputHead, signal: DistributionSignal) -> Self:
+        """Fit on calibration tokens, in float64."""
+        weight_V, head_range = _token_weights(hidden_nD, head, signal)
+        head_VD = head.weight.double() * head.scale
+        centred_VD = head_VD - weight_V @ head_VD
+        metric_DD = centred_VD.T @ (weight_V[:, None] * centred_VD)
+        ridge = 1e-6 * metric_DD.diagonal().mean()
+        lower_DD = torch.linalg.cholesky(metric_DD + ridge * torch.eye(len(metric_DD), dtype=torch.float64))
+        mean = hidden_nD.double().mean(0)
+        coordinates = (hidden_nD.double() - mean) @ lower_DD
+        energy, directions = torch.linalg.eigh(coordinates.T @ coordinates / len(coordinates))
+        order = energy.argsort(descending=True)
+        energy, directions = energy[order].clamp(min=0), directions[:, order]
+        restore = torch.linalg.solve_triangular(lower_DD.T, directions, upper=True).T
+        reach = (coordinates @ directions).abs().quantile(SATURATION_QUANTILE, dim=0) * MARGIN
+        return cls(mean, lower_DD @ directions, restore, energy, reach, head_range)
+
+    def codec(self, rank: int, head: OutputHead, signal: DistributionSignal) -> DistributionCodec:
+        """The codec with the first `rank` directions."""
+        limit = 2 ** (signal.tail_bits - 1) - 1
+        residual = self.energy[rank:].sum()
+        common = (12 * QUANTISATION_SHARE * residual / max(1, rank)).sqrt()
+        step = torch.maximum(self.reach[:rank] / limit, common).clamp(min=1e-12)
+        head_VD = head.weight.double() * head.scale
+        bias = torch.zeros(len(head_VD), dtype=torch.float64) if head.bias is None else head.bias.double() * head.scale
+        return DistributionCodec(
+            temperatures=signal.temperatures,
+            head=signal.head,
+            tail_bits=signal.tail_bits,
+            head_range=self.head_range,
+            softcap=head.softcap,
+            mean=self.mean.float(),
+            encode_matrix=self.whiten[:, :rank].float().contiguous(),
+            tail_step=step.float(),
+            tail_basis=(head_VD @ self.restore[:rank].T).float(),
+            tail_bias=(head_VD @ self.mean + bias).float(),
+        )
+
+
+def _token_weights(hidden_nD: Tensor, head: OutputHead, signal: DistributionSignal) -> tuple[Tensor, float]:
+    """w [V], float64, summing to 1; and the head's range in nats."""
+    total = torch.zeros(len(head.weight), dtype=torch.float64)
+    distances = []
+    for chunk in hidden_nD.split(512):
+        logits = head.logits(chunk)
+        for temperature in signal.temperatures:
+            total += (logits / temperature).softmax(-1).sum(0).double()
+        top = logits.topk(min(max(1, signal.head), logits.shape[1]), 1).values
+        distances.append((top[:, :1] - top[:, -1:]).flatten())
+    reach = torch.cat(distances).double().quantile(SATURATION_QUANTILE)
+    uniform = torch.full_like(total, 1 / len(total))
+    return (1 - UNIFORM_SHARE) * total / total.sum() + UNIFORM_SHARE * uniform, float((reach * MARGIN).clamp(min=1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Per cached temperature: mean KL(teacher‖cached) in nats, times T²; the gradient's angle in degrees; the head's mass."""
+
+    scaled_kl_nats: tuple[float, ...]
+    angle_degrees: tuple[float, ...]
+    head_mass: tuple[float, ...]
+
+    def within(self, signal: DistributionSignal) -> bool:
+        """Whether both bounds of the recipe hold at every temperature."""
+        return max(self.scaled_kl_nats) <= signal.max_scaled_kl_nats and max(self.angle_degrees) <= signal.max_angle_degrees
+
+
+@torch.inference_mode()
+def measure(codec: DistributionCodec, head: OutputHead, hidden_nD: Tensor, chunk: int = 512) -> Fidelity:
+    """Cached against true distributions on held-out tokens.
+
+    The gradient is that of forward KL with respect to an output head which reads the teacher's hidden states and knows only how
+    frequent tokens are: Σ (u - p) hᵀ, u the mean of p.
+    """
+    kls, angles, masses = [], [], []
+    for column, temperature in enumerate(codec.temperatures):
+        total = torch.zeros(len(head.weight), dtype=torch.float64)
+        for part in hidden_nD.split(chunk):
+            total += (head.logits(part) / temperature).softmax(-1).sum(0).double()
+        unigram = (total / len(hidden_nD)).float()
+        true, cached = (torch.zeros(len(head.weight), hidden_nD.shape[1]) for _ in range(2))
+        kl, mass = 0.0, 0.0
+        for part in hidden_nD.split(chunk):
+            logits = head.logits(part)
+            codes, _ = codec.encode(part, logits, torch.full((len(part),), -1))
+            logp = (logits / temperature).log_softmax(-1)
+            shape = None if codec.rank else unigram.log().expand_as(logp)
+            logq = codec.logprobs(codes, temperature, shape)
+            kl += float((logp.exp() * (logp - logq)).sum())
+            mass += float(codes.scalars[:, codec.mass_column(temperature)].float().sigmoid().sum())
+            true += (unigram - logp.exp()).T @ part.float()
+            cached += (unigram - logq.exp()).T @ part.float()
+        cosine = torch.nn.functional.cosine_similarity(true.flatten().double(), cached.flatten().double(), 0)
+        kls.append(temperature**2 * kl / len(hidden_nD))
+        angles.append(float(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))))
+        masses.append(mass / len(hidden_nD))
+    return Fidelity(tuple(kls), tuple(angles), tuple(masses))
+
+
+def choose_codec(fit: TailFit, head: OutputHead, signal: DistributionSignal, held_out_nD: Tensor) -> tuple[DistributionCodec, Fidelity]:
+    """The codec of the recipe's rank; for `auto` the smallest candidate within both bounds, else the full width."""
+    width = len(fit.mean)
+    if signal.rank != "auto":
+        codec = fit.codec(min(signal.rank, width), head, signal)
+        return codec, measure(codec, head, held_out_nD)
+    for rank in rank_candidates(width):
+        codec = fit.codec(rank, head, signal)
+        fidelity = measure(codec, head, held_out_nD)
+        if fidelity.within(signal) or rank == width:
+            return codec, fidelity
+    raise AssertionError("the full width is a candidate")
+
+
+def rank_candidates(width: int) -> Sequence[int]:
+    """Ranks that `auto` tries, ascending: powers of two and the steps of a quarter octave between them, up to the width."""
+    steps = {octave * quarter // 4 for octave in (2**i for i in range(3, 16)) for quarter in (4, 5, 6, 7)}
+    return sorted({rank for rank in steps if rank < width} | {width})

@@ -1,0 +1,94 @@
+"""What a unit is made of, as planned: its tokens, its segments, the positions its signals are taken at. One small file a unit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+from numcodecs import zstd
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from signal_store.canonical import sha256
+from signal_store.errors import CorruptError
+from teacher_cache.corpus.segments import PlannedSegment
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPlan:
+    """Tokens of a unit's segments end to end, and columns of one row per segment. Places (`token_start`, `keyword`) count from
+    the unit's first token."""
+
+    input_ids: NDArray[np.uint32]
+    loss_mask: NDArray[np.uint8]
+    byte_end: NDArray[np.uint32]
+    keyword: NDArray[np.int64]
+    token_start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    context_only: NDArray[np.int64]
+    next_token: NDArray[np.int64]
+    source: NDArray[np.int64]
+    document: NDArray[np.int64]
+    token_hash: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, segments: Sequence[PlannedSegment]) -> Self:
+        """The plan of a unit that holds these segments, in order."""
+        lengths = np.asarray([len(s) for s in segments], dtype=np.int64)
+        return cls(
+            input_ids=np.concatenate([s.input_ids for s in segments]),
+            loss_mask=np.concatenate([s.loss_mask for s in segments]),
+            byte_end=np.concatenate([s.byte_end for s in segments]),
+            keyword=np.flatnonzero(np.concatenate([s.keyword for s in segments])),
+            token_start=np.cumsum(lengths) - lengths,
+            length=lengths,
+            context_only=np.asarray([s.context_only for s in segments], dtype=np.int64),
+            next_token=np.asarray([s.next_token for s in segments], dtype=np.int64),
+            source=np.asarray([s.source for s in segments], dtype=np.int64),
+            document=np.asarray([s.document for s in segments], dtype=np.int64),
+            token_hash=np.asarray([s.token_hash for s in segments], dtype=np.uint64),
+        )
+
+    def to_bytes(self) -> bytes:
+        """The stored form: safetensors, zstd."""
+        return bytes(zstd.compress(save({f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self)}), 3))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, expected_digest: str, where: str) -> Self:
+        """The inverse of `to_bytes`; CorruptError if the bytes are not the planned ones."""
+        found = sha256(data)
+        if found != expected_digest:
+            raise CorruptError("a planned unit was altered", expected=expected_digest, found=found, where=where)
+        return cls(**load(bytes(zstd.decompress(data))))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all segments."""
+        return len(self.input_ids)
+
+    @property
+    def segment_of_token(self) -> NDArray[np.int64]:
+        """int64 [tokens]: number of the segment a token belongs to."""
+        return np.repeat(np.arange(len(self.length)), self.length)
+
+    def hidden_positions(self, every: int) -> NDArray[np.int64]:
+        """Places of the sampled hidden states: every n-th token of each segment, context left out."""
+        segment = self.segment_of_token
+        place = np.arange(self.num_tokens) - self.token_start[segment]
+        return np.flatnonzero((place % every == 0) & (place >= self.context_only[segment]))
+
+    def attention_lengths(self, max_columns: int | None) -> NDArray[np.int64]:
+        """Stored entries of each keyword row: keys from its segment's start to itself, or the heaviest of them."""
+        lengths = self.keyword - self.token_start[self.segment_of_token[self.keyword]] + 1
+        return lengths if max_columns is None else np.minimum(lengths, max_columns)
+
+    def rows_per_segment(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many of the (ascending) positions each segment has."""
+        return np.bincount(self.segment_of_token[positions], minlength=len(self.length)).astype(np.int64)
+
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [tokens]: the next token of each row, -1 where none is stored."""
+        labels = np.append(self.input_ids[1:].astype(np.int64), -1)
+        last = self.token_start + self.length - 1
+        labels[last] = np.where(self.next_token == 2**32 - 1, -1, self.next_token)
+        return labels
