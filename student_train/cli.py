@@ -52,3 +52,7 @@ def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson
 def main() -> None:
     """Entry point."""
     run_app(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,11 +44,14 @@ class Codecs:
         signal = cache.manifest.signals.distribution
         distribution = None
         if objective.needs.distribution and signal is not None:
-            names = ("mean", "encode_matrix", "tail_step", "tail_basis", "tail_bias", "head_range")
+            rank = cache.manifest.calibration.tail_rank
+            names = ("head_range", "tail_bias", *(("mean", "encode_matrix", "tail_step", "tail_basis") if rank else ()))
             arrays = {f"distribution/{name}": _constant(cache, f"distribution/{name}") for name in names}
-            distribution = DistributionCodec.from_arrays(
-                arrays, signal.temperatures, signal.head, signal.tail_bits, cache.manifest.teacher.logit_softcap
-            ).to(device)
+            if not rank:  # zarr keeps no array of no columns
+                empty = np.zeros((len(arrays["distribution/tail_bias"]), 0), np.float32)
+                arrays |= {f"distribution/{name}": empty for name in ("mean", "encode_matrix", "tail_basis")}
+                arrays["distribution/tail_step"] = np.zeros(0, np.float32)
+            distribution = DistributionCodec.from_arrays(arrays, signal, cache.manifest.teacher.logit_softcap).to(device)
         hidden = {}
         for layout in cache.manifest.calibration.hidden:
             if layout.layer in objective.needs.hidden:
@@ -99,14 +102,19 @@ class Distiller(nn.Module):
         query = RowQuery(batch.row_batch, batch.row_query, batch.row_first)
         with contextlib.ExitStack() as taps:
             blocks = taps.enter_context(tap_block_outputs(self.student, [p.student for p in objective.hidden_pairs]))
-            rows = taps.enter_context(tap_attention_rows(self.student, query, [p.student for p in objective.attention_pairs]))
+            rows = taps.enter_context(tap_attention_rows(query, [p.student for p in objective.attention_pairs]))
             activations = taps.enter_context(tap_ffn_activations(self.student)) if objective.losses.asr else {}
             hidden_BSD = final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None)
         targets = OutputTargets(
-            batch.labels, batch.distribution, self.codecs.distribution, objective.losses.tla.temperature if objective.losses.tla else 1.0
+            batch.labels,
+            batch.distribution,
+            self.codecs.distribution,
+            objective.losses.tla.temperature if objective.losses.tla else 1.0,
         )
         output_scales = OutputScales(scales.get("cross_entropy", 0.0), scales.get("tla", 0.0))
-        total, cross_entropy, tla = output_loss(hidden_BSD.flatten(0, 1)[batch.flat], output_head(self.student), targets, output_scales)
+        total, cross_entropy, tla = output_loss(
+            hidden_BSD.flatten(0, 1)[batch.flat], output_head(self.student), targets, output_scales
+        )
         sums = {"cross_entropy": cross_entropy, "tla": tla}
         if objective.losses.lhsm is not None:
             sums["lhsm"] = self._lhsm(batch, blocks)
@@ -153,7 +161,7 @@ class Distiller(nn.Module):
         if not len(batch.row_batch):
             return False
         query = RowQuery(batch.row_batch, batch.row_query, batch.row_first)
-        with tap_attention_rows(self.student, query, [p.student for p in self.objective.attention_pairs]) as rows:
+        with tap_attention_rows(query, [p.student for p in self.objective.attention_pairs]) as rows:
             final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None)
         for pair in self.objective.attention_pairs:
             teacher, has_residual = teacher_rows(batch, pair.teacher)

@@ -77,7 +77,7 @@ class RunRecipe(Section):
     out: Path
     student: StudentSection
     preset: str | None = None
-    losses: dict[str, Any] = {}
+    losses: dict[str, Any] = Field(default_factory=dict)
     """Terms on top of the preset's; `name: null` switches one off."""
     steps: int = Field(ge=1)
     seed: int = 0

@@ -60,9 +60,12 @@ def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
         found = json.loads(described.read_text())["recipe_digest"]
         if found != recipe_digest:
             raise MismatchError(
-                "the folder holds another run", expected=recipe_digest, found=found, where=recipe.out,
+                "the folder holds another run",
+                expected=recipe_digest,
+                found=found,
+                where=recipe.out,
                 remedy="Give another out, or restore the recipe.",
-            )  # fmt: skip
+            )
 
 
 def _describe(recipe: RunRecipe, recipe_digest: str, cache_id: str) -> None:

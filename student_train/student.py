@@ -17,9 +17,12 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
     tokenizer = _tokenizer(section, cache)
     if section.checkpoint is not None:
         model = load_model(
-            section.checkpoint, what="student", dtype=torch.float32, attn_implementation=section.attn_implementation,
+            section.checkpoint,
+            what="student",
+            dtype=torch.float32,
+            attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
-        )  # fmt: skip
+        )
     else:
         torch.manual_seed(section.seed)
         config = _config(section, cache)
@@ -55,9 +58,12 @@ def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast
     expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     if expected != found:
         raise MismatchError(
-            "teacher and student have different tokenizers", expected=expected, found=f"{found} ({own or 'the copy in the cache'})",
-            where=cache.root, remedy="Train a student that uses the teacher's tokenizer.",
-        )  # fmt: skip
+            "teacher and student have different tokenizers",
+            expected=expected,
+            found=f"{found} ({own or 'the copy in the cache'})",
+            where=cache.root,
+            remedy="Train a student that uses the teacher's tokenizer.",
+        )
     return tokenizer
 
 
@@ -65,10 +71,14 @@ def _check(model: PreTrainedModel, cache: Cache) -> None:
     vocab_size = cache.manifest.tokenizer.vocab_size
     rows = len(model.get_output_embeddings().weight)
     if rows < vocab_size:
-        raise MismatchError("the student's vocabulary is smaller than the cache's", expected=f"at least {vocab_size} rows", found=rows)
+        raise MismatchError(
+            "the student's vocabulary is smaller than the cache's", expected=f"at least {vocab_size} rows", found=rows
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < cache.manifest.plan.context:
         raise MismatchError(
-            "the student's context is shorter than the cache's segments", expected=f"at least {cache.manifest.plan.context} positions",
-            found=positions, where="student.config.max_position_embeddings",
-        )  # fmt: skip
+            "the student's context is shorter than the cache's segments",
+            expected=f"at least {cache.manifest.plan.context} positions",
+            found=positions,
+            where="student.config.max_position_embeddings",
+        )

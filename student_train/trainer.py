@@ -67,10 +67,13 @@ class Trainer:
         accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bfloat16" else "no")
         device = accelerator.device
         stream = Stream(
-            self.cache, self.objective.needs, recipe.stream,
+            self.cache,
+            self.objective.needs,
+            recipe.stream,
             packed=probe(self.distiller.student, self.cache.manifest.tokenizer.vocab_size) == "packed",
-            rank=accelerator.process_index, world_size=accelerator.num_processes,
-        )  # fmt: skip
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
         optimizer = build_optimizer(self.distiller, recipe.optimizer)
         progress = self._resume(optimizer)
         self.distiller.codecs = Codecs.of(self.cache, self.objective, device)
@@ -89,12 +92,17 @@ class Trainer:
                 record = self._step(accelerator, model, prepared, micro, progress.step)
                 seconds = time.perf_counter() - started
                 progress = replace(
-                    progress, step=progress.step + 1, cursor=micro[-1].cursor, tokens=progress.tokens + int(record["tokens"]),
+                    progress,
+                    step=progress.step + 1,
+                    cursor=micro[-1].cursor,
+                    tokens=progress.tokens + int(record["tokens"]),
                     train_seconds=progress.train_seconds + seconds,
-                )  # fmt: skip
+                )
                 log.write(step=progress.step, **record, seconds=seconds, data_wait_seconds=waited)
                 display.update(bar, advance=1, description=f"train  loss {record['loss']:.4f}")
-                if recipe.validation is not None and (progress.step % recipe.validation.every == 0 or progress.step == recipe.steps):
+                if recipe.validation is not None and (
+                    progress.step % recipe.validation.every == 0 or progress.step == recipe.steps
+                ):
                     progress = self._validate(accelerator, stream, progress, log)
                 if progress.step % recipe.checkpoint.every == 0 or progress.step == recipe.steps:
                     checkpoint.save(recipe.out / "checkpoints", self.distiller, optimizer, progress, recipe.checkpoint.keep)
@@ -109,23 +117,29 @@ class Trainer:
         expected = {"cache_id": self.cache.manifest.cache_id, "recipe_digest": self.recipe_digest}
         for name, value in expected.items():
             if getattr(progress, name) != value:
-                raise MismatchError(f"the checkpoint has another {name}", expected=value, found=getattr(progress, name), where=found[-1])
+                raise MismatchError(
+                    f"the checkpoint has another {name}", expected=value, found=getattr(progress, name), where=found[-1]
+                )
         return progress
 
     def _match_heads(self, stream: Stream, device: torch.device) -> dict[int, list[tuple[int, int]]]:
         """On the stream's first rows, the same for every rank."""
         first = replace(stream, rank=0, world_size=1)
         self.distiller.student.eval()
-        matched = any(self.distiller.choose_heads(b.to(device)) for b in islice(first.micro_batches(Cursor()), HEAD_MATCHING_BATCHES))
+        matched = any(
+            self.distiller.choose_heads(b.to(device)) for b in islice(first.micro_batches(Cursor()), HEAD_MATCHING_BATCHES)
+        )
         self.distiller.student.train()
         if not matched:
-            raise MismatchError("apc: no keyword row in the first batches", expected="some, to match heads by", where=self.cache.root)
+            raise MismatchError(
+                "apc: no keyword row in the first batches", expected="some, to match heads by", where=self.cache.root
+            )
         return self.distiller.head_pairs
 
     def _step(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, micro: list[CodedBatch], step: int
     ) -> dict[str, float]:
-        """One optimizer step. Every loss is a mean over the global batch: counts are summed over ranks before the first backward."""
+        """One optimizer step; every loss is a mean over the global batch: counts are summed over ranks before any backward."""
         recipe, ranks = self.recipe, accelerator.num_processes
         torch.manual_seed(key_of(recipe.seed, step, accelerator.process_index) % 2**63)
         factor = learning_rate_factor(step, recipe.steps, recipe.optimizer)
@@ -151,11 +165,17 @@ class Trainer:
         loss = sum(weights[name] * means[name] for name in terms)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
             segments = sorted({segment for batch in micro for segment in batch.segments})
-            raise SignalStoreError("the loss is not finite", found=f"loss {loss}, gradient norm {float(norm)}", where=f"step {step}, segments {segments[:20]}")
+            raise SignalStoreError(
+                "the loss is not finite",
+                found=f"loss {loss}, gradient norm {float(norm)}",
+                where=f"step {step}, segments {segments[:20]}",
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         lr = recipe.optimizer.learning_rate * factor
-        parts = {f"{name}_{what}": by[name] for name in terms for what, by in (("loss", means), ("weight", weights), ("count", count_of))}
+        parts = {
+            f"{name}_{what}": by[name] for name in terms for what, by in (("loss", means), ("weight", weights), ("count", count_of))
+        }
         return {"loss": loss, "learning_rate": lr, "gradient_norm": float(norm), "tokens": float(counts[-1]), **parts}
 
     def _validate(self, accelerator: Accelerator, stream: Stream, progress: Progress, log: MetricsLog) -> Progress:

@@ -60,8 +60,7 @@ class Calibrated:
         """Codec of the distribution, on the teacher's device."""
         signal = self.manifest.signals.distribution
         assert signal is not None
-        softcap = self.manifest.teacher.logit_softcap
-        codec = DistributionCodec.from_arrays(self.arrays, signal.temperatures, signal.head, signal.tail_bits, softcap)
+        codec = DistributionCodec.from_arrays(self.arrays, signal, self.manifest.teacher.logit_softcap)
         return codec.to(self.teacher.device)
 
     def hidden(self, layer: int) -> HiddenCodec:
@@ -88,9 +87,12 @@ def calibrate(recipe: CacheRecipe) -> Calibrated:
     _refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
     if body["signals"] != recipe.signals.model_dump(mode="json") or body["plan_digest"] != planned.digest:
         raise MismatchError(
-            "the cache was calibrated by another recipe", expected=body["signals"], found=recipe.signals.model_dump(mode="json"),
-            where=recipe.cache, remedy="Restore the recipe's signals, or build into another folder.",
-        )  # fmt: skip
+            "the cache was calibrated by another recipe",
+            expected=body["signals"],
+            found=recipe.signals.model_dump(mode="json"),
+            where=recipe.cache,
+            remedy="Restore the recipe's signals, or build into another folder.",
+        )
     arrays = read_calibration_arrays(objects, body["arrays_digest"])
     manifest = _manifest(recipe, planned, tokenizer, body)
     frozen, _ = commit(objects, MANIFEST, manifest.model_dump(mode="json"), new_attempt())
@@ -141,7 +143,9 @@ class _Pick:
 
 def _picks(planned: Plan, objects: Objects, tokens_per_source: int) -> list[_Pick]:
     """Segments spread evenly over each source, until its share is reached."""
-    chosen_units = sorted(set(np.linspace(0, planned.num_units - 1, min(planned.num_units, MAX_UNITS_READ)).round().astype(int).tolist()))
+    chosen_units = sorted(
+        set(np.linspace(0, planned.num_units - 1, min(planned.num_units, MAX_UNITS_READ)).round().astype(int).tolist())
+    )
     units = [planned.unit(objects, int(u)) for u in chosen_units]
     picked: list[list[int]] = [[] for _ in units]
     for source in range(len(planned.sources)):
@@ -201,12 +205,18 @@ def _measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Obje
         body["head_mass"] = list(fidelity.head_mass)
     body["hidden"] = []
     for layer in layers:
-        hidden_codec, explained = _fit_hidden(torch.cat(states[layer]), recipe.signals.hidden.rank if recipe.signals.hidden else None)
+        hidden_codec, explained = _fit_hidden(
+            torch.cat(states[layer]), recipe.signals.hidden.rank if recipe.signals.hidden else None
+        )
         arrays |= hidden_codec.to_arrays(layer)
         rank = None if hidden_codec.basis is None else hidden_codec.basis.shape[1]
         body["hidden"].append({"layer": layer, "width": len(hidden_codec.mean), "rank": rank, "explained_variance": explained})
     body["attention"] = [
-        {"layer": layer, "head_ids": _most_focused(torch.cat(entropy[layer]), attention.heads), "max_columns": recipe.resolved_max_columns}
+        {
+            "layer": layer,
+            "head_ids": _most_focused(torch.cat(entropy[layer]), attention.heads),
+            "max_columns": recipe.resolved_max_columns,
+        }
         for layer in row_layers
         if attention is not None
     ]
@@ -303,9 +313,11 @@ def _check_teacher(calibrated: Calibrated, objects: Objects) -> None:
     tolerance = CHECK_TOLERANCE[calibrated.manifest.teacher.dtype]
     if not error <= tolerance:
         raise MismatchError(
-            "the teacher does not think here what it thought in calibration", expected=f"relative difference at most {tolerance}",
-            found=f"{error:.3g}", remedy="Check the teacher's weights, the attention kernel and the library versions of this machine.",
-        )  # fmt: skip
+            "the teacher does not think here what it thought in calibration",
+            expected=f"relative difference at most {tolerance}",
+            found=f"{error:.3g}",
+            remedy="Check the teacher's weights, the attention kernel and the library versions of this machine.",
+        )
 
 
 def batches_of(calibrated: Calibrated, unit: UnitPlan) -> list[TeacherBatch]:

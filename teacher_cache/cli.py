@@ -13,7 +13,9 @@ from teacher_cache.recipe import CacheRecipe
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML.", metavar="RECIPE.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as signals.distribution.head=32.", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, such as signals.distribution.head=32.", metavar="[KEY=VALUE]...")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -28,7 +30,10 @@ def build(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
     from teacher_cache.build import build as run
 
     cache = run(loaded)
-    _say({"cache": str(cache.root), "cache_id": cache.manifest.cache_id, "segments": len(cache), "units": cache.seal.num_units}, as_json)
+    _say(
+        {"cache": str(cache.root), "cache_id": cache.manifest.cache_id, "segments": len(cache), "units": cache.seal.num_units},
+        as_json,
+    )
 
 
 @app.command()
@@ -95,3 +100,7 @@ def inspect(cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
 def main() -> None:
     """Entry point."""
     run_app(app)
+
+
+if __name__ == "__main__":
+    main()

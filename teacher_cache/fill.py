@@ -26,7 +26,7 @@ from teacher_cache.extract.distribution import extract_distribution
 from teacher_cache.extract.hidden import extract_hidden
 from teacher_cache.extract.rows import Extracted, Rows
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.teacher import TeacherBatch, Thoughts, think
+from teacher_cache.teacher import TeacherBatch, think
 from teacher_cache.unit_plan import UnitPlan
 
 MAX_SATURATION = 1e-3
@@ -83,9 +83,11 @@ def publish_unit(objects: Objects, record: Document, specs: tuple[ArraySpec, ...
 def _refuse_another_cache(record: Document, calibrated: Calibrated) -> None:
     if record.body["cache_id"] != calibrated.manifest.cache_id:
         raise MismatchError(
-            "a unit belongs to another cache", expected=calibrated.manifest.cache_id, found=record.body["cache_id"],
+            "a unit belongs to another cache",
+            expected=calibrated.manifest.cache_id,
+            found=record.body["cache_id"],
             where=unit_key(record.body["unit"]),
-        )  # fmt: skip
+        )
 
 
 class _Writers:
@@ -121,9 +123,12 @@ class _Writers:
         for signal, share in saturation.items():
             if share > MAX_SATURATION:
                 raise MismatchError(
-                    f"codes of {signal} hit their limit", expected=f"at most {MAX_SATURATION} of them", found=f"{share:.2g}",
-                    where=f"unit {unit}", remedy="Calibrate on more tokens: raise calibration.tokens_per_source, in another folder.",
-                )  # fmt: skip
+                    f"codes of {signal} hit their limit",
+                    expected=f"at most {MAX_SATURATION} of them",
+                    found=f"{share:.2g}",
+                    where=f"unit {unit}",
+                    remedy="Calibrate on more tokens: raise calibration.tokens_per_source, in another folder.",
+                )
         return UnitRecord(cache_id, unit, 0, {path: writer.close() for path, writer in self._writers.items()}, saturation)
 
     def _wait(self) -> None:
@@ -155,7 +160,9 @@ def _extract(calibrated: Calibrated, unit: UnitPlan, batch: TeacherBatch) -> Ext
             blank = _context_rows(unit, tokens) if every == 1 else np.zeros(len(places), dtype=bool)
             parts.append(Extracted(_blank(found.rows, manifest.specs, blank), found.saturated))
     parts += [extract_attention(a, thoughts.rows[a.layer], thoughts.row_lengths) for a in attention]
-    return Extracted({p: r for part in parts for p, r in part.rows.items()}, {s: n for part in parts for s, n in part.saturated.items()})
+    return Extracted(
+        {p: r for part in parts for p, r in part.rows.items()}, {s: n for part in parts for s, n in part.saturated.items()}
+    )
 
 
 def _context_rows(unit: UnitPlan, tokens: slice) -> NDArray[np.bool_]:

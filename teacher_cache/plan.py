@@ -1,12 +1,11 @@
 """plan: texts to tokens, segments and units. A pure function of recipe and data; the first to commit wins."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
-
 import hashlib
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -140,7 +139,9 @@ def _make(recipe: CacheRecipe, objects: Objects) -> Document:
             for unit_plan in _units(recipe, tokenizer, tallies, split):
                 data = unit_plan.to_bytes()
                 objects.put(f"{prefix}/{len(units):07d}", data)
-                units.append({"digest": sha256(data), "split": split, "segments": len(unit_plan.length), "tokens": unit_plan.num_tokens})
+                units.append(
+                    {"digest": sha256(data), "split": split, "segments": len(unit_plan.length), "tokens": unit_plan.num_tokens}
+                )
                 lengths = unit_plan.attention_lengths(max_columns)
                 rows = {"segments": len(unit_plan.length), "hidden_rows": len(unit_plan.hidden_positions(every))}
                 rows |= {"attention_rows": len(lengths), "attention_entries": int(lengths.sum())}
@@ -149,14 +150,18 @@ def _make(recipe: CacheRecipe, objects: Objects) -> Document:
         for tally in tallies:
             if not tally.num_tokens:
                 raise InputError(
-                    "a source has no text", expected="at least one document that is not empty",
-                    found=f"{tally.num_documents} documents, {tally.num_empty_documents} empty", where=f"source {tally.source.name}",
-                )  # fmt: skip
+                    "a source has no text",
+                    expected="at least one document that is not empty",
+                    found=f"{tally.num_documents} documents, {tally.num_empty_documents} empty",
+                    where=f"source {tally.source.name}",
+                )
         if recipe.signals.attention is not None and maxima["attention_entries"] == 1:
             raise InputError(
-                "no keyword was found for the attention signal", expected="a source with a lexer, and its keywords in the text",
-                found="none", remedy="Give sources a lexer, or leave signals.attention out.",
-            )  # fmt: skip
+                "no keyword was found for the attention signal",
+                expected="a source with a lexer, and its keywords in the text",
+                found="none",
+                remedy="Give sources a lexer, or leave signals.attention out.",
+            )
         body = {
             "recipe": planned_part(recipe),
             "tokenizer": {"digest": tokenizer_digest(tokenizer), "vocab_size": len(tokenizer)},
@@ -196,9 +201,12 @@ def _check_context(recipe: CacheRecipe) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.context > longest:
         raise InputError(
-            "the context is longer than the teacher's", expected=f"at most {longest}", found=recipe.context, where="context",
+            "the context is longer than the teacher's",
+            expected=f"at most {longest}",
+            found=recipe.context,
+            where="context",
             remedy="Lower context.",
-        )  # fmt: skip
+        )
 
 
 def _units(recipe: CacheRecipe, tokenizer: PreTrainedTokenizerFast, tallies: list[_Tally], split: Split) -> Iterator[UnitPlan]:

@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from signal_store.arrays import ArraySpec, hierarchy_metadata
 from signal_store.canonical import digest, sha256
 from signal_store.errors import IncompleteError, MismatchError, NotFoundError
-from signal_store.ledger import CALIBRATION, MANIFEST, PLAN, STAGING, UnitRecord, commit, find_document, new_attempt, read_document, seal_key
+from signal_store.ledger import (
+    CALIBRATION,
+    MANIFEST,
+    PLAN,
+    STAGING,
+    UnitRecord,
+    commit,
+    find_document,
+    new_attempt,
+    read_document,
+    seal_key,
+)
 from signal_store.manifest import FORMAT_VERSION, Manifest, parse_manifest
 from signal_store.objects import LocalObjects, Objects
 from signal_store.seal_record import Seal, constant_spec, pack_records
@@ -49,14 +60,19 @@ def seal(cache: Path) -> Seal:
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         raise IncompleteError(
-            "the cache is not filled", expected=f"{len(units)} units", found=f"{len(missing)} missing: {shown}", where=cache,
+            "the cache is not filled",
+            expected=f"{len(units)} units",
+            found=f"{len(missing)} missing: {shown}",
+            where=cache,
             remedy="Run teacher-cache fill with its recipe.",
-        )  # fmt: skip
+        )
     records = []
     for document in found:
         assert document is not None
         if document.body["cache_id"] != manifest.cache_id:
-            raise MismatchError("a unit belongs to another cache", expected=manifest.cache_id, found=document.body["cache_id"], where=cache)
+            raise MismatchError(
+                "a unit belongs to another cache", expected=manifest.cache_id, found=document.body["cache_id"], where=cache
+            )
         publish_unit(objects, document, manifest.specs)
         records.append(UnitRecord.from_body(document.body))
     constants = _write_constants(objects, manifest, records, units)

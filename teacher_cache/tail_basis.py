@@ -1,12 +1,15 @@
 """The low-rank basis of the distribution's tail, fitted in calibration (DESIGN 5).
 
-The basis minimises the expected squared error of the logits, each token weighted by how likely the teacher finds it on
-average (over the softened distributions, mixed with uniform so that no direction is lost): with W the output head centred by
-those weights and M = Wᵀ diag(w) W = L Lᵀ, it is the PCA of (h - μ)L. Only the fit is centred: decoding uses the head's full
-rows, because a trained head carries a common shift. Legend: n calibration tokens, D width, V vocabulary, r rank.
+The basis minimises the expected squared error of the logits, each token weighted by the mass the teacher gives it outside the
+head (averaged over the softened distributions, mixed with uniform so that no direction is lost): with W the output head
+centred by those weights and M = Wᵀ diag(w) W = L Lᵀ, it is the PCA of (h - μ)L. Only the fit is centred: decoding uses the
+head's full rows, because a trained head carries a common shift.
+
+One quantisation step serves all directions, as rate-distortion theory has it: an error weighs the same wherever it is made, and
+a direction that moves less than half a step costs nothing. So `rank: auto` searches the coarsest step that meets the bounds, and
+the rank follows. Legend: n calibration tokens, D width, V vocabulary, r rank.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,11 +20,13 @@ from model_taps.head import OutputHead
 from signal_store.distribution_codec import DistributionCodec
 from signal_store.signals import DistributionSignal
 
-UNIFORM_SHARE = 0.5
+UNIFORM_SHARE = 0.1
 QUANTISATION_SHARE = 0.25
-"""Error that the int8 step may add, as a share of the error that the truncated rank makes."""
+"""Error that the step may add, as a share of the error that a rank given by the recipe makes."""
+STEPS_PER_OCTAVE = 4
+OCTAVES = 12
 SATURATION_QUANTILE = 0.9999
-MARGIN = 1.1
+MARGIN = 1.5
 """Calibration sees few tokens; the largest code seen gets this much more room."""
 
 
@@ -55,23 +60,30 @@ class TailFit:
         reach = (coordinates @ directions).abs().quantile(SATURATION_QUANTILE, dim=0) * MARGIN
         return cls(mean, lower_DD @ directions, restore, energy, reach, head_range)
 
-    def codec(self, rank: int, head: OutputHead, signal: DistributionSignal) -> DistributionCodec:
-        """The codec with the first `rank` directions."""
-        limit = 2 ** (signal.tail_bits - 1) - 1
+    def codec_of_rank(self, rank: int, head: OutputHead, signal: DistributionSignal) -> DistributionCodec:
+        """The codec with the first `rank` directions, its step in proportion to what they leave out."""
         residual = self.energy[rank:].sum()
-        common = (12 * QUANTISATION_SHARE * residual / max(1, rank)).sqrt()
-        step = torch.maximum(self.reach[:rank] / limit, common).clamp(min=1e-12)
+        return self.codec(rank, float((12 * QUANTISATION_SHARE * residual / max(1, rank)).sqrt()), head, signal)
+
+    def codec_of_step(self, step: float, head: OutputHead, signal: DistributionSignal) -> DistributionCodec:
+        """The codec with one step, and every direction that ever moves half of it."""
+        return self.codec(max(1, int((self.reach >= step / 2).sum())), step, head, signal)
+
+    def codec(self, rank: int, step: float, head: OutputHead, signal: DistributionSignal) -> DistributionCodec:
+        """The codec with a rank and a step; a direction that would not fit into its codes gets a larger step."""
+        limit = 2 ** (signal.tail_bits - 1) - 1
         head_VD = head.weight.double() * head.scale
         bias = torch.zeros(len(head_VD), dtype=torch.float64) if head.bias is None else head.bias.double() * head.scale
         return DistributionCodec(
             temperatures=signal.temperatures,
             head=signal.head,
+            head_bits=signal.head_bits,
             tail_bits=signal.tail_bits,
             head_range=self.head_range,
             softcap=head.softcap,
             mean=self.mean.float(),
             encode_matrix=self.whiten[:, :rank].float().contiguous(),
-            tail_step=step.float(),
+            tail_step=(self.reach[:rank] / limit).clamp(min=max(step, 1e-12)).float(),
             tail_basis=(head_VD @ self.restore[:rank].T).float(),
             tail_bias=(head_VD @ self.mean + bias).float(),
         )
@@ -83,13 +95,16 @@ def _token_weights(hidden_nD: Tensor, head: OutputHead, signal: DistributionSign
     distances = []
     for chunk in hidden_nD.split(512):
         logits = head.logits(chunk)
+        top, ids = logits.topk(min(max(1, signal.head), logits.shape[1]), 1)
         for temperature in signal.temperatures:
-            total += (logits / temperature).softmax(-1).sum(0).double()
-        top = logits.topk(min(max(1, signal.head), logits.shape[1]), 1).values
+            p = (logits / temperature).softmax(-1)
+            total += (p.scatter(1, ids, 0) if signal.head else p).sum(0).double()
         distances.append((top[:, :1] - top[:, -1:]).flatten())
     reach = torch.cat(distances).double().quantile(SATURATION_QUANTILE)
     uniform = torch.full_like(total, 1 / len(total))
-    return (1 - UNIFORM_SHARE) * total / total.sum() + UNIFORM_SHARE * uniform, float((reach * MARGIN).clamp(min=1.0))
+    return (1 - UNIFORM_SHARE) * total / total.sum().clamp(min=1e-30) + UNIFORM_SHARE * uniform, float(
+        (reach * MARGIN).clamp(min=1.0)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,7 @@ def measure(codec: DistributionCodec, head: OutputHead, hidden_nD: Tensor, chunk
     frequent tokens are: Σ (u - p) hᵀ, u the mean of p.
     """
     kls, angles, masses = [], [], []
-    for column, temperature in enumerate(codec.temperatures):
+    for temperature in codec.temperatures:
         total = torch.zeros(len(head.weight), dtype=torch.float64)
         for part in hidden_nD.split(chunk):
             total += (head.logits(part) / temperature).softmax(-1).sum(0).double()
@@ -137,21 +152,25 @@ def measure(codec: DistributionCodec, head: OutputHead, hidden_nD: Tensor, chunk
     return Fidelity(tuple(kls), tuple(angles), tuple(masses))
 
 
-def choose_codec(fit: TailFit, head: OutputHead, signal: DistributionSignal, held_out_nD: Tensor) -> tuple[DistributionCodec, Fidelity]:
-    """The codec of the recipe's rank; for `auto` the smallest candidate within both bounds, else the full width."""
-    width = len(fit.mean)
+def choose_codec(
+    fit: TailFit, head: OutputHead, signal: DistributionSignal, held_out_nD: Tensor
+) -> tuple[DistributionCodec, Fidelity]:
+    """The codec of the recipe's rank; for `auto` the one with the coarsest step within both bounds, else the finest tried."""
     if signal.rank != "auto":
-        codec = fit.codec(min(signal.rank, width), head, signal)
+        codec = fit.codec_of_rank(min(signal.rank, len(fit.mean)), head, signal)
         return codec, measure(codec, head, held_out_nD)
-    for rank in rank_candidates(width):
-        codec = fit.codec(rank, head, signal)
+    coarsest = float(fit.energy[0].sqrt()) * 2
+    low, high = 0, OCTAVES * STEPS_PER_OCTAVE
+    found = None
+    while low < high:
+        middle = (low + high) // 2
+        codec = fit.codec_of_step(coarsest * 2 ** (-middle / STEPS_PER_OCTAVE), head, signal)
         fidelity = measure(codec, head, held_out_nD)
-        if fidelity.within(signal) or rank == width:
-            return codec, fidelity
-    raise AssertionError("the full width is a candidate")
-
-
-def rank_candidates(width: int) -> Sequence[int]:
-    """Ranks that `auto` tries, ascending: powers of two and the steps of a quarter octave between them, up to the width."""
-    steps = {octave * quarter // 4 for octave in (2**i for i in range(3, 16)) for quarter in (4, 5, 6, 7)}
-    return sorted({rank for rank in steps if rank < width} | {width})
+        if fidelity.within(signal):
+            found, high = (codec, fidelity), middle
+        else:
+            low = middle + 1
+    if found is not None:
+        return found
+    codec = fit.codec_of_step(coarsest * 2**-OCTAVES, head, signal)
+    return codec, measure(codec, head, held_out_nD)

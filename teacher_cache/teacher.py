@@ -1,7 +1,7 @@
 """The teacher in memory: loaded as the recipe says, identified, and run over one composed batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,9 +58,12 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     error = head_error(model, torch.arange(min(vocab_size, 16), device=device)[None])
     if error > MAX_HEAD_ERROR[model.dtype]:
         raise MismatchError(
-            "the teacher's logits are not those of its output head", expected=f"relative difference below {MAX_HEAD_ERROR[model.dtype]}",
-            found=f"{error:.2g}", where=section.model, remedy="This family scales its logits in a way that is not known here.",
-        )  # fmt: skip
+            "the teacher's logits are not those of its output head",
+            expected=f"relative difference below {MAX_HEAD_ERROR[model.dtype]}",
+            found=f"{error:.2g}",
+            where=section.model,
+            remedy="This family scales its logits in a way that is not known here.",
+        )
     if capture_rows:
         enable_row_capture(model)
     config = model.config.get_text_config()
@@ -79,7 +82,7 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         logit_softcap=head.softcap,
     )
     bias = None if head.bias is None else head.bias[:vocab_size]
-    return Teacher(model, device, OutputHead(head.weight[:vocab_size], bias, head.scale, head.softcap), identity)
+    return Teacher(model, device, replace(head, weight=head.weight[:vocab_size], bias=bias).float(), identity)
 
 
 def resolve_forward(wanted: str, teacher: Teacher) -> Forward:
@@ -112,10 +115,7 @@ def compose(lengths: NDArray[np.int64], forward: Forward, context: int, batch_to
         last = first + 1
         while last < len(lengths) and _fits(lengths[first : last + 1], forward, context, batch_tokens):
             last += 1
-        if forward == "packed":
-            rows = best_fit(lengths[first:last].tolist(), context)
-        else:
-            rows = [[i] for i in range(last - first)]
+        rows = best_fit(lengths[first:last].tolist(), context) if forward == "packed" else [[i] for i in range(last - first)]
         batches.append(TeacherBatch(first, last, tuple(tuple(first + i for i in row) for row in rows)))
         first = last
     return batches
@@ -163,9 +163,12 @@ def think(teacher: Teacher, unit: UnitPlan, batch: TeacherBatch, layers: Sequenc
         positions[b] = position_ids([int(unit.length[s]) for s in row], width)
     keyword = unit.keyword[(unit.keyword >= tokens_from) & (unit.keyword < tokens_to)] - tokens_from
     query = RowQuery(
-        *(torch.from_numpy(part).to(teacher.device) for part in (flat[keyword] // width, flat[keyword] % width, segment_first[keyword]))
+        *(
+            torch.from_numpy(part).to(teacher.device)
+            for part in (flat[keyword] // width, flat[keyword] % width, segment_first[keyword])
+        )
     )
-    with tap_block_outputs(teacher.model, layers) as blocks, tap_attention_rows(teacher.model, query, row_layers) as rows:
+    with tap_block_outputs(teacher.model, layers) as blocks, tap_attention_rows(query, row_layers) as rows:
         packed = any(len(row) > 1 for row in batch.rows)
         hidden_BSD = final_hidden(teacher.model, input_ids.to(teacher.device), positions.to(teacher.device) if packed else None)
     flat_n = torch.from_numpy(flat)

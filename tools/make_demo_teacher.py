@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from stdlib_corpus import SPLIT_SALT, VALIDATION_SHARE, modules
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from stdlib_corpus import SPLIT_SALT, VALIDATION_SHARE, modules
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -43,6 +44,7 @@ class Schedule:
     decay_steps: int
 
     def factor(self, step: int) -> float:
+        """The factor for the step after `step` finished ones."""
         return min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
 
 
@@ -69,7 +71,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: str, *, tests: bool)
     """All modules of a split as one uint16 array, each closed by the end-of-text token."""
     texts = [m.text for m in modules() if m.split == split and (tests or not m.is_test)]
     eos = tokenizer.eos_token_id
-    parts = [encoding.ids + [eos] for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+    parts = [[*encoding.ids, eos] for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
     return np.concatenate([np.asarray(ids, dtype=np.uint16) for ids in parts])
 
 
@@ -115,11 +117,21 @@ def build_model(vocab_size: int, context: int, eos: int, seed: int) -> Qwen3ForC
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=vocab_size, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=64, max_position_embeddings=context, tie_word_embeddings=True,
-            eos_token_id=eos, pad_token_id=eos, bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            vocab_size=vocab_size,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            bos_token_id=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
-    )  # fmt: skip
+    )
 
 
 def build_optimizer(model: Qwen3ForCausalLM, lr: float) -> torch.optim.Optimizer:
@@ -234,21 +246,35 @@ def main() -> None:
                 torch.save({**state, "curve": curve, "seconds": seconds}, checkpoint.with_suffix(".new"))
                 checkpoint.with_suffix(".new").replace(checkpoint)
 
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     tokens_per_step = args.rows * args.context
     final = validation_loss(model.float(), held_out, args.context, args.rows)
     write_card(
-        args.out, curve,
+        args.out,
+        curve,
         {
-            "params": sum(p.numel() for p in model.parameters()), "vocab": args.vocab_size, "python": platform.python_version(),
-            "command": f"tools/make_demo_teacher --steps {args.steps} --decay-steps {args.decay_steps} --rows {args.rows} --lr {args.lr} --seed {args.seed}",
-            "train_tokens": len(train), "epochs": args.steps * tokens_per_step / len(train), "salt": SPLIT_SALT, "share": VALIDATION_SHARE,
-            "val_tokens": len(held_out), "best": final, "steps": args.steps, "seed": args.seed, "context": args.context, "lr": args.lr,
-            "warmup": args.warmup_steps, "decay": args.decay_steps, "batch_tokens": tokens_per_step,
-            "minutes": curve[-1]["seconds"] / 60, "machine": f"{torch.get_num_threads()} threads of an x86-64 CPU",
+            "params": sum(p.numel() for p in model.parameters()),
+            "vocab": args.vocab_size,
+            "python": platform.python_version(),
+            "command": f"tools/make_demo_teacher --work WORK --steps {args.steps} --decay-steps {args.decay_steps} --seed {args.seed}",
+            "train_tokens": len(train),
+            "epochs": args.steps * tokens_per_step / len(train),
+            "salt": SPLIT_SALT,
+            "share": VALIDATION_SHARE,
+            "val_tokens": len(held_out),
+            "best": final,
+            "steps": args.steps,
+            "seed": args.seed,
+            "context": args.context,
+            "lr": args.lr,
+            "warmup": args.warmup_steps,
+            "decay": args.decay_steps,
+            "batch_tokens": tokens_per_step,
+            "minutes": curve[-1]["seconds"] / 60,
+            "machine": f"{torch.get_num_threads()} threads of an x86-64 CPU",
         },
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ def softmax_attention_layers(model: PreTrainedModel) -> list[int]:
 
 
 @contextlib.contextmanager
-def tap_attention_rows(model: PreTrainedModel, rows: RowQuery, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def tap_attention_rows(rows: RowQuery, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Within the block, a forward pass fills the dict: layer (from 1) -> probabilities [R, H, L], float32, zero beyond a row's
-    length; column j is key first + j. The model must have been prepared by `enable_row_capture`."""
+    length; column j is key first + j. Only models prepared by `enable_row_capture` fire."""
     tap = _Tap(rows, frozenset(layers))
     token = _active.set(tap)
     try:
@@ -87,7 +87,7 @@ def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         tap = _active.get()
         layer = int(getattr(module, "layer_idx", -1)) + 1
         if tap is not None and layer in tap.layers and layer not in tap.taken:
-            tap.taken[layer] = attention_rows(module, query, key, attention_mask, tap.rows, kwargs)
+            tap.taken[layer] = attention_rows(query, key, attention_mask, tap.rows, kwargs)
         return _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
 
     return forward
@@ -100,9 +100,7 @@ def _kernel_function(kernel: str, module: nn.Module) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[kernel]  # type: ignore[no-any-return]
 
 
-def attention_rows(
-    module: nn.Module, query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, rows: RowQuery, options: dict[str, Any]
-) -> Tensor:
+def attention_rows(query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, rows: RowQuery, options: dict[str, Any]) -> Tensor:
     """softmax(q·K · scaling + mask) of the wanted rows, [R, H, L] float32; see `tap_attention_rows`.
 
     `mask` is None (causal), bool [B, 1|H, S, S] (True: attend) or additive of that shape. `options` are the kernel's:
@@ -116,7 +114,7 @@ def attention_rows(
     query_RHd = query_BHSd[rows.batch, :, rows.query].float()
     key_RLGd = key_BGSd[rows.batch[:, None], :, keys_RL].float()
     groups = query_RHd.shape[1] // key_RLGd.shape[2]
-    query_RGgd = query_RHd.unflatten(1, (-1, groups))
+    query_RGgd = query_RHd.reshape(len(rows), key_RLGd.shape[2], groups, query_RHd.shape[2])
     scores_RHL = torch.einsum("rghd,rlgd->rghl", query_RGgd, key_RLGd).flatten(1, 2) * scaling
     softcap = options.get("softcap")
     if softcap is not None:
@@ -132,6 +130,6 @@ def attention_rows(
     scores_RHL = scores_RHL.masked_fill(~allowed_RL[:, None], -torch.inf)
     sinks_H = options.get("s_aux")
     if sinks_H is None:
-        return scores_RHL.softmax(-1)
+        return torch.softmax(scores_RHL, -1)
     sinks_RH1 = sinks_H.float()[None, :, None].expand(len(rows), -1, 1)
-    return torch.cat([scores_RHL, sinks_RH1], -1).softmax(-1)[..., :-1]
+    return torch.softmax(torch.cat([scores_RHL, sinks_RH1], -1), -1)[..., :-1]

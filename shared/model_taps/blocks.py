@@ -66,7 +66,9 @@ def ffn_down_projections(model: PreTrainedModel) -> list[nn.Module]:
     for number, block in enumerate(decoder_blocks(model), start=1):
         named = [m for n, m in block.named_modules() if n.rsplit(".", 1)[-1] in _DOWN_PROJECTIONS and "attn" not in n]
         if not named:
-            raise ValueError(f"{type(model).__name__}: block {number} has no FFN down-projection (looked for {', '.join(_DOWN_PROJECTIONS)})")
+            raise ValueError(
+                f"{type(model).__name__}: block {number} has no FFN down-projection (looked for {', '.join(_DOWN_PROJECTIONS)})"
+            )
         found.append(named[-1])
     return found
 
@@ -92,5 +94,6 @@ def tap_ffn_activations(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
 
 def mean_abs_activation(activations: dict[int, Tensor], keep_BS: Tensor) -> Tensor:
     """Mean |a| over the kept tokens and all units, averaged over blocks; float32 scalar, 0 where no token is kept."""
-    per_block = [(a.float().abs().mean(-1) * keep_BS).sum() / keep_BS.sum().clamp(min=1) for a in activations.values()]
+    flat_N = keep_BS.flatten()  # some families walk their FFN without the batch axis
+    per_block = [(a.float().flatten(0, -2).abs().mean(-1) * flat_N).sum() / flat_N.sum().clamp(min=1) for a in activations.values()]
     return torch.stack(per_block).mean()

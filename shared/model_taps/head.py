@@ -4,8 +4,10 @@ logits = softcap(scale · (h Wᵀ + b)), where softcap(z) = c·tanh(z/c) if the 
 model's own logits, because families scale them in ways of their own.
 """
 
-from dataclasses import dataclass
-from typing import Self
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,23 +18,48 @@ from signal_store.distribution_codec import apply_softcap
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """`weight` [V, d] and `bias` [V] as the model's own (not copies), `scale` and `softcap` as its config says."""
+    """`weight` [V, d] and `bias` [V] as the model's own (not copies), `scale` and `softcap` as its config says.
+
+    `exact_in_bf16`: weight and hidden states hold bfloat16 numbers only, whatever their dtype, so that products of bfloat16
+    units summed in float32 are exact.
+    """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    exact_in_bf16: bool = False
 
     def to(self, device: torch.device | str) -> Self:
         """The head on a device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return type(self)(self.weight.to(device), bias, self.scale, self.softcap)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+    def float(self) -> Self:
+        """The head in float32, for many calls of `logits`; remembers whether it came from bfloat16."""
+        bias = None if self.bias is None else self.bias.float()
+        exact = self.exact_in_bf16 or self.weight.dtype == torch.bfloat16
+        return replace(self, weight=self.weight.float(), bias=bias, exact_in_bf16=exact)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """float32 logits [N, V] of final hidden states."""
+        """float32 logits [N, V] of final hidden states, with float32 sums."""
         bias = None if self.bias is None else self.bias.float()
-        logits = torch.nn.functional.linear(hidden_ND.float(), self.weight.float(), bias)
+        bf16_is_exact = self.exact_in_bf16 or (self.weight.dtype == hidden_ND.dtype == torch.bfloat16)
+        with _bf16_units() if bf16_is_exact and hidden_ND.device.type == "cpu" else contextlib.nullcontext():
+            logits = torch.nn.functional.linear(hidden_ND.float(), self.weight.float(), bias)
         return apply_softcap(logits if self.scale == 1 else logits * self.scale, self.softcap)
+
+
+@contextlib.contextmanager
+def _bf16_units() -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices in bfloat16 units with float32 sums: 3.4 times as fast where the CPU has them."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:

@@ -1,4 +1,7 @@
-"""Load a causal LM and its tokenizer from a folder or by hub name, and say what they are. Nothing of theirs is executed unless asked for."""
+"""Load a causal LM and its tokenizer from a folder or by hub name, and say what they are.
+
+Nothing of theirs is executed unless asked for.
+"""
 
 import hashlib
 from pathlib import Path
@@ -20,7 +23,9 @@ def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotFoundError(f"cannot load the {what}", expected="a model folder or a hub name", found=f"{name}: {reason}") from error
+        raise NotFoundError(
+            f"cannot load the {what}", expected="a model folder or a hub name", found=f"{name}: {reason}"
+        ) from error
 
 
 def load_config(name: str, *, what: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -32,7 +37,8 @@ def load_config(name: str, *, what: str, revision: str | None = None, trust_remo
 def load_model(name: str, *, what: str, **options: Any) -> PreTrainedModel:
     """A causal LM in evaluation mode; `options` go to `from_pretrained`."""
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, name, what, **options)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -51,7 +57,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def config_digest(config: PretrainedConfig) -> str:
     """Digest of the architecture; where the files lay, dtypes and library versions are left out."""
-    plain = {k: v for k, v in config.to_dict().items() if k not in {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}}
+    plain = {
+        k: v for k, v in config.to_dict().items() if k not in {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    }
     return digest(_json_safe(plain))
 
 

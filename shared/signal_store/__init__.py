@@ -1,7 +1,7 @@
 """The on-disk contract of teacher-cache: recipe of signals, manifest, arrays, open, commit, errors.
 
-    import signal_store
-    cache = signal_store.open_cache("cache.zarr")
+import signal_store
+cache = signal_store.open_cache("cache.zarr")
 """
 
 from signal_store.cache import Cache, Segment, open_cache

@@ -51,7 +51,9 @@ class ArraySpec:
     chunk_rows: int
     shard_rows: int
     shuffle: Shuffle
-    level: int = 5
+    transposed: bool = False
+    """Inner chunks are stored column by column: alike values lie together, and zstd finds them."""
+    level: int = 6
     attributes: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -63,6 +65,7 @@ class ArraySpec:
         *dimension_names: str,
         row_shape: tuple[int, ...] = (),
         shuffle: Shuffle = "noshuffle",
+        transposed: bool = False,
         min_chunk_rows: int = 1,
         **attributes: str,
     ) -> Self:
@@ -78,6 +81,7 @@ class ArraySpec:
             chunk_rows=chunk,
             shard_rows=shard,
             shuffle=shuffle,
+            transposed=transposed,
             attributes=tuple(sorted(attributes.items())),
         )
 
@@ -112,6 +116,7 @@ class ArraySpec:
             "chunk_rows": self.chunk_rows,
             "shard_rows": self.shard_rows,
             "shuffle": self.shuffle,
+            "transposed": self.transposed,
             "level": self.level,
             "attributes": dict(self.attributes),
         }
@@ -156,7 +161,7 @@ def create_array(store: Store, spec: ArraySpec, num_rows: int) -> None:
             zarr.codecs.BloscCodec(cname="zstd", clevel=spec.level, shuffle=spec.shuffle, typesize=np.dtype(spec.dtype).itemsize),
             zarr.codecs.Crc32cCodec(),
         ],
-        filters=None,
+        filters=[zarr.codecs.TransposeCodec(order=(1, 0))] if spec.transposed else None,
         fill_value=spec.fill,
         dimension_names=spec.dimension_names,
         attributes={**dict(spec.attributes), "_FillValue": _fill_attribute(spec)},

@@ -78,7 +78,9 @@ class Cache:
         """The zarr array at `path`; MismatchError naming what there is, if it is not there."""
         known = self.capacity_rows
         if path not in known and not path.startswith(("calibration/", "units/")):
-            raise MismatchError("the cache does not hold this array", expected=path, found=", ".join(sorted(known)), where=self.root)
+            raise MismatchError(
+                "the cache does not hold this array", expected=path, found=", ".join(sorted(known)), where=self.root
+            )
         array = self._group[path]
         assert isinstance(array, zarr.Array)
         return array
@@ -145,7 +147,8 @@ class Cache:
         m = self.manifest
         tokens = sum(source.num_tokens for source in m.sources)
         signals = ", ".join(name for name, signal in m.signals if signal is not None)
-        return f"<Cache {str(self.root)!r} teacher={m.teacher.name!r} tokens={tokens:,} units={self.seal.num_units} signals=[{signals}]>"
+        facts = f"teacher={m.teacher.name!r} tokens={tokens:,} units={self.seal.num_units} signals=[{signals}]"
+        return f"<Cache {str(self.root)!r} {facts}>"
 
 
 def open_cache(uri: str | Path) -> Cache:
@@ -161,6 +164,9 @@ def _unfinished(objects: LocalObjects, root: Path) -> NotFoundError | Incomplete
     done = len({key.split(".")[0] for key in objects.list(UNITS)})
     stage = "calibrated" if objects.exists(CALIBRATION) else "planned"
     return IncompleteError(
-        "the cache is not sealed", expected=f"{units} units and a seal", found=f"{stage}, {done} units", where=root,
+        "the cache is not sealed",
+        expected=f"{units} units and a seal",
+        found=f"{stage}, {done} units",
+        where=root,
         remedy="Run teacher-cache build with its recipe to finish it.",
-    )  # fmt: skip
+    )

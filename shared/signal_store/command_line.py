@@ -1,5 +1,7 @@
 """What both command lines share: one line for a user's mistake and exit code 2; never a traceback for it."""
 
+import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +16,18 @@ EXIT_WRONG_INPUT = 2
 def run_app(app: typer.Typer) -> None:
     """Run a typer application with our exit codes."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    guarded(lambda: app())
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    keep_freed_memory()
+    guarded(app)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed buffers: fresh pages for every chunk of logits made a CPU step a third slower (measured)."""
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tune
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((m_mmap_threshold, 2**30), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**27)):
+            libc.mallopt(option, value)
 
 
 def guarded(command: Callable[[], None]) -> None:

@@ -66,10 +66,16 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int)
             "token",
             "rank",
             row_shape=(signal.head,),
-            shuffle="bitshuffle",
             min_chunk_rows=DISTRIBUTION_CHUNK_TOKENS,
         ),
-        ArraySpec.of("distribution/head_codes", "uint8", unit_tokens, "token", "rank", row_shape=(signal.head,)),
+        ArraySpec.of(
+            "distribution/head_codes",
+            "uint8" if signal.head_bits == 8 else "uint16",
+            unit_tokens,
+            "token",
+            "rank",
+            row_shape=(signal.head,),
+        ),
     )
     tail = ArraySpec.of(
         "distribution/tail_codes",
@@ -79,6 +85,8 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int)
         "direction",
         row_shape=(rank,),
         shuffle="noshuffle" if signal.tail_bits == 8 else "shuffle",
+        transposed=True,
+        min_chunk_rows=DISTRIBUTION_CHUNK_TOKENS,
     )
     return (scalars, *(head if signal.head else ()), *((tail,) if rank else ()))
 
@@ -88,7 +96,12 @@ def hidden_arrays(layout: HiddenLayout, every: int, unit_tokens: int, capacities
     group = f"hidden/block_output/{layout.layer}"
     rows = unit_tokens if every == 1 else capacities.hidden_rows
     values = ArraySpec.of(
-        f"{group}/values", "int8", rows, "row", "channel" if layout.rank is None else "direction", row_shape=(layout.rank or layout.width,)
+        f"{group}/values",
+        "int8",
+        rows,
+        "row",
+        "channel" if layout.rank is None else "direction",
+        row_shape=(layout.rank or layout.width,),
     )
     scale = ArraySpec.of(f"{group}/scale", "float32", rows, "row", shuffle="shuffle")
     position = ArraySpec.of(f"{group}/position", "int64", rows, "row", shuffle="shuffle")

@@ -122,7 +122,13 @@ class UnitRecord:
     def to_body(self) -> dict[str, Any]:
         """The JSON form."""
         shards = {path: [asdict(shard) for shard in records] for path, records in self.shards.items()}
-        return {"cache_id": self.cache_id, "unit": self.unit, "revision": self.revision, "shards": shards, "saturation": dict(self.saturation)}
+        return {
+            "cache_id": self.cache_id,
+            "unit": self.unit,
+            "revision": self.revision,
+            "shards": shards,
+            "saturation": dict(self.saturation),
+        }
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> Self:

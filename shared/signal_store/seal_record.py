@@ -69,7 +69,8 @@ def pack_records(records: Sequence[UnitRecord], specs: Sequence[ArraySpec]) -> d
     return packed
 
 
-def constant_spec(path: str, rows: NDArray[np.generic], *dimension_names: str) -> ArraySpec:
-    """The spec of an array that no unit owns, written once with exactly these rows."""
-    names = dimension_names or ("row", *(f"axis_{i}" for i in range(1, rows.ndim)))
+def constant_spec(path: str, rows: NDArray[np.generic]) -> ArraySpec:
+    """The spec of an array that no unit owns, written once with exactly these rows; its dimensions are its own, for xarray's
+    sake."""
+    names = [f"{path.rsplit('/', 1)[1]}_{axis}" for axis in range(rows.ndim)]
     return ArraySpec.of(path, str(rows.dtype), len(rows), *names, row_shape=rows.shape[1:], shuffle="shuffle")

@@ -69,7 +69,9 @@ class SealedStore(WrapperStore[Store]):
         """Each range on its own, through the checks of `get`."""
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
-    async def _whole(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, expected: str | None) -> Buffer | None:
+    async def _whole(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None, expected: str | None
+    ) -> Buffer | None:
         buffer = await self._store.get(key, prototype)
         if expected is None:
             return None  # zarr asks for keys that may not exist, such as another version's metadata

@@ -41,8 +41,8 @@ def crc32c(data: bytes | memoryview) -> int:
 
 
 def encode_chunk(rows: NDArray[np.generic], spec: ArraySpec) -> tuple[bytes, int]:
-    """The stored bytes of one inner chunk (blosc, then crc32c little-endian) and that crc32c."""
-    raw = np.ascontiguousarray(rows)
+    """The stored bytes of one inner chunk (transposed if so specified, blosc, crc32c little-endian) and that crc32c."""
+    raw = np.ascontiguousarray(rows.T if spec.transposed else rows)
     packed = blosc.compress(raw, b"zstd", spec.level, _SHUFFLE[spec.shuffle], 0, raw.dtype.itemsize)
     crc = crc32c(packed)
     return bytes(packed) + crc.to_bytes(CRC_BYTES, "little"), crc
@@ -139,7 +139,9 @@ def _holds_nothing(rows: NDArray[np.generic], fill: np.generic) -> bool:
     return bool(np.isnan(rows).all() if rows.dtype.kind == "f" else (rows == fill).all())
 
 
-def write_unit_array(objects: Objects, prefix: str, spec: ArraySpec, unit: int, rows: NDArray[np.generic]) -> tuple[ShardRecord, ...]:
+def write_unit_array(
+    objects: Objects, prefix: str, spec: ArraySpec, unit: int, rows: NDArray[np.generic]
+) -> tuple[ShardRecord, ...]:
     """All rows of a unit at once."""
     with UnitArrayWriter(objects, prefix, spec, unit) as writer:
         writer.append(rows)

@@ -19,17 +19,18 @@ class Section(BaseModel):
 class DistributionSignal(Section):
     """The next-token distribution: an exact head, a low-rank tail, true masses at each temperature (DESIGN 5).
 
-    `rank: auto` takes the smallest rank whose T²·KL and gradient angle, on calibration tokens that the basis was not fitted
-    on, stay within both bounds at every temperature.
+    `rank: auto` takes the fewest bits (the coarsest quantisation step, and the rank that follows from it) whose T²·KL and
+    gradient angle, on calibration tokens that the basis was not fitted on, stay within both bounds at every temperature.
     """
 
     head: int = Field(16, ge=0, le=65_536)
     """k, the token ids whose probability is stored each for itself; 0 for none."""
+    head_bits: Literal[8, 16] = 8
     rank: int | Literal["auto"] = "auto"
     """r, the directions of the final hidden state that are stored; 0 leaves the tail one bucket."""
     tail_bits: Literal[8, 16] = 8
     temperatures: tuple[Temperature, ...] = (1.0, 2.0, 3.0, 4.0)
-    max_scaled_kl_nats: float = Field(2e-3, gt=0)
+    max_scaled_kl_nats: float = Field(4e-3, gt=0)
     max_angle_degrees: float = Field(0.5, gt=0)
 
     @model_validator(mode="after")

@@ -14,7 +14,8 @@ from torch import Tensor
 from model_taps.head import OutputHead
 from signal_store.distribution_codec import DistributionCodec, DistributionCodes
 
-LOGITS_BYTES = 32 * 2**20
+LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+"""Of one chunk of logits: what stays in a core's cache, or what keeps a GPU busy."""
 IGNORE = -100
 
 
@@ -36,30 +37,40 @@ class OutputScales:
     tla: float
 
 
+def _softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax [N, V], logsumexp [N])."""
+    top_N1 = logits_NV.amax(1, keepdim=True)
+    power_NV = (logits_NV - top_N1).exp_()
+    sum_N1 = power_NV.sum(1, keepdim=True)
+    return power_NV.mul_(1 / sum_N1), (top_N1 + sum_N1.log())[:, 0]
+
+
 def cross_entropy_chunk(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """(Σ -log q(label) in nats, dL/dz [N, V]) over rows that have a label."""
     known_N = labels_N != IGNORE
     target_N1 = labels_N.clamp(min=0)[:, None]
-    logq_NV = logits_NV.log_softmax(1)
-    loss = -(logq_NV.gather(1, target_N1)[:, 0] * known_N).sum()
-    grad_NV = logq_NV.exp_()
+    grad_NV, logsum_N = _softmax(logits_NV)
+    loss = ((logsum_N - logits_NV.gather(1, target_N1)[:, 0]) * known_N).sum()
     grad_NV.scatter_add_(1, target_N1, torch.full_like(target_N1, -1, dtype=grad_NV.dtype))
-    return loss, grad_NV.mul_(known_N[:, None])
+    return loss, grad_NV if bool(known_N.all()) else grad_NV.mul_(known_N[:, None])
 
 
-def forward_kl_chunk(logits_NV: Tensor, codes: DistributionCodes, codec: DistributionCodec, temperature: float) -> tuple[Tensor, Tensor]:
-    """(T² Σ KL(p_T ‖ q_T) in nats, dL/dz = T (q - p) [N, V]); p from the cache."""
-    scaled_NV = logits_NV / temperature
-    logq_NV = scaled_NV.log_softmax(1)
-    logp_NV = codec.logprobs(codes, temperature, scaled_NV).to(logq_NV.dtype)
-    p_NV = logp_NV.exp()
-    loss = temperature**2 * (p_NV * logp_NV.sub_(logq_NV)).sum()
-    return loss, logq_NV.exp_().sub_(p_NV).mul_(temperature)
+def forward_kl_chunk(
+    logits_NV: Tensor, codes: DistributionCodes, codec: DistributionCodec, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(T² Σ KL(p_T ‖ q_T) in nats, dL/dz = T (q - p) [N, V]); p from the cache. KL = Σ p log p - Σ p z/T + logsumexp(z/T)."""
+    scaled_NV = logits_NV if temperature == 1 else logits_NV / temperature
+    p_NV, negative_entropy_N = codec.probabilities(codes, temperature, scaled_NV)
+    q_NV, logsum_N = _softmax(scaled_NV)
+    p_NV = p_NV.to(q_NV.dtype)
+    loss = temperature**2 * (negative_entropy_N - torch.linalg.vecdot(p_NV, scaled_NV) + logsum_N * p_NV.sum(1)).sum()
+    grad_NV = q_NV.sub_(p_NV)
+    return loss, grad_NV if temperature == 1 else grad_NV.mul_(temperature)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
@@ -75,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=precise) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=precise) if bias_V is not None and ctx.needs_input_grad[2] else None
         sums = hidden_ND.new_zeros(2, dtype=precise)
-        step = max(1, LOGITS_BYTES // (4 * len(weight_VD)))
+        step = max(1, LOGITS_BYTES.get(hidden_ND.device.type, 2**26) // (4 * len(weight_VD)))
         for start in range(0, len(hidden_ND), step):
             rows = slice(start, start + step)
             hidden = hidden_ND[rows].to(compute_dtype)
@@ -86,7 +97,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = head.softcap * torch.tanh(logits / head.softcap)
             grad_logits = None
             if scales.cross_entropy or targets.codes is None:
-                sums[0], grad_logits = _add(sums[0], grad_logits, cross_entropy_chunk(logits, targets.labels[rows]), scales.cross_entropy)
+                sums[0], grad_logits = _add(
+                    sums[0], grad_logits, cross_entropy_chunk(logits, targets.labels[rows]), scales.cross_entropy
+                )
             if scales.tla and targets.codes is not None and targets.codec is not None:
                 parts = forward_kl_chunk(logits, targets.codes[rows], targets.codec, targets.temperature)
                 sums[1], grad_logits = _add(sums[1], grad_logits, parts, scales.tla)
@@ -110,7 +123,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total, sums[0].clone(), sums[1].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         total = grad_outputs[0]
         hidden, weight, bias = ctx.grads
         grads = (
@@ -136,5 +149,6 @@ def output_loss(hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, sca
     device = hidden_ND.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     with torch.autocast(device, enabled=False):
-        total, cross_entropy, tla = _ChunkedLoss.apply(hidden_ND, head.weight, head.bias, head, targets, scales, compute)
+        apply: Any = _ChunkedLoss.apply
+        total, cross_entropy, tla = apply(hidden_ND, head.weight, head.bias, head, targets, scales, compute)
     return total, cross_entropy, tla

@@ -9,7 +9,9 @@ from signal_store.distribution_codec import apply_softcap
 from student_train.losses.chunked import IGNORE, OutputScales, OutputTargets
 
 
-def dense_output_loss(hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, scales: OutputScales) -> tuple[Tensor, Tensor, Tensor]:
+def dense_output_loss(
+    hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, scales: OutputScales
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked.output_loss`; all three carry gradients."""
     logits = apply_softcap(F.linear(hidden_ND, head.weight, head.bias) * head.scale, head.softcap)
     cross_entropy = F.cross_entropy(logits, targets.labels, ignore_index=IGNORE, reduction="sum")

@@ -77,20 +77,29 @@ def check_cache(losses: Losses, cache: Cache) -> None:
     for term, signal in (("tla", "distribution"), ("lhsm", "hidden"), ("apc", "attention")):
         if getattr(losses, term) is not None and getattr(signals, signal) is None:
             raise MismatchError(
-                f"{term} needs a signal that the cache does not hold", expected=signal, found=", ".join(held) or "none", where=cache.root,
+                f"{term} needs a signal that the cache does not hold",
+                expected=signal,
+                found=", ".join(held) or "none",
+                where=cache.root,
                 remedy=f"Build a cache with signals.{signal}, or switch {term} off.",
-            )  # fmt: skip
+            )
     if losses.tla is not None and signals.distribution is not None:
         temperatures = signals.distribution.temperatures
         wanted = losses.tla.temperature
         if wanted not in temperatures:
             raise MismatchError(
-                "tla: the cache cannot serve this temperature", expected=f"one of {list(temperatures)}", found=wanted, where=cache.root,
+                "tla: the cache cannot serve this temperature",
+                expected=f"one of {list(temperatures)}",
+                found=wanted,
+                where=cache.root,
                 remedy="Train at one of them, or build a cache whose signals.distribution.temperatures hold it.",
-            )  # fmt: skip
+            )
         mass = cache.manifest.calibration.head_mass[temperatures.index(wanted)]
         if cache.manifest.calibration.tail_rank == 0 and mass < MIN_HEAD_MASS:
             raise MismatchError(
-                "tla: the cache has no tail and its head holds too little at this temperature", expected=f"a mean mass of {MIN_HEAD_MASS}",
-                found=f"{mass:.3f}", where=cache.root, remedy="Lower the temperature, or build a cache with a tail.",
-            )  # fmt: skip
+                "tla: the cache has no tail and its head holds too little at this temperature",
+                expected=f"a mean mass of {MIN_HEAD_MASS}",
+                found=f"{mass:.3f}",
+                where=cache.root,
+                remedy="Lower the temperature, or build a cache with a tail.",
+            )

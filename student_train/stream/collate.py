@@ -48,7 +48,9 @@ def place(rows: Sequence[Sequence[tuple[LoadedUnit, int]]]) -> list[Placed]:
     return placed
 
 
-def collate(rows: Sequence[Sequence[tuple[LoadedUnit, int]]], width: int, needs: Needs, *, packed: bool, cursor: Cursor) -> CodedBatch:
+def collate(
+    rows: Sequence[Sequence[tuple[LoadedUnit, int]]], width: int, needs: Needs, *, packed: bool, cursor: Cursor
+) -> CodedBatch:
     """A micro-batch of these rows, each filled up to `width` tokens; a row may be empty."""
     placed = place(rows)
     shape = (len(rows), width)
@@ -95,9 +97,11 @@ def _joined(parts: Sequence[NDArray[np.int64]]) -> Tensor:
 
 
 def _gathered(placed: Sequence[Placed], path: str, wanted: Sequence[NDArray[np.int64] | slice]) -> Tensor:
-    """Rows of an array, segment after segment; uint32 as int32 of the same bits, since torch computes with that."""
+    """Rows of an array, segment after segment; unsigned ones as int32, since torch computes with that."""
     arrays = [p.unit.rows[path][rows] for p, rows in zip(placed, wanted, strict=True)]
     joined = np.concatenate(arrays)
+    if joined.dtype == np.uint16:
+        joined = joined.astype(np.int32)
     return torch.from_numpy(joined.view(np.int32) if joined.dtype == np.uint32 else joined)
 
 
@@ -108,9 +112,13 @@ def _distribution(placed: Sequence[Placed], kept: Sequence[NDArray[np.int64]]) -
     scalars = _gathered(placed, "distribution/scalars", kept)
 
     def part(name: str, dtype: torch.dtype) -> Tensor:
-        return _gathered(placed, path, kept) if (path := f"distribution/{name}") in have else torch.zeros(len(scalars), 0, dtype=dtype)
+        return (
+            _gathered(placed, path, kept) if (path := f"distribution/{name}") in have else torch.zeros(len(scalars), 0, dtype=dtype)
+        )
 
-    return DistributionCodes(part("head_ids", torch.int32), part("head_codes", torch.uint8), part("tail_codes", torch.int8), scalars)
+    return DistributionCodes(
+        part("head_ids", torch.int32), part("head_codes", torch.uint8), part("tail_codes", torch.int8), scalars
+    )
 
 
 def _hidden_rows(p: Placed, path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

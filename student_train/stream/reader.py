@@ -41,8 +41,11 @@ SEGMENT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class LoadedUnit:
-    """One unit in memory. `segments` has one row per segment, starts counted from the unit's own first row; `first_segment` is
-    the global number of its first; `rows` holds the arrays by path, from the unit's first row on; positions and offsets count from there too."""
+    """One unit in memory.
+
+    `segments` has one row per segment, `first_segment` is the global number of its first, `rows` holds the arrays by path.
+    Starts, positions and offsets count from the unit's own first row.
+    """
 
     unit: int
     first_segment: int

@@ -40,15 +40,18 @@ class Stream:
         longest = self.cache.manifest.plan.context
         if longest > self.config.row_tokens:
             raise InputError(
-                "a segment may be longer than a row", expected=f"stream.row_tokens of at least {longest}", found=self.config.row_tokens,
+                "a segment may be longer than a row",
+                expected=f"stream.row_tokens of at least {longest}",
+                found=self.config.row_tokens,
                 where=self.cache.root,
-            )  # fmt: skip
-        per_micro = self.rows_per_rank // self.micro_steps
-        if self.rows_per_rank * self.world_size != self.config.rows_per_step or per_micro * self.micro_steps != self.rows_per_rank:
+            )
+        even = self.rows_per_rank * self.world_size == self.config.rows_per_step
+        if not even or self.rows_per_rank % (self.config.micro_rows or self.rows_per_rank):
             raise InputError(
-                "rows do not divide evenly", expected="rows_per_step a multiple of ranks × micro_rows",
+                "rows do not divide evenly",
+                expected="rows_per_step a multiple of ranks × micro_rows",
                 found=f"{self.config.rows_per_step} rows, {self.world_size} ranks, {self.config.micro_rows} a micro-step",
-            )  # fmt: skip
+            )
 
     @property
     def rows_per_rank(self) -> int:
@@ -58,7 +61,7 @@ class Stream:
     @property
     def micro_steps(self) -> int:
         """Micro-steps of one step: the same on every rank."""
-        return max(1, self.rows_per_rank // (self.config.micro_rows or self.rows_per_rank))
+        return self.rows_per_rank // (self.config.micro_rows or self.rows_per_rank)
 
     def window_count(self) -> int:
         """Windows of an epoch."""

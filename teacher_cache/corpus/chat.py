@@ -8,7 +8,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from signal_store.errors import InputError
 
 
-def render_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], where: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+def render_chat(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], where: str
+) -> tuple[str, tuple[tuple[int, int], ...]]:
     """The rendered text and the assistant's spans.
 
     A template with `{% generation %}` says itself what the assistant wrote. Otherwise the chat is rendered turn by turn: what
@@ -18,10 +20,10 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any
     if template is None:
         raise InputError("the tokenizer has no chat template", expected="one, for a source with messages", where=where)
     if "generation %}" in template:
-        rendered, spans = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
-        )
-        return rendered[0], tuple((int(a), int(b)) for a, b in spans[0])
+        special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        result: Any = render_jinja_template([messages], chat_template=template, return_assistant_tokens_mask=True, **special)
+        (text,), (spans,) = result
+        return str(text), tuple((int(a), int(b)) for a, b in spans)
     text = _render(tokenizer, messages)
     found = []
     for number, message in enumerate(messages):
@@ -31,9 +33,12 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any
         after = _render(tokenizer, messages[: number + 1])
         if not (after.startswith(before) and text.startswith(after)):
             raise InputError(
-                "the chat template rewrites earlier turns", expected="each turn's text to stay", found=f"turn {number}", where=where,
+                "the chat template rewrites earlier turns",
+                expected="each turn's text to stay",
+                found=f"turn {number}",
+                where=where,
                 remedy="Mark the assistant's text in the template with {% generation %}.",
-            )  # fmt: skip
+            )
         found.append((len(before), len(after)))
     return text, tuple(found)
 

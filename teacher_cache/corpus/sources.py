@@ -34,7 +34,10 @@ def _files(source: Source) -> Iterator[Document]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                "a file is not UTF-8 text", found=error.reason, where=path, remedy="Narrow the source's pattern or convert the file."
+                "a file is not UTF-8 text",
+                found=error.reason,
+                where=path,
+                remedy="Narrow the source's pattern or convert the file.",
             ) from error
         yield Document(text, lexer=source.lexer or _lexer_for(path))
 
@@ -96,7 +99,9 @@ def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         yield from table
     except (OSError, ValueError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise NotFoundError("cannot load the data set", found=f"{reference.path}: {reason}", where=f"source {source.name}") from error
+        raise NotFoundError(
+            "cannot load the data set", found=f"{reference.path}: {reason}", where=f"source {source.name}"
+        ) from error
 
 
 def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:

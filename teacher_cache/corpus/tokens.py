@@ -1,4 +1,4 @@
-"""Documents as token ids, with what is known of each token: where it ends in the text, whether it counts, whether it is a keyword."""
+"""Documents as token ids, with what is known of each token: where it ends, whether it counts, whether it is a keyword."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,0 +1,70 @@
+"""Fixtures: a tiny teacher, texts, and caches made of them once a session."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from signal_store.cache import Cache
+from teacher_cache.build import build
+from teacher_cache.recipe import CacheRecipe
+from tests.tiny import CODE, CONTEXT, HEADS, PROSE, WIDTH, make_model, make_tokenizer, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    make_model("llama", len(tokenizer), scale=8.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    train = [f"# part {i}\n{text}" for i in range(8) for text in CODE + PROSE]
+    held = [f"# held out {i}\n{text}" for i in range(2) for text in (*CODE, PROSE[1])]
+    return {"train": write_jsonl(folder / "train.jsonl", train), "validation": write_jsonl(folder / "validation.jsonl", held)}
+
+
+RecipeMaker = Callable[..., CacheRecipe]
+
+
+@pytest.fixture(scope="session")
+def recipe_for(teacher_folder: Path, texts: dict[str, Path]) -> RecipeMaker:
+    def make(cache: Path, **changes: Any) -> CacheRecipe:
+        content: dict[str, Any] = {
+            "cache": cache,
+            "teacher": {"model": str(teacher_folder), "dtype": "float32", "device": "cpu"},
+            "sources": [
+                {"name": "train", "jsonl": texts["train"], "lexer": "python"},
+                {"name": "held-out", "split": "validation", "jsonl": texts["validation"], "lexer": "python"},
+            ],
+            "context": CONTEXT,
+            "unit_tokens": 1024,
+            "batch_tokens": 192,
+            "signals": {"distribution": {"rank": 24}, "hidden": {}, "attention": {}},
+        }
+        return CacheRecipe.model_validate({**content, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+    """A sealed cache with every signal."""
+    return build(recipe_for(tmp_path_factory.mktemp("cache") / "cache.zarr"))
+
+
+@pytest.fixture(scope="session")
+def exact_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+    """A sealed cache whose tail is the whole hidden state in 16 bits."""
+    signals = {"distribution": {"head": 8, "rank": WIDTH, "tail_bits": 16}, "hidden": {}, "attention": {"heads": HEADS}}
+    return build(recipe_for(tmp_path_factory.mktemp("exact") / "cache.zarr", signals=signals))

@@ -1,0 +1,256 @@
+"""The commands as users meet them: bad input is one line and exit 2; a kill at any moment changes nothing; help is light."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from signal_store.cache import Cache
+from signal_store.ledger import read_document
+from signal_store.objects import LocalObjects
+from tests.tiny import COMMON, CONTEXT, make_model, make_tokenizer
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def cli(module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"{module}.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False, **options)
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit 2 and one line that holds the words; progress bars and the libraries' own bars aside."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("["), done.stderr
+    assert all(word in line for word in words), line
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, recipe_for: Callable[..., Any]) -> dict[str, Any]:
+    content: dict[str, Any] = recipe_for(tmp_path / "cache.zarr").model_dump(mode="json")
+    return content
+
+
+def write(tmp_path: Path, content: dict[str, Any]) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.fixture
+def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
+    return {
+        "cache": str(cache.root),
+        "out": str(tmp_path / "run"),
+        "preset": "flash_004",
+        "losses": {"cross_entropy": {"weight": 0.5}},
+        "student": {
+            "config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}
+        },
+        "steps": 12,
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
+        "stream": {"row_tokens": CONTEXT, "rows_per_step": 4, "micro_rows": 2, "window_units": 2},
+        "validation": {"every": 4},
+        "checkpoint": {"every": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("contxt=8", ["unknown key contxt", "perhaps context"]),
+        ("sources.0.jsonl=/nowhere/x.jsonl", ["no such file", "/nowhere/x.jsonl"]),
+        ("sources.0.text=body", ["no such column", "body", "text"]),
+        ("teacher.model=/nowhere/model", ["no such", "/nowhere/model"]),
+        ("sources.0.jsonl=EMPTY", ["no text", "source train"]),
+        ("context=65", ["longer than the teacher's", "64", "65"]),
+        ("signals.hidden.depths=[0.5, 1.0]", ["signals.hidden.depths.1", "less than 1"]),
+        ("signals.distribution.temperatures=[2.0]", ["hold 1"]),
+        ("overlap=48", ["overlap must be below context"]),
+        ("cache", ["not an override"]),
+    ],
+)
+def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, words: list[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    refused(cli("teacher_cache", "build", write(tmp_path, recipe), change.replace("EMPTY", str(tmp_path / "empty.jsonl"))), *words)
+    assert not list((tmp_path / "cache.zarr").glob("ledger/plan.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stps=8", ["unknown key stps", "perhaps steps"]),
+        ("cache=/nowhere", ["no cache here"]),
+        ("losses.tla.temperature=7", ["cannot serve this temperature", "7"]),
+        ("student.config=null", ["exactly one of checkpoint and config"]),
+        ("student.config.vocab_size=9", ["vocabulary is smaller"]),
+        ("preset=flash", ["preset must be one of"]),
+        ("losses.kl={}", ["unknown key", "kl"]),
+        ("stream.row_tokens=8", ["longer than a row"]),
+    ],
+)
+def test_bad_run_recipes(tmp_path: Path, run_recipe: dict[str, Any], change: str, words: list[str]) -> None:
+    refused(cli("student_train", "run", write(tmp_path, run_recipe), change), *words)
+
+
+def test_what_the_cache_lacks_is_refused_at_start(
+    tmp_path: Path, run_recipe: dict[str, Any], recipe_for: Callable[..., Any]
+) -> None:
+    from teacher_cache.build import build
+
+    poor = build(recipe_for(tmp_path / "poor.zarr", signals={"distribution": {"rank": 0, "head": 2}}))
+    written = write(tmp_path, {**run_recipe, "cache": str(poor.root)})
+    refused(cli("student_train", "explain", written), "lhsm needs a signal", "hidden")
+    refused(cli("student_train", "explain", written, "preset=demo_kl", "losses.tla.temperature=3"), "no tail", "0.")
+
+
+def test_unsealed_caches_and_other_tokenizers_are_refused(tmp_path: Path, run_recipe: dict[str, Any], cache: Cache) -> None:
+    copy = shutil.copytree(cache.root, tmp_path / "copy.zarr")
+    shutil.rmtree(copy / "ledger" / "seals")
+    refused(cli("student_train", "run", write(tmp_path, {**run_recipe, "cache": str(copy)})), "not sealed", "teacher-cache build")
+    other = make_tokenizer(bos=True)
+    make_model("llama", len(other)).save_pretrained(tmp_path / "other")
+    other.add_tokens(["<|more|>"])
+    other.save_pretrained(tmp_path / "other")
+    content = {**run_recipe, "student": {"checkpoint": str(tmp_path / "other")}}
+    refused(cli("student_train", "run", write(tmp_path, content)), "different tokenizers")
+
+
+def test_an_edited_recipe_or_a_swapped_teacher_is_refused(tmp_path: Path, recipe: dict[str, Any], teacher_folder: Path) -> None:
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    recipe["teacher"]["model"] = str(teacher)
+    written = write(tmp_path, recipe)
+    assert cli("teacher_cache", "calibrate", written).returncode == 0
+    refused(cli("teacher_cache", "build", written, "context=40"), "planned by another recipe", "context")
+    refused(cli("teacher_cache", "build", written, "signals.distribution.rank=9"), "calibrated by another recipe")
+    make_model("llama", 320, seed=3, scale=8.0).save_pretrained(teacher)
+    refused(cli("teacher_cache", "build", written), "another teacher", "weights_digest")
+
+
+def digests(root: Path) -> dict[str, Any]:
+    """Every byte of the cache, but the `about` blocks of the ledger."""
+    objects = LocalObjects(root)
+    found: dict[str, Any] = {}
+    for key in objects.list(""):
+        if key.startswith("ledger/") and key.endswith(".json") and "tokenizer" not in key:
+            found[key] = read_document(objects, key).body
+        else:
+            found[key] = objects.read(key)
+    return found
+
+
+def kill_until_done(command: list[str], moments: Iterator[float]) -> int:
+    """Run a command again and again, killing it after each moment, until it finishes by itself. Returns the kills."""
+    kills = 0
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        try:
+            _, errors = process.communicate(timeout=next(moments))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, errors.decode()
+        return kills
+
+
+def test_a_killed_build_ends_in_the_same_bytes(tmp_path: Path, recipe: dict[str, Any], cache: Cache) -> None:
+    started = time.perf_counter()
+    undisturbed = tmp_path / "whole.zarr"
+    written = write(tmp_path, recipe)
+    assert cli("teacher_cache", "build", written, f"cache={undisturbed}").returncode == 0
+    seconds = time.perf_counter() - started
+    rng = random.Random(4)
+    moments = (seconds * share for share in [*(rng.uniform(0.5, 1.0) for _ in range(5)), 100])
+    command = [sys.executable, "-m", "teacher_cache.cli", "build", written]
+    assert kill_until_done(command, moments) >= 3
+    assert digests(tmp_path / "cache.zarr") == digests(undisturbed) == digests(cache.root)
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("loss", r.get("validation_loss"))) for r in records]
+
+
+def test_a_killed_run_ends_in_the_same_losses(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
+    written = write(tmp_path, {**run_recipe, "steps": 40, "checkpoint": {"every": 5}})
+    started = time.perf_counter()
+    assert cli("student_train", "run", written, f"out={tmp_path / 'whole'}").returncode == 0
+    seconds = time.perf_counter() - started
+    command = [sys.executable, "-m", "student_train.cli", "run", written]
+    assert kill_until_done(command, iter([seconds * 0.75, seconds * 0.8, 1000])) >= 1
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+    states = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert states[0] == states[1]
+
+
+def test_accumulation_does_not_change_the_step(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
+    for name, rows in (("one", 4), ("four", 1)):
+        recipe = {**run_recipe, "out": str(tmp_path / name), "steps": 3, "stream": {**run_recipe["stream"], "micro_rows": rows}}
+        assert cli("student_train", "run", write(tmp_path, recipe)).returncode == 0
+    for (step, a), (_, b) in zip(losses_of(tmp_path / "one"), losses_of(tmp_path / "four"), strict=True):
+        assert abs(a - b) <= 1e-5 * abs(a), step
+
+
+def test_the_result_is_a_plain_folder_and_learns(tmp_path: Path, run_recipe: dict[str, Any], texts: dict[str, Path]) -> None:
+    written = write(tmp_path, {**run_recipe, "steps": 60, "validation": {"every": 20, "patience": 3}, "export": "best"})
+    done = cli("student_train", "run", written, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    student = tmp_path / "run" / "student"
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert AutoTokenizer.from_pretrained(student)("def")["input_ids"]
+    assert not any("projection" in name for name in model.state_dict())
+    assert "tapped" not in (student / "config.json").read_text()
+    validations = [loss for step, loss in losses_of(tmp_path / "run") if step % 20 == 0][1::2]
+    assert result["validation_loss"] == min(validations) < validations[0]
+    again = cli("student_train", "run", written, "--json")
+    assert json.loads(again.stdout) == result
+
+
+def test_explain_names_what_is_read(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
+    done = cli("student_train", "explain", write(tmp_path, run_recipe), "--json")
+    found = {term["term"]: term for term in json.loads(done.stdout)["terms"]}
+    assert set(found) == {"cross_entropy", "tla", "lhsm", "apc", "asr"}
+    assert found["lhsm"]["reads"] == [f"hidden/block_output/{layer}" for layer in (1, 2, 3)]
+    assert found["apc"]["taps"] == ["attention rows of block 2"]
+    assert cli("student_train", "explain", write(tmp_path, run_recipe)).returncode == 0
+
+
+def test_verbs_one_by_one_and_a_full_disk(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    written = write(tmp_path, recipe)
+    planned = cli("teacher_cache", "plan", written, "--json")
+    assert json.loads(planned.stdout)["units"] > 3
+    assert cli("teacher_cache", "calibrate", written).returncode == 0
+    refused(cli("teacher_cache", "seal", recipe["cache"]), "not filled", "missing: 0, 1, 2")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+    script = f"{limit}; from teacher_cache.cli import main; import sys; sys.argv = ['x', 'fill', {written!r}]; main()"
+    full = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    refused(full, "disk is full", "Nothing committed is lost")
+    assert cli("teacher_cache", "fill", written).returncode == 0
+    assert cli("teacher_cache", "seal", recipe["cache"]).returncode == 0
+    shown = cli("teacher_cache", "inspect", recipe["cache"], "--json")
+    assert json.loads(shown.stdout)["units"] == json.loads(planned.stdout)["units"]
+    assert not (Path(recipe["cache"]) / "ledger" / "staging").exists()
+
+
+@pytest.mark.parametrize("module", ["teacher_cache", "student_train"])
+def test_help_is_light(module: str) -> None:
+    script = f"import sys; sys.argv = ['x', '--help']\nfrom {module}.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout

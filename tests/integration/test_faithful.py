@@ -1,0 +1,182 @@
+"""What the cache says is what the teacher said: signals against a live teacher, losses of teacher = student, packed = padded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from model_taps.blocks import tap_block_outputs
+from model_taps.head import OutputHead, final_hidden, output_head
+from signal_store.attention_codec import MAX_ERROR, decode_attention
+from signal_store.cache import Cache
+from student_train.batch import Cursor
+from student_train.distiller import Codecs, Distiller
+from student_train.losses.chunked import OutputScales, OutputTargets, output_loss
+from student_train.losses.config import Losses
+from student_train.losses.dense import dense_forward_kl
+from student_train.losses.objective import resolve
+from student_train.recipe import StreamSection
+from student_train.stream.reader import Needs
+from student_train.stream.rows import Stream
+from teacher_cache.build import build
+from teacher_cache.recipe import CacheRecipe
+from tests.tiny import CONTEXT, FAMILIES, HEADS, WIDTH, make_model
+
+FULL = {"cross_entropy": {}, "tla": {"temperature": 2.0}, "lhsm": {}, "apc": {"weight": 0.5}, "asr": {}}
+
+
+def live(cache: Cache) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(cache.manifest.teacher.name, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("index", [0, 7, -1])
+def test_stored_signals_are_the_teachers(exact_cache: Cache, index: int) -> None:
+    segment = exact_cache[index]
+    model = live(exact_cache)
+    ids = torch.from_numpy(segment.input_ids.astype(np.int64))[None]
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), tap_block_outputs(model, [1, 2, 3]) as blocks:
+        out = model(ids, output_attentions=True, use_cache=False)
+    logp = out.logits[0].log_softmax(-1)
+    rows = slice(segment.token_start, segment.token_start + len(segment))
+    scalars = exact_cache.read("distribution/scalars", rows.start, rows.stop).astype(np.float32)
+    torch.testing.assert_close(torch.from_numpy(scalars[:, 0]), logp.amax(-1), rtol=2e-3, atol=2e-3)
+    labels = [*segment.input_ids[1:].tolist(), segment.next_token]
+    for t, label in enumerate(labels):
+        if label is not None:
+            assert abs(scalars[t, 1] - float(logp[t, label])) < 1e-2
+    head = torch.from_numpy(exact_cache.read("distribution/head_ids", rows.start, rows.stop).astype(np.int64))
+    assert torch.equal(head, logp.topk(8).indices.sort(-1).values)
+    for layer, states in blocks.items():
+        values = exact_cache.read(f"hidden/block_output/{layer}/values", rows.start, rows.stop)
+        scale = exact_cache.read(f"hidden/block_output/{layer}/scale", rows.start, rows.stop)
+        spread = exact_cache.read(f"calibration/hidden.{layer}/spread")
+        mean = exact_cache.read(f"calibration/hidden.{layer}/mean")
+        error = np.abs(values * scale[:, None] * spread + mean - states[0].numpy())
+        assert (error <= scale[:, None] * spread * 0.51 + 1e-5).all()
+    positions = exact_cache.read("attention/4/position")
+    for i in np.flatnonzero((positions >= rows.start) & (positions < rows.stop)):
+        t = int(positions[i] - rows.start)
+        offset, length = (int(exact_cache.read(f"attention/4/{n}", i, i + 1)[0]) for n in ("offset", "length"))
+        assert length == t + 1
+        codes = torch.from_numpy(exact_cache.read("attention/4/weights", offset, offset + length))
+        found, expected = decode_attention(codes).T, out.attentions[3][0, :, t, : t + 1]
+        assert (found - expected).abs().max() <= MAX_ERROR + 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("whole_head", [False, True])
+def test_full_rank_or_full_head_equals_a_live_teacher(
+    exact_cache: Cache, recipe_for: object, tmp_path: Path, temperature: float, whole_head: bool
+) -> None:
+    cache = exact_cache
+    if whole_head:
+        signals = {"distribution": {"head": 10_000, "head_bits": 16, "rank": 0}}
+        cache = build(recipe_for(tmp_path / "head.zarr", signals=signals))  # type: ignore[operator]
+    model = live(cache)
+    needs = Needs(distribution=True, hidden=(), attention=())
+    config = StreamSection(row_tokens=CONTEXT, rows_per_step=16)
+    batch = next(Stream(cache, needs, config, packed=True).micro_batches(Cursor()))
+    losses = Losses.model_validate({"tla": {"temperature": temperature}})
+    student = make_model("llama", len(output_head(model).weight), seed=5)
+    codec = Codecs.of(cache, resolve(losses, cache, student), torch.device("cpu")).distribution
+    with torch.no_grad():
+        hidden_T, hidden_S = (
+            final_hidden(m, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.flat] for m in (model, student)
+        )
+        logp = (output_head(model).logits(hidden_T) / temperature).log_softmax(-1)
+    weight = output_head(student).weight.detach().clone().requires_grad_()
+    targets = OutputTargets(batch.labels, batch.distribution, codec, temperature)
+    scale = 1 / len(batch.flat)
+    total, _, _ = output_loss(hidden_S, OutputHead(weight, None, 1.0, None), targets, OutputScales(0.0, scale))
+    total.backward()
+    dense = weight.detach().clone().requires_grad_()
+    expected = dense_forward_kl(logp, hidden_S @ dense.T, temperature).sum() * scale
+    expected.backward()
+    assert abs(float(total.detach() - expected.detach())) <= 1e-4 * max(1.0, float(expected.detach()))
+    assert weight.grad is not None
+    assert dense.grad is not None
+    cosine = torch.nn.functional.cosine_similarity(weight.grad.flatten().double(), dense.grad.flatten().double(), 0)
+    assert float(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))) <= 0.1
+
+
+def test_teacher_as_student_has_no_loss_but_the_codecs(exact_cache: Cache) -> None:
+    model = live(exact_cache)
+    losses = Losses.model_validate(FULL)
+    objective = resolve(losses, exact_cache, model)  # type: ignore[arg-type]
+    distiller = Distiller(model, objective, exact_cache)  # type: ignore[arg-type]
+    distiller.codecs = Codecs.of(exact_cache, objective, torch.device("cpu"))
+    stream = Stream(exact_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
+    batch = next(stream.micro_batches(Cursor()))
+    assert distiller.choose_heads(batch)
+    assert distiller.head_pairs == {4: [(h, h) for h in range(HEADS)]}
+    found = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
+    means = {name: float(value) / max(1, batch.counts[name]) for name, value in found.sums.items()}
+    assert 0 <= means["tla"] + 1e-6 <= 1e-4
+    assert means["lhsm"] <= 1e-4
+    assert means["apc"] <= 2e-3
+    assert means["cross_entropy"] > 0.1
+    assert means["asr"] > 0
+
+
+@pytest.mark.parametrize("forward", ["packed", "padded", "one"])
+def test_packed_padded_and_alone_give_the_same_signals(
+    exact_cache: Cache, recipe_for: object, tmp_path: Path, forward: str
+) -> None:
+    signals = exact_cache.manifest.signals.model_dump()
+    changes = {"forward": "padded", "batch_tokens": CONTEXT} if forward == "one" else {"forward": forward}
+    other = build(recipe_for(tmp_path / "other.zarr", signals=signals, **changes))  # type: ignore[operator]
+    for spec in exact_cache.manifest.specs:
+        a, b = exact_cache.read(spec.path).astype(np.float64), other.read(spec.path).astype(np.float64)
+        if spec.path.startswith(("tokens/", "segments/")) or spec.path.endswith(("position", "offset", "length")):
+            assert np.array_equal(a, b), spec.path
+        else:  # codes may fall on either side of a step
+            assert np.nanmax(np.abs(a - b)) <= (
+                1 if spec.dtype[0] in "iu" and "ids" not in spec.path else 2e-2 if spec.dtype == "float16" else 1e-3
+            ), spec.path
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma", "gemma2", "opt"])
+def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, recipe_for: object) -> None:
+    folder = tmp_path / "teacher"
+    vocab = len(tokenizer) + 7  # padded rows are no part of the vocabulary
+    make_model(family, vocab, scale=4.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    teacher = {"model": str(folder), "dtype": "float32", "device": "cpu"}
+    signals = {"distribution": {"rank": WIDTH, "tail_bits": 16}, "hidden": {"rank": 8, "every": 3}, "attention": {"max_columns": 8}}
+    cache = build(recipe_for(tmp_path / "cache.zarr", teacher=teacher, signals=signals))  # type: ignore[operator]
+    assert cache.manifest.plan.forward == ("padded" if family == "opt" else "packed")
+    assert cache.manifest.tokenizer.vocab_size == len(tokenizer)
+    model = live(cache)
+    objective = resolve(Losses.model_validate(FULL), cache, model)  # type: ignore[arg-type]
+    distiller = Distiller(model, objective, cache)  # type: ignore[arg-type]
+    distiller.codecs = Codecs.of(cache, objective, torch.device("cpu"))
+    packed = family != "opt"
+    batch = next(
+        Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=packed).micro_batches(Cursor())
+    )
+    assert distiller.choose_heads(batch)
+    found = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
+    found.total.backward()
+    assert float(found.sums["tla"]) / batch.counts["tla"] <= 0.05  # the padded rows' mass, which the teacher never gave
+    assert all(p.grad is not None for p in distiller.projections.parameters())
+    assert FAMILIES[family]
+
+
+def test_overlap_rows_hold_no_signal(recipe_for: object, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path / "o.zarr", context=24, overlap=8, signals={"distribution": {"rank": 8}, "hidden": {"every": 3}})  # type: ignore[operator]
+    assert isinstance(recipe, CacheRecipe)
+    cache = build(recipe)
+    later = next(s for s in (cache[i] for i in range(len(cache))) if s.context_only)
+    scalars = cache.read("distribution/scalars", later.token_start, later.token_start + len(later))
+    assert np.isnan(scalars[: later.context_only]).all()
+    assert not np.isnan(scalars[later.context_only :, 0]).any()
+    assert (later.loss_mask[: later.context_only] == 0).all()
+    batch = next(
+        Stream(cache, Needs(True, (1,), ()), StreamSection(row_tokens=32, rows_per_step=64), packed=True).micro_batches(Cursor())
+    )
+    assert batch.distribution is not None
+    assert not torch.isnan(batch.distribution.scalars[:, 0]).any()
+    assert (batch.hidden[1].scale > 0).all()

@@ -1,0 +1,81 @@
+"""Tiny models, tokenizers and texts, made on the spot; no model hub is ever reached."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+WIDTH, LAYERS, HEADS, CONTEXT = 32, 4, 4, 48
+COMMON: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": COMMON,
+    "qwen3": {**COMMON, "head_dim": 8, "tie_word_embeddings": True},
+    "gemma": {**COMMON, "head_dim": 8},
+    "gemma2": {**COMMON, "head_dim": 8, "sliding_window": 16},
+    "gpt2": {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "bos_token_id": None, "eos_token_id": 0},
+    "opt": {
+        "hidden_size": WIDTH, "ffn_dim": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "max_position_embeddings": 64,
+        "word_embed_proj_dim": WIDTH, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None,
+    },
+}  # fmt: skip
+
+CODE = [
+    "def add(a, b):\n    # if this is a comment, for is no keyword\n    return a + b\n\n\nfor i in range(3):\n    if i > 1:\n        print('while', i)\n",
+    "class Undefined:\n    def __init__(self, size):\n        self.size = size\n\n    def grow(self):\n        while self.size < 9:\n            self.size += 1\n",
+    "try:\n    with open('x') as f:\n        data = f.read()\nexcept OSError as error:\n    data = ''\nelse:\n    print(len(data))\n",
+]
+PROSE = [
+    "The teacher speaks once, and the cache remembers what it thought about every word.",
+    "今天天气很好,我们一起去公园散步吧。学生从缓存里学习,老师已经不在了。",
+    "A student may be small; what it hears must still be faithful.",
+    "Rows of tokens are packed so that no step is wasted.",
+]
+
+
+def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|bos|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(CODE + PROSE, trainer)
+    template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    options = {"bos_token": "<|bos|>"} if bos else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=template, **options
+    )
+
+
+def make_model(family: str, vocab_size: int, *, seed: int = 0, scale: float = 1.0, **changes: Any) -> PreTrainedModel:
+    """A tiny random model; `scale` sharpens its distributions by scaling the output head."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], "vocab_size": vocab_size, **changes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if scale != 1:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(scale)
+    return model.eval()
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    return path

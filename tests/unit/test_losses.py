@@ -1,0 +1,162 @@
+"""Every loss against its slow twin or a hand-made value; gradients in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_taps.head import OutputHead
+from signal_store.attention_codec import MAX_ERROR, decode_attention, encode_attention
+from signal_store.distribution_codec import DistributionCodec, DistributionCodes
+from student_train.losses import chunked
+from student_train.losses.apc import TeacherRows, apc_rows, match_heads
+from student_train.losses.chunked import OutputScales, OutputTargets, output_loss
+from student_train.losses.config import PRESETS, Losses
+from student_train.losses.dense import dense_output_loss
+from student_train.losses.lhsm import lhsm_sum, make_projection
+
+WIDTH, RANK, HEAD = 12, 5, 4
+
+
+def made_codec(vocab: int, rank: int = RANK, head: int = HEAD, softcap: float | None = None) -> DistributionCodec:
+    g = torch.Generator().manual_seed(vocab)
+    return DistributionCodec(
+        temperatures=(1.0, 2.0, 3.0), head=head, head_bits=8, tail_bits=8, head_range=8.0, softcap=softcap, mean=torch.zeros(WIDTH),
+        encode_matrix=torch.randn(WIDTH, rank, generator=g), tail_step=torch.full((rank,), 0.05),
+        tail_basis=torch.randn(vocab, rank, generator=g), tail_bias=torch.randn(vocab, generator=g),
+    )  # fmt: skip
+
+
+def made_codes(codec: DistributionCodec, rows: int, seed: int = 0) -> DistributionCodes:
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, codec.vocab_size, generator=g)
+    return codec.encode(torch.randn(rows, WIDTH, generator=g), logits, torch.full((rows,), -1))[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 9), vocab=st.integers(6, 40), extra=st.integers(0, 3), bias=st.booleans(),
+    softcap=st.sampled_from([None, 4.0]), scale=st.sampled_from([1.0, 0.5]), temperature=st.sampled_from([1.0, 2.0, 3.0]),
+    rank=st.sampled_from([0, RANK]), weights=st.tuples(st.sampled_from([0.0, 0.7]), st.sampled_from([0.0, 1.3])),
+)  # fmt: skip
+def test_chunked_equals_dense(
+    rows: int, vocab: int, extra: int, bias: bool, softcap: float | None, scale: float, temperature: float, rank: int,
+    weights: tuple[float, float],
+) -> None:  # fmt: skip
+    codec = made_codec(vocab, rank)
+    codes = made_codes(codec, rows)
+    g = torch.Generator().manual_seed(rows)
+    labels = torch.randint(vocab, (rows,), generator=g)
+    labels[::3] = chunked.IGNORE
+    found = []
+    for function in (output_loss, dense_output_loss):
+        g = torch.Generator().manual_seed(7)
+        hidden = torch.randn(rows, WIDTH, dtype=torch.float64, generator=g).requires_grad_()
+        weight = torch.randn(vocab + extra, WIDTH, dtype=torch.float64, generator=g).requires_grad_()
+        offset = torch.randn(vocab + extra, dtype=torch.float64, generator=g).requires_grad_() if bias else None
+        head = OutputHead(weight, offset, scale, softcap)
+        total, ce, tla = function(hidden, head, OutputTargets(labels, codes, codec, temperature), OutputScales(*weights))
+        total.backward()
+        grads = [p.grad for p in (hidden, weight, offset) if p is not None and p.grad is not None]
+        found.append(([total.detach(), ce.detach() * bool(weights[0]), tla.detach() * bool(weights[1])], grads))
+    (losses, grads), (expected_losses, expected_grads) = found
+    # The teacher's side is float32 in both.
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-5)
+
+
+def test_chunk_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = made_codec(40)
+    codes, hidden, weight = made_codes(codec, 9), torch.randn(9, WIDTH), torch.randn(40, WIDTH)
+    targets = OutputTargets(torch.arange(9), codes, codec, 2.0)
+    head = OutputHead(weight, None, 1.0, None)
+    whole = output_loss(hidden, head, targets, OutputScales(1.0, 1.0))
+    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 4 * 40 * 2)
+    torch.testing.assert_close(output_loss(hidden, head, targets, OutputScales(1.0, 1.0)), whole)
+
+
+def test_cross_entropy_gradient_in_float64() -> None:
+    hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    targets = OutputTargets(torch.tensor([1, chunked.IGNORE, 5, 0]), None, None, 1.0)
+
+    def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return output_loss(h, OutputHead(w, None, 1.0, None), targets, OutputScales(0.5, 0.0))[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+def test_probabilities_equal_exp_of_logprobs() -> None:
+    for rank, head, cap in ((RANK, HEAD, None), (RANK, HEAD, 3.0), (RANK, 0, None), (RANK, 20, None)):
+        codec = made_codec(20, rank, head, cap)
+        codes = made_codes(codec, 7)
+        for temperature in codec.temperatures:
+            logp = codec.logprobs(codes, temperature)
+            p, negative_entropy = codec.probabilities(codes, temperature)
+            torch.testing.assert_close(p, logp.exp())
+            torch.testing.assert_close(p.sum(1), torch.ones(7))
+            torch.testing.assert_close(negative_entropy, torch.special.xlogy(p, p).sum(1), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sharpness=st.floats(0.1, 60), head=st.integers(0, 24), seed=st.integers(0, 99))
+def test_head_and_masses_are_true_however_sharp(sharpness: float, head: int, seed: int) -> None:
+    codec = made_codec(24, RANK, head)
+    logits = sharpness * torch.randn(5, 24, generator=torch.Generator().manual_seed(seed))
+    codes, _ = codec.encode(torch.randn(5, WIDTH), logits, torch.full((5,), 3))
+    assert torch.equal(codes.head_ids.long(), logits.topk(head).indices.sort(1).values)
+    for temperature in codec.temperatures:
+        p, q = (logits / temperature).softmax(1), codec.probabilities(codes, temperature)[0]
+        ids = codes.head_ids.long()
+        torch.testing.assert_close(q.gather(1, ids).sum(1), p.gather(1, ids).sum(1), rtol=5e-3, atol=2e-3)
+        torch.testing.assert_close(q.sum(1), torch.ones(5))
+    torch.testing.assert_close(codes.scalars[:, 1].float(), logits.log_softmax(1)[:, 3], rtol=2e-3, atol=2e-3)
+
+
+def test_schedule_of_the_seed() -> None:
+    losses = Losses.model_validate(PRESETS["flash_004"])
+    assert losses.tla and losses.apc and losses.lhsm and losses.asr and losses.cross_entropy is None
+    assert [round(losses.tla.weight.at(p), 3) for p in (0, 0.2, 0.6, 1)] == [1, 0.86, 0.58, 0.3]
+    assert [round(losses.apc.weight.at(p), 3) for p in (0, 0.2, 0.6, 1)] == [0, 0, 0.25, 0.5]
+    assert losses.lhsm.weight.at(0.5) == 0.8
+    assert losses.asr.weight.at(0.5) == 0.001
+    assert losses.tla.temperature == 3
+
+
+def test_lhsm_is_zero_for_equal_states_and_ignores_scale() -> None:
+    states = torch.randn(6, 8, requires_grad=True)
+    projection = make_projection(8, 8)
+    assert lhsm_sum(states, states.detach() * 5 + 2, projection) < 1e-6
+    found = lhsm_sum(states, torch.randn(6, 8), projection)
+    found.backward()
+    assert found > 1
+    assert projection.weight.grad is not None
+    assert lhsm_sum(states[:0], torch.zeros(0, 8), projection) == 0
+
+
+def test_apc_is_zero_for_equal_rows_and_matches_heads() -> None:
+    student = torch.rand(5, 4, 7).softmax(-1)
+    order = [2, 0, 3]
+    teacher = TeacherRows(student[:, order].clone(), torch.arange(7).expand(5, 3, 7).contiguous(), torch.zeros(5, 3))
+    assert match_heads(teacher, student, has_residual=False) == list(enumerate(order))
+    assert apc_rows(teacher, student[:, order], has_residual=False).abs().max() < 1e-6
+    other = torch.rand(5, 3, 7).mul(9).softmax(-1)
+    assert apc_rows(teacher, other, has_residual=False).mean() > 0.1
+
+
+def test_apc_with_heaviest_columns_bounds_the_full_divergence() -> None:
+    student, full = torch.rand(5, 2, 9).mul(5).softmax(-1), torch.rand(5, 2, 9).mul(5).softmax(-1)
+    values, columns = full.sort(-1, descending=True)
+    kept = TeacherRows(values[..., :4], columns[..., :4].contiguous(), 1 - values[..., :4].sum(-1))
+    whole = (full * (full.log() - student.log())).sum(-1)
+    bucket = apc_rows(kept, student, has_residual=True)
+    assert (bucket <= whole + 1e-5).all()
+    assert (bucket > 0).all()
+
+
+def test_attention_codes_stay_within_their_bound() -> None:
+    a = torch.from_numpy(np.linspace(0, 1, 5001, dtype=np.float32))
+    codes = encode_attention(a)
+    assert codes.max() == 254
+    assert (decode_attention(codes) - a).abs().max() <= MAX_ERROR
