@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from model_taps.loading import load_config, load_model, load_tokenizer, tokenizer_digest
+from model_taps.loading import load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from student_train.recipe import StudentSection
@@ -14,6 +14,7 @@ from student_train.recipe import StudentSection
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model in float32, ready to train, and its tokenizer."""
+    quiet()
     tokenizer = _tokenizer(section, cache)
     if section.checkpoint is not None:
         model = load_model(

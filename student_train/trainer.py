@@ -1,5 +1,6 @@
 """The training loop. Its whole state is the checkpoint's: parameters, optimizer, and a `Progress`."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -154,8 +155,8 @@ class Trainer:
         scales = {name: weights[name] * ranks / max(1.0, count_of[name]) for name in terms}
         sums = torch.zeros(len(terms), dtype=torch.float64, device=accelerator.device)
         for number, batch in enumerate(micro):
-            last = number == len(micro) - 1
-            with accelerator.no_sync(model) if not last else accelerator.autocast(), accelerator.autocast():
+            unsynchronised = accelerator.no_sync(model) if number < len(micro) - 1 else contextlib.nullcontext()
+            with unsynchronised, accelerator.autocast():
                 losses = model(batch.to(accelerator.device), scales)
                 accelerator.backward(losses.total)
             sums += torch.stack([losses.sums[name].double() for name in terms])

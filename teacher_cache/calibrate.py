@@ -2,6 +2,7 @@
 heads, int8 steps, packed or padded. Then the layout is known and the manifest is frozen. The first to commit wins."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 Arrays = dict[str, NDArray[np.float32]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Calibrated:
     """The frozen manifest, the matrices it speaks of, and the teacher that made or matched them."""
 
@@ -55,7 +56,7 @@ class Calibrated:
     plan: Plan
     teacher: Teacher
 
-    @property
+    @cached_property
     def distribution(self) -> DistributionCodec:
         """Codec of the distribution, on the teacher's device."""
         signal = self.manifest.signals.distribution
@@ -63,9 +64,11 @@ class Calibrated:
         codec = DistributionCodec.from_arrays(self.arrays, signal, self.manifest.teacher.logit_softcap)
         return codec.to(self.teacher.device)
 
-    def hidden(self, layer: int) -> HiddenCodec:
-        """Codec of one layer's output, on the teacher's device."""
-        return HiddenCodec.from_arrays(self.arrays, layer).to(self.teacher.device)
+    @cached_property
+    def hidden(self) -> dict[int, HiddenCodec]:
+        """Codec of each cached layer's output, on the teacher's device."""
+        layers = [h.layer for h in self.manifest.calibration.hidden]
+        return {layer: HiddenCodec.from_arrays(self.arrays, layer).to(self.teacher.device) for layer in layers}
 
 
 def calibrate(recipe: CacheRecipe) -> Calibrated:

@@ -156,7 +156,7 @@ def _extract(calibrated: Calibrated, unit: UnitPlan, batch: TeacherBatch) -> Ext
             places = unit.hidden_positions(every)
             places = places[(places >= tokens.start) & (places < tokens.stop)] - first
         for h in hidden:
-            found = extract_hidden(calibrated.hidden(h.layer), h.layer, thoughts.blocks[h.layer], places)
+            found = extract_hidden(calibrated.hidden[h.layer], h.layer, thoughts.blocks[h.layer], places)
             blank = _context_rows(unit, tokens) if every == 1 else np.zeros(len(places), dtype=bool)
             parts.append(Extracted(_blank(found.rows, manifest.specs, blank), found.saturated))
     parts += [extract_attention(a, thoughts.rows[a.layer], thoughts.row_lengths) for a in attention]

@@ -73,7 +73,8 @@ def make_model(family: str, vocab_size: int, *, seed: int = 0, scale: float = 1.
     if scale != 1:
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(scale)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

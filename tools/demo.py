@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tools" / "demo_teacher"
 OUT = ROOT / "runs" / "demo"
 AWAY = OUT / "teacher_while_students_train"
-TRAIN_TOKENS, VALIDATION_TOKENS = 1_000_000, 60_000
+TRAIN_TOKENS, VALIDATION_TOKENS = 1_000_000, 30_000
 TEMPERATURES = (1.0, 2.0, 3.0)
 STUDENT = {
     "model_type": "qwen3",
@@ -75,7 +75,7 @@ def run_recipe(preset: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
         "precision": "bfloat16",
         "optimizer": {"learning_rate": 4e-3, "betas": [0.9, 0.98], "warmup_steps": steps // 20, "min_factor": 0.02},
         "stream": {"row_tokens": 256, "rows_per_step": 16, "seed": seed},
-        "validation": {"every": max(1, steps // 10), "max_tokens": 30_000},
+        "validation": {"every": max(1, steps // 8)},
         "checkpoint": {"every": max(1, steps // 2), "keep": 1},
     }
 

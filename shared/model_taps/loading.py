@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from signal_store.canonical import digest
 from signal_store.errors import InputError, NotFoundError
@@ -36,9 +37,15 @@ def load_config(name: str, *, what: str, revision: str | None = None, trust_remo
 
 def load_model(name: str, *, what: str, **options: Any) -> PreTrainedModel:
     """A causal LM in evaluation mode; `options` go to `from_pretrained`."""
+    quiet()
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, name, what, **options)
     model.eval()
     return model
+
+
+def quiet() -> None:
+    """Silence transformers' own bars for reading and writing weights: ours say what takes long."""
+    logging.disable_progress_bar()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:

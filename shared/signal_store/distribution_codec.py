@@ -76,7 +76,7 @@ class DistributionCodec:
     @property
     def head_levels(self) -> int:
         """The largest head code, of square-root steps: fine near the row's maximum, where the probability is."""
-        return 2**self.head_bits - 2
+        return (1 << self.head_bits) - 2
 
     @property
     def vocab_size(self) -> int:

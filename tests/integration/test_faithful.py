@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.blocks import tap_block_outputs
 from model_taps.head import OutputHead, final_hidden, output_head
+from model_taps.loading import load_model
 from signal_store.attention_codec import MAX_ERROR, decode_attention
 from signal_store.cache import Cache
 from student_train.batch import Cursor
@@ -27,8 +28,8 @@ from tests.tiny import CONTEXT, FAMILIES, HEADS, WIDTH, make_model
 FULL = {"cross_entropy": {}, "tla": {"temperature": 2.0}, "lhsm": {}, "apc": {"weight": 0.5}, "asr": {}}
 
 
-def live(cache: Cache) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(cache.manifest.teacher.name, dtype=torch.float32).eval()
+def live(cache: Cache) -> PreTrainedModel:
+    return load_model(cache.manifest.teacher.name, what="teacher", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("index", [0, 7, -1])
@@ -59,7 +60,7 @@ def test_stored_signals_are_the_teachers(exact_cache: Cache, index: int) -> None
     positions = exact_cache.read("attention/4/position")
     for i in np.flatnonzero((positions >= rows.start) & (positions < rows.stop)):
         t = int(positions[i] - rows.start)
-        offset, length = (int(exact_cache.read(f"attention/4/{n}", i, i + 1)[0]) for n in ("offset", "length"))
+        offset, length = (int(exact_cache.read(f"attention/4/{n}", int(i), int(i) + 1)[0]) for n in ("offset", "length"))
         assert length == t + 1
         codes = torch.from_numpy(exact_cache.read("attention/4/weights", offset, offset + length))
         found, expected = decode_attention(codes).T, out.attentions[3][0, :, t, : t + 1]
@@ -105,8 +106,8 @@ def test_full_rank_or_full_head_equals_a_live_teacher(
 def test_teacher_as_student_has_no_loss_but_the_codecs(exact_cache: Cache) -> None:
     model = live(exact_cache)
     losses = Losses.model_validate(FULL)
-    objective = resolve(losses, exact_cache, model)  # type: ignore[arg-type]
-    distiller = Distiller(model, objective, exact_cache)  # type: ignore[arg-type]
+    objective = resolve(losses, exact_cache, model)
+    distiller = Distiller(model, objective, exact_cache)
     distiller.codecs = Codecs.of(exact_cache, objective, torch.device("cpu"))
     stream = Stream(exact_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
     batch = next(stream.micro_batches(Cursor()))
@@ -150,8 +151,8 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
     assert cache.manifest.plan.forward == ("padded" if family == "opt" else "packed")
     assert cache.manifest.tokenizer.vocab_size == len(tokenizer)
     model = live(cache)
-    objective = resolve(Losses.model_validate(FULL), cache, model)  # type: ignore[arg-type]
-    distiller = Distiller(model, objective, cache)  # type: ignore[arg-type]
+    objective = resolve(Losses.model_validate(FULL), cache, model)
+    distiller = Distiller(model, objective, cache)
     distiller.codecs = Codecs.of(cache, objective, torch.device("cpu"))
     packed = family != "opt"
     batch = next(
@@ -160,7 +161,9 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
     assert distiller.choose_heads(batch)
     found = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
     found.total.backward()
-    assert float(found.sums["tla"]) / batch.counts["tla"] <= 0.05  # the padded rows' mass, which the teacher never gave
+    assert (
+        float(found.sums["tla"]) / batch.counts["tla"] <= 0.1
+    )  # 4 log(327/320): the padded rows' mass, which the teacher never gave
     assert all(p.grad is not None for p in distiller.projections.parameters())
     assert FAMILIES[family]
 

@@ -33,7 +33,7 @@ def test_keywords_are_found_by_the_lexer() -> None:
 
 def test_keyword_tokens_hold_the_keywords_last_character(tokenizer: PreTrainedTokenizerFast) -> None:
     (found,) = tokenize([Document(CODE[0], lexer="python")], tokenizer, append_eos=True, keywords=KEYWORDS)
-    words = [tokenizer.decode([i]).strip() for i in found.input_ids[found.keyword]]
+    words = [str(tokenizer.decode([i])).strip() for i in found.input_ids[found.keyword]]
     assert len(words) == 4
     assert all(full.endswith(word) for full, word in zip(["def", "return", "for", "if"], words, strict=True))
 
@@ -76,7 +76,7 @@ def test_folder_and_parquet_and_datasets_give_the_same_texts(tmp_path: Path, tok
     sources = [
         Source(name="folder", folder=folder, pattern="*.py"),
         Source(name="parquet", parquet=tmp_path / "t.parquet"),
-        Source(name="dataset", dataset=reference),  # type: ignore[arg-type]
+        Source(name="dataset", dataset=reference),
     ]
     for source in sources:
         assert [d.text for d in documents(source, tokenizer)] == texts

@@ -126,7 +126,7 @@ def test_opens_with_plain_zarr_and_xarray(cache: Cache) -> None:
     stop = segment.token_start + len(segment)
     assert np.array_equal(ids[segment.token_start : stop], segment.input_ids)
     tree = xarray.open_datatree(cache.root, engine="zarr", zarr_format=3, mask_and_scale=False)
-    assert np.array_equal(tree["tokens/input_ids"].values[segment.token_start : stop], segment.input_ids)
+    assert np.array_equal(np.asarray(tree["tokens/input_ids"])[segment.token_start : stop], segment.input_ids)
     one = xarray.open_zarr(cache.root, group="distribution", zarr_format=3, consolidated=False)
     assert one["scalars"].dims == ("token", "scalar")
     assert np.isnan(one["scalars"].values[-1]).all()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert len(orders) == 9
 
 
-def stream_of(cache: Cache, needs: Needs = TOKENS, **config: int) -> Stream:
+def stream_of(cache: Cache, needs: Needs = TOKENS, **config: Any) -> Stream:
     return Stream(
         cache, needs, StreamSection.model_validate({"row_tokens": 64, "rows_per_step": 6, "window_units": 2, **config}), packed=True
     )
@@ -57,7 +58,7 @@ def test_an_epoch_holds_every_segment_once(cache: Cache) -> None:
 @settings(max_examples=15, deadline=None)
 @given(steps=st.integers(0, 12), world=st.sampled_from([1, 2, 3, 6]), micro=st.sampled_from([None, 1]))
 def test_ranks_share_one_stream_and_resume_exactly(cache: Cache, steps: int, world: int, micro: int | None) -> None:
-    config = {"micro_rows": micro} if micro else {}
+    config: dict[str, Any] = {"micro_rows": micro} if micro else {}
     alone = stream_of(cache)
     whole = [b.segments for b in islice(alone.micro_batches(Cursor()), steps + 3)]
     ranks = [replace(stream_of(cache, **config), rank=r, world_size=world) for r in range(world)]
