@@ -1,14 +1,17 @@
 """Training state on disk: safetensors and JSON, never pickle; a folder that is renamed last, so that it is whole or not there."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
-import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -51,26 +54,35 @@ def restore_state(module: nn.Module, state: dict[str, Tensor]) -> None:
             targets[name].copy_(value)
 
 
-def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int) -> None:
-    """Write `folder/step-N`, then remove all but the last `keep`."""
-    target = folder / f"step-{progress.step:08d}"
-    temporary = folder / f".{target.name}.{uuid.uuid4().hex}"
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or refusing disk into one line; safetensors wraps the system's error in its own."""
     try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else next(iter(re.findall(r"os error (\d+)", str(error))), None)
+        known = None if number is None else storage_error(OSError(int(number), os.strerror(int(number))), where)
+        if known is None:
+            raise
+        raise known from error
+
+
+def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int) -> None:
+    """Write `folder/step-N`, then remove all but the last `keep`, and what a killed save left behind."""
+    target = folder / f"step-{progress.step:08d}"
+    temporary = folder / f".{target.name}"
+    for stale in folder.glob(".step-*"):
+        shutil.rmtree(stale)
+    with disk_errors(target):
         temporary.mkdir(parents=True)
         save_file(trainable_state(module), temporary / "model.safetensors")
         save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps({"version": VERSION, **asdict(progress)}, indent=1))
         _sync_tree(temporary)
-        if target.exists():
+        if target.exists():  # the same step again, from an export that failed
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        known = storage_error(error, target)
-        if known is None:
-            raise
-        raise known from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -121,12 +133,13 @@ def _sync(path: Path) -> None:
 
 def save_best(folder: Path, module: nn.Module, step: int) -> None:
     """Keep these weights as the best so far; the file is replaced in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".model.{uuid.uuid4().hex}"
-    save_file(trainable_state(module), temporary, metadata={"step": str(step)})
-    _sync(temporary)
-    temporary.rename(folder / "model.safetensors")
-    _sync(folder)
+    temporary = folder / ".model"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trainable_state(module), temporary, metadata={"step": str(step)})
+        _sync(temporary)
+        temporary.rename(folder / "model.safetensors")
+        _sync(folder)
 
 
 def restore_best(folder: Path, module: nn.Module) -> None:

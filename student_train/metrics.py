@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from signal_store.objects import LocalObjects
+
 
 class MetricsLog:
     """Appends to `path`; every line is flushed."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [line for line in path.read_text().splitlines() if _whole(line, resume_step)] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
+        LocalObjects(path.parent).put(path.name, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")
 
     def write(self, **record: Any) -> None:

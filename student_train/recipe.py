@@ -86,7 +86,6 @@ class RunRecipe(Section):
     stream: StreamSection = StreamSection()
     validation: ValidationSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
-    log_every: int = Field(10, ge=1)
     export: Literal["best", "last"] = "last"
     """Which weights become the result; `best` needs validation."""
 

@@ -13,6 +13,7 @@ import torch
 from signal_store.cache import open_cache
 from signal_store.canonical import digest
 from signal_store.errors import InputError, MismatchError
+from signal_store.objects import LocalObjects
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.distiller import Distiller
@@ -41,16 +42,17 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     distiller = Distiller(student, objective, cache)
     _describe(recipe, recipe_digest, cache.manifest.cache_id)
-    progress = Trainer(recipe, cache, objective, distiller, tokenizer, recipe_digest).train()
+    progress = Trainer(recipe, cache, objective, distiller, recipe_digest).train()
     if recipe.export == "best":
         checkpoint.restore_best(recipe.out / "best", distiller)
     implementation = recipe.student.attn_implementation
     if objective.attention_pairs:  # leave no trace of the row capture in the exported config
         student.set_attn_implementation(implementation or student.config._attn_implementation.removeprefix("tapped_"))  # noqa: SLF001
-    student.save_pretrained(recipe.out / "student")
-    tokenizer.save_pretrained(recipe.out / "student")
+    with checkpoint.disk_errors(recipe.out):
+        student.save_pretrained(recipe.out / "student")
+        tokenizer.save_pretrained(recipe.out / "student")
     result = _result(recipe, progress, sum(p.numel() for p in student.parameters()))
-    finished.write_text(json.dumps(result, indent=1))
+    LocalObjects(recipe.out).put(RESULT, json.dumps(result, indent=1).encode())
     return result
 
 
@@ -69,7 +71,6 @@ def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
 
 
 def _describe(recipe: RunRecipe, recipe_digest: str, cache_id: str) -> None:
-    recipe.out.mkdir(parents=True, exist_ok=True)
     about = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_digest": recipe_digest,
@@ -79,7 +80,7 @@ def _describe(recipe: RunRecipe, recipe_digest: str, cache_id: str) -> None:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
     }
-    (recipe.out / "run.json").write_text(json.dumps(about, indent=1))
+    LocalObjects(recipe.out).put("run.json", json.dumps(about, indent=1).encode())
 
 
 def _result(recipe: RunRecipe, progress: Progress, parameters: int) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.loading import load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from signal_store.cache import Cache
-from signal_store.errors import InputError, MismatchError, NotFoundError
+from signal_store.errors import InputError, MismatchError, NotFoundError, SignalStoreError
 from student_train.recipe import StudentSection
 
 
@@ -26,8 +27,13 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
         )
     else:
         torch.manual_seed(section.seed)
-        config = _config(section, cache)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
+        try:
+            config = _config(section, cache)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
+        except (ValueError, TypeError, ImportError, RuntimeError, StrictDataclassError) as error:
+            if isinstance(error, SignalStoreError):
+                raise
+            raise InputError("the student's config is wrong", found=str(error).splitlines()[0], where="student.config") from error
     _check(model, cache)
     return model.train(), tokenizer
 
@@ -41,10 +47,7 @@ def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
     if kind is None:
         raise InputError("the student's config names no model_type", expected="such as llama or qwen3", where="student.config")
     fields.setdefault("vocab_size", cache.manifest.tokenizer.vocab_size)
-    try:
-        config: PretrainedConfig = AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError) as error:
-        raise InputError("the student's config is wrong", found=str(error).splitlines()[0], where="student.config") from error
+    config: PretrainedConfig = AutoConfig.for_model(kind, **fields)
     return config
 
 

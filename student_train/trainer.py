@@ -6,17 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from model_taps.head import final_hidden, output_head
 from model_taps.packing import probe
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError, SignalStoreError
+from signal_store.errors import InputError, MismatchError, SignalStoreError
 from signal_store.progress import progress_bar
 from student_train import checkpoint
 from student_train.batch import CodedBatch, Cursor
@@ -59,13 +57,14 @@ class Trainer:
     cache: Cache
     objective: Objective
     distiller: Distiller
-    tokenizer: PreTrainedTokenizerFast
     recipe_digest: str
 
     def train(self) -> Progress:
         """Train to the end, from the last checkpoint if there is one. Returns the last progress."""
         recipe = self.recipe
         accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bfloat16" else "no")
+        if accelerator.num_processes > 1:
+            raise InputError("several processes train one student", expected="one process", found=accelerator.num_processes)
         device = accelerator.device
         stream = Stream(
             self.cache,
@@ -214,8 +213,3 @@ def validation_loss(accelerator: Accelerator, distiller: Distiller, batches: Ite
     if not count:
         raise MismatchError("the cache has no validation split", expected="a source with split: validation", found="none")
     return loss_sum / count, int(count)
-
-
-def restore_best(out: Path, distiller: Distiller) -> None:
-    """Put the best validation's weights back into the student."""
-    checkpoint.restore_best(out / "best", distiller)

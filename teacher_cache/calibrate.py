@@ -32,7 +32,7 @@ from signal_store.manifest import (
 )
 from signal_store.objects import LocalObjects, Objects
 from signal_store.progress import progress_bar
-from teacher_cache.plan import Plan, plan
+from teacher_cache.plan import Plan, plan, refuse_another_recipe
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.tail_basis import TailFit, choose_codec
 from teacher_cache.teacher import Teacher, TeacherBatch, attention_layers, compose, load_teacher, resolve_forward, think
@@ -88,14 +88,7 @@ def calibrate(recipe: CacheRecipe) -> Calibrated:
         standing, _ = commit(objects, CALIBRATION, body, attempt)
     body = standing.body
     _refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
-    if body["signals"] != recipe.signals.model_dump(mode="json") or body["plan_digest"] != planned.digest:
-        raise MismatchError(
-            "the cache was calibrated by another recipe",
-            expected=body["signals"],
-            found=recipe.signals.model_dump(mode="json"),
-            where=recipe.cache,
-            remedy="Restore the recipe's signals, or build into another folder.",
-        )
+    refuse_another_recipe("calibrated", body["recipe"], calibrated_part(recipe, planned), recipe)
     arrays = read_calibration_arrays(objects, body["arrays_digest"])
     manifest = _manifest(recipe, planned, tokenizer, body)
     frozen, _ = commit(objects, MANIFEST, manifest.model_dump(mode="json"), new_attempt())
@@ -105,6 +98,14 @@ def calibrate(recipe: CacheRecipe) -> Calibrated:
     calibrated = Calibrated(found, arrays, planned, teacher)
     _check_teacher(calibrated, objects)
     return calibrated
+
+
+def calibrated_part(recipe: CacheRecipe, planned: Plan) -> dict[str, Any]:
+    """What decides the calibration, as JSON: the plan, and all of the recipe that the plan did not look at but the teacher's
+    place and name, for which its digests speak."""
+    teacher = recipe.teacher.model_dump(mode="json", include={"dtype"})
+    rest = recipe.model_dump(mode="json", include={"signals", "batch_tokens", "forward", "calibration"})
+    return {"plan": planned.digest, **{f"teacher.{name}": value for name, value in teacher.items()}, **rest}
 
 
 def calibration_keys(arrays_digest: str) -> tuple[str, str]:
@@ -189,9 +190,8 @@ def _measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Obje
     check = think(teacher, planned.unit(objects, 0), TeacherBatch(0, 1, ((0,),)), (), ())
     arrays: Arrays = {"check/hidden": check.hidden[:CHECKED_TOKENS].float().cpu().numpy()}
     body: dict[str, Any] = {
-        "plan_digest": planned.digest,
         "teacher": teacher.identity.model_dump(mode="json"),
-        "signals": recipe.signals.model_dump(mode="json"),
+        "recipe": calibrated_part(recipe, planned),
         "forward": resolve_forward(recipe.forward, teacher),
         "num_tokens": sum(len(h) for h in final),
         "tail_rank": 0,

@@ -54,18 +54,18 @@ def fill_unit(calibrated: Calibrated, objects: Objects, unit: int, on_tokens: Ca
     """One attempt at one unit; returns the record that stands, this attempt's or an earlier one's."""
     planned = calibrated.plan.unit(objects, unit)
     started = time.perf_counter()
-    with attempt_folder(objects, f"{unit:07d}") as (attempt, prefix):
-        with _Writers(objects, prefix, calibrated.manifest.specs, unit) as writers:
-            writers.append(_plan_rows(calibrated, planned, unit))
-            for batch in batches_of(calibrated, planned):
-                writers.append_later(_extract(calibrated, planned, batch))
-                on_tokens(int(planned.length[batch.first : batch.last].sum()))
-            record = writers.finish(calibrated.manifest.cache_id, unit)
-        seconds = time.perf_counter() - started
-        about = {"seconds": seconds, "threads": torch.get_num_threads(), "device": str(calibrated.teacher.device)}
-        standing, mine = commit(objects, unit_key(unit), record.to_body(), attempt, **about)
-        if not mine:
-            objects.delete_tree(prefix)
+    specs = calibrated.manifest.specs
+    with attempt_folder(objects, f"{unit:07d}") as (attempt, prefix), _Writers(objects, prefix, specs, unit) as writers:
+        writers.append(_plan_rows(calibrated, planned, unit))
+        for batch in batches_of(calibrated, planned):
+            writers.append_later(_extract(calibrated, planned, batch))
+            on_tokens(int(planned.length[batch.first : batch.last].sum()))
+        record = writers.finish(calibrated.manifest.cache_id, unit)
+    # From here on the staged objects may be the committed ones: nothing but a lost race removes them.
+    about = {"seconds": time.perf_counter() - started, "threads": torch.get_num_threads(), "device": str(calibrated.teacher.device)}
+    standing, mine = commit(objects, unit_key(unit), record.to_body(), attempt, **about)
+    if not mine:
+        objects.delete_tree(prefix)
     return standing
 
 

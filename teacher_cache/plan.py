@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,9 @@ class Plan:
 
     def unit(self, objects: Objects, unit: int) -> UnitPlan:
         """The plan of one unit."""
-        key = plan_unit_key(unit)
-        return UnitPlan.from_bytes(objects.read(key), self.document.body["units"][unit]["digest"], key)
+        content = self.document.body["units"][unit]["digest"]
+        key = plan_unit_key(unit, content)
+        return UnitPlan.from_bytes(objects.read(key), content, key)
 
     def split(self, unit: int) -> Split:
         """The side a unit belongs to; a unit holds one only."""
@@ -68,7 +69,7 @@ def plan(recipe: CacheRecipe) -> Plan:
     standing = find_document(objects, PLAN)
     if standing is None:
         standing = _make(recipe, objects)
-    _refuse_another_recipe(standing.body["recipe"], planned_part(recipe), recipe)
+    refuse_another_recipe("planned", standing.body["recipe"], planned_part(recipe), recipe)
     return Plan(standing)
 
 
@@ -86,11 +87,12 @@ def planned_part(recipe: CacheRecipe) -> dict[str, Any]:
     }
 
 
-def _refuse_another_recipe(made: dict[str, Any], wanted: dict[str, Any], recipe: CacheRecipe) -> None:
+def refuse_another_recipe(done: str, made: dict[str, Any], wanted: dict[str, Any], recipe: CacheRecipe) -> None:
+    """MismatchError naming the parts of the recipe that differ from what the cache was `done` (planned, calibrated) by."""
     changed = sorted(key for key in made.keys() | wanted.keys() if made.get(key) != wanted.get(key))
     if changed:
         raise MismatchError(
-            f"the cache was planned by another recipe ({', '.join(changed)} differ)",
+            f"the cache was {done} by another recipe ({', '.join(changed)} differ)",
             expected={key: made.get(key) for key in changed},
             found={key: wanted.get(key) for key in changed},
             where=recipe.cache,
@@ -171,21 +173,20 @@ def _make(recipe: CacheRecipe, objects: Objects) -> Document:
         }
         for name, data in _tokenizer_files(tokenizer).items():
             objects.put(f"{prefix}/tokenizer/{name}", data)
-        _publish(objects, prefix, len(units))
-        document, _ = commit(objects, PLAN, body, attempt)
-        objects.delete_tree(prefix)
+        _publish(objects, prefix, [unit["digest"] for unit in units])
+    document, _ = commit(objects, PLAN, body, attempt)
+    objects.delete_tree(prefix)
     if digest(document.body) != digest(body):
         raise MismatchError("another worker planned other text", expected=digest(body), found=document.digest, where=PLAN)
     return document
 
 
-def _publish(objects: Objects, prefix: str, num_units: int) -> None:
-    """Move the unit plans to their keys. Before the commit, for they are named by nothing but the record that follows, which
-    carries their digests; two planners of the same recipe move the same bytes."""
+def _publish(objects: Objects, prefix: str, digests: Sequence[str]) -> None:
+    """Move the unit plans to their keys, which name their content: another planner moves the same bytes or other keys."""
     for key in objects.list(f"{prefix}/tokenizer"):
         objects.publish(key, "ledger/tokenizer/" + key.rsplit("/", 1)[1])
-    for unit in range(num_units):
-        objects.publish(f"{prefix}/{unit:07d}", plan_unit_key(unit))
+    for unit, content in enumerate(digests):
+        objects.publish(f"{prefix}/{unit:07d}", plan_unit_key(unit, content))
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
@@ -229,18 +230,22 @@ def _units(recipe: CacheRecipe, tokenizer: PreTrainedTokenizerFast, tallies: lis
 def _segments(recipe: CacheRecipe, tokenizer: PreTrainedTokenizerFast, tally: _Tally, number: int) -> Iterator[PlannedSegment]:
     keywords = frozenset(recipe.signals.attention.keywords) if recipe.signals.attention else frozenset()
 
+    numbers: list[int] = []
+
     def read() -> Iterator[Any]:
         for document in documents(tally.source, tokenizer):
             tally.num_documents += 1
-            tally.hash.update(len(document.text).to_bytes(8, "little") + document.text.encode("utf-8", "surrogatepass"))
+            tally.hash.update(len(document.text).to_bytes(8, "little") + document.text.encode())
             if document.text:
+                numbers.append(tally.num_documents - 1)
                 yield document
             else:
                 tally.num_empty_documents += 1
 
     tokenized = tokenize(read(), tokenizer, append_eos=recipe.append_eos, keywords=keywords)
     for index, document in enumerate(tokenized):
-        for segment in cut(document, recipe.context, recipe.overlap, number, index):
+        tally.num_empty_documents += not len(document.input_ids)  # a normaliser may leave nothing
+        for segment in cut(document, recipe.context, recipe.overlap, number, numbers[index]):
             tally.num_segments += 1
             tally.num_tokens += len(segment) - segment.context_only
             yield segment

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from model_taps.head import OutputHead
 from signal_store.distribution_codec import DistributionCodec
+from signal_store.errors import InputError
 from signal_store.signals import DistributionSignal
 
 UNIFORM_SHARE = 0.1
 QUANTISATION_SHARE = 0.25
 """Error that the step may add, as a share of the error that a rank given by the recipe makes."""
-STEPS_PER_OCTAVE = 4
+STEPS_PER_OCTAVE = 8
 OCTAVES = 12
 SATURATION_QUANTILE = 0.9999
 MARGIN = 1.5
@@ -155,7 +156,7 @@ def measure(codec: DistributionCodec, head: OutputHead, hidden_nD: Tensor, chunk
 def choose_codec(
     fit: TailFit, head: OutputHead, signal: DistributionSignal, held_out_nD: Tensor
 ) -> tuple[DistributionCodec, Fidelity]:
-    """The codec of the recipe's rank; for `auto` the one with the coarsest step within both bounds, else the finest tried."""
+    """The codec of the recipe's rank; for `auto` the one with the coarsest step within both bounds, InputError if there is none."""
     if signal.rank != "auto":
         codec = fit.codec_of_rank(min(signal.rank, len(fit.mean)), head, signal)
         return codec, measure(codec, head, held_out_nD)
@@ -172,5 +173,10 @@ def choose_codec(
             low = middle + 1
     if found is not None:
         return found
-    codec = fit.codec_of_step(coarsest * 2**-OCTAVES, head, signal)
-    return codec, measure(codec, head, held_out_nD)
+    fidelity = measure(fit.codec_of_step(coarsest * 2**-OCTAVES, head, signal), head, held_out_nD)
+    raise InputError(
+        "no rank meets the bounds of signals.distribution",
+        expected=f"T²·KL of {signal.max_scaled_kl_nats} nats, an angle of {signal.max_angle_degrees} degrees",
+        found=f"{max(fidelity.scaled_kl_nats):.2g} and {max(fidelity.angle_degrees):.2g} at full rank",
+        remedy="Set tail_bits: 16 or a larger head, loosen the bounds, or give a rank.",
+    )

@@ -82,7 +82,7 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         logit_softcap=head.softcap,
     )
     bias = None if head.bias is None else head.bias[:vocab_size]
-    return Teacher(model, device, replace(head, weight=head.weight[:vocab_size], bias=bias).float(), identity)
+    return Teacher(model, device, replace(head, weight=head.weight[:vocab_size], bias=bias).float().to(device), identity)
 
 
 def resolve_forward(wanted: str, teacher: Teacher) -> Forward:
@@ -174,9 +174,14 @@ def think(teacher: Teacher, unit: UnitPlan, batch: TeacherBatch, layers: Sequenc
     flat_n = torch.from_numpy(flat)
 
     def in_order(states_BSD: Tensor) -> Tensor:
-        return states_BSD.flatten(0, 1)[flat_n.to(states_BSD.device)]
+        return states_BSD.flatten(0, 1)[flat_n.to(states_BSD.device)].to(teacher.device)
 
-    return Thoughts(in_order(hidden_BSD), {layer: in_order(h) for layer, h in blocks.items()}, dict(rows), query.lengths)
+    return Thoughts(
+        in_order(hidden_BSD),
+        {layer: in_order(h) for layer, h in blocks.items()},
+        {layer: r.to(teacher.device) for layer, r in rows.items()},
+        query.lengths,
+    )
 
 
 def attention_layers(teacher: Teacher, wanted: Sequence[int] | str) -> tuple[int, ...]:

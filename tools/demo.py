@@ -39,9 +39,9 @@ STUDENT = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
@@ -75,7 +75,7 @@ def run_recipe(preset: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
         "precision": "bfloat16",
         "optimizer": {"learning_rate": 4e-3, "betas": [0.9, 0.98], "warmup_steps": steps // 20, "min_factor": 0.02},
         "stream": {"row_tokens": 256, "rows_per_step": 16, "seed": seed},
-        "validation": {"every": max(1, steps // 8)},
+        "validation": {"every": max(1, steps // 5)},
         "checkpoint": {"every": max(1, steps // 2), "keep": 1},
     }
 
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument(
         "--preset", default="demo_kl", choices=["demo_kl", "flash_004"], help="objective of the student that learns from the cache"
     )
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each student")
+    parser.add_argument("--steps", type=int, default=90, help="optimizer steps of each student")
     parser.add_argument("--fresh", action="store_true", help="remove runs/demo first")
     keep_freed_memory()
     guarded(lambda: demo(parser.parse_args()))

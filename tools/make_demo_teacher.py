@@ -35,16 +35,23 @@ CHAT_TEMPLATE = (
 PRE_TOKEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+LOW_RANK_FACTOR = 1 / 3
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning-rate factor by optimizer step: linear warm-up, constant, linear decay to zero over the last `decay_steps`."""
+    """Learning-rate factor by optimizer step: linear warm-up, constant, linear decay to zero over the last `decay_steps`; then, for
+    `low_rank_steps`, linear decay from LOW_RANK_FACTOR."""
 
     steps: int
     warmup_steps: int
     decay_steps: int
+    low_rank_steps: int
 
     def factor(self, step: int) -> float:
         """The factor for the step after `step` finished ones."""
+        if step >= self.steps:
+            return LOW_RANK_FACTOR * (self.steps + self.low_rank_steps - step) / self.low_rank_steps
         return min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
 
 
@@ -94,6 +101,13 @@ def next_token_loss(model: Qwen3ForCausalLM, rows_BT: torch.Tensor) -> torch.Ten
     hidden_BTD = model.model(input_ids=rows_BT[:, :-1], use_cache=False).last_hidden_state
     logits_NV = model.lm_head(hidden_BTD).flatten(0, 1)
     return F.cross_entropy(logits_NV.float(), rows_BT[:, 1:].flatten())
+
+
+def leading_projector(weight_VD: torch.Tensor, rank: int) -> torch.Tensor:
+    """[D, D]: onto the `rank` leading right singular directions of the (tied) embedding, as if it were factorised (ALBERT)."""
+    directions = torch.linalg.svd(weight_VD.detach().double(), full_matrices=False).Vh[:rank]
+    projector: torch.Tensor = (directions.T @ directions).float()
+    return projector
 
 
 @torch.no_grad()
@@ -155,9 +169,10 @@ scratch on Python's standard library. It exists so that the demo has a teacher t
 | split | by SHA-256 of the module's family (`tools/stdlib_corpus.py`, salt `{salt}`, share {share:.4f}); tests go with what they test |
 | validation | {val_tokens:,} tokens of held-out modules, no tests |
 | validation loss | **{best:.4f} nats/token** at step {steps:,} |
+| embedding | held to rank {rank} of {width} in the last {low_rank} steps, as a factorised embedding would be |
 | seed | {seed} |
 | context | {context} tokens |
-| optimizer | AdamW (0.9, 0.95), weight decay 0.1 on matrices, learning rate {lr}, warm-up {warmup}, linear decay over the last {decay} steps |
+| optimizer | AdamW (0.9, 0.95), weight decay 0.1 on matrices, learning rate {lr}, warm-up {warmup}, linear decay over {decay} steps, then again from a third |
 | batch | {batch_tokens:,} tokens |
 | training time | {minutes:.0f} minutes on {machine} |
 | stored as | bfloat16 safetensors |
@@ -185,8 +200,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo_teacher")
     parser.add_argument("--work", type=Path, required=True, help="checkpoint folder; a killed run goes on from here")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--decay-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1650)
+    parser.add_argument("--decay-steps", type=int, default=450)
+    parser.add_argument("--embedding-rank", type=int, default=128)
+    parser.add_argument("--low-rank-steps", type=int, default=250, help="last steps, with the embedding held to its rank")
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--context", type=int, default=256)
@@ -207,7 +224,8 @@ def main() -> None:
 
     model = build_model(args.vocab_size, args.context, tokenizer.eos_token_id, args.seed)
     optimizer = build_optimizer(model, args.lr)
-    schedule = Schedule(args.steps, args.warmup_steps, args.decay_steps)
+    schedule = Schedule(args.steps, args.warmup_steps, args.decay_steps, args.low_rank_steps)
+    total_steps = args.steps + args.low_rank_steps
     curve: list[dict[str, float]] = []
     start, seconds_before = 0, 0.0
     checkpoint = args.work / "state.pt"
@@ -222,9 +240,11 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     running = math.nan
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        bar = progress.add_task("demo teacher", total=args.steps, completed=start)
+        bar = progress.add_task("demo teacher", total=total_steps, completed=start)
         batches = training_batches(train, args.context, args.rows, args.seed, start)
-        for step, rows_BT in zip(range(start, args.steps), batches, strict=False):
+        for step, rows_BT in zip(range(start, total_steps), batches, strict=False):
+            if step == max(start, args.steps):
+                projector_DD = leading_projector(model.model.embed_tokens.weight, args.embedding_rank)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule.factor(step)
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -233,11 +253,14 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if step >= args.steps:
+                with torch.no_grad():
+                    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ projector_DD)
             value = float(loss.detach())
             running = value if math.isnan(running) else 0.95 * running + 0.05 * value
             progress.update(bar, advance=1, description=f"demo teacher  loss {running:.3f}")
             done = step + 1
-            if done % args.eval_every == 0 or done == args.steps:
+            if done % args.eval_every == 0 or done in (args.steps, total_steps):
                 seconds = seconds_before + time.perf_counter() - started
                 held = validation_loss(model, held_out, args.context, args.rows)
                 curve.append({"step": done, "train": running, "validation": held, "seconds": seconds})
@@ -257,19 +280,22 @@ def main() -> None:
             "params": sum(p.numel() for p in model.parameters()),
             "vocab": args.vocab_size,
             "python": platform.python_version(),
-            "command": f"tools/make_demo_teacher --work WORK --steps {args.steps} --decay-steps {args.decay_steps} --seed {args.seed}",
+            "command": f"tools/make_demo_teacher --work WORK --steps {args.steps} --decay-steps {args.decay_steps} --low-rank-steps {args.low_rank_steps} --seed {args.seed}",
             "train_tokens": len(train),
-            "epochs": args.steps * tokens_per_step / len(train),
+            "epochs": total_steps * tokens_per_step / len(train),
             "salt": SPLIT_SALT,
             "share": VALIDATION_SHARE,
             "val_tokens": len(held_out),
             "best": final,
-            "steps": args.steps,
+            "steps": total_steps,
             "seed": args.seed,
             "context": args.context,
             "lr": args.lr,
             "warmup": args.warmup_steps,
             "decay": args.decay_steps,
+            "rank": args.embedding_rank,
+            "width": model.config.hidden_size,
+            "low_rank": args.low_rank_steps,
             "batch_tokens": tokens_per_step,
             "minutes": curve[-1]["seconds"] / 60,
             "machine": f"{torch.get_num_threads()} threads of an x86-64 CPU",

@@ -106,6 +106,9 @@ def attention_rows(query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, ro
     `mask` is None (causal), bool [B, 1|H, S, S] (True: attend) or additive of that shape. `options` are the kernel's:
     scaling, softcap, sliding_window, s_aux (sinks, one logit per head that takes part in the softmax and is dropped).
     """
+    rows = RowQuery(
+        *(part.to(query_BHSd.device) for part in (rows.batch, rows.query, rows.first))
+    )  # blocks may lie on several GPUs
     scaling = options.get("scaling") or query_BHSd.shape[-1] ** -0.5
     longest = int(rows.lengths.max()) if len(rows) else 0
     columns_L = torch.arange(longest, device=query_BHSd.device)

@@ -43,6 +43,7 @@ class OutputHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 logits [N, V] of final hidden states, with float32 sums."""
+        hidden_ND = hidden_ND.to(self.weight.device)
         bias = None if self.bias is None else self.bias.float()
         bf16_is_exact = self.exact_in_bf16 or (self.weight.dtype == hidden_ND.dtype == torch.bfloat16)
         with _bf16_units() if bf16_is_exact and hidden_ND.device.type == "cpu" else contextlib.nullcontext():

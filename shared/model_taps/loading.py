@@ -4,10 +4,12 @@ Nothing of theirs is executed unless asked for.
 """
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -22,7 +24,7 @@ def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
         raise NotFoundError(f"no such {what} folder", expected="a folder with config.json", found=name)
     try:
         return auto.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFoundError(
             f"cannot load the {what}", expected="a model folder or a hub name", found=f"{name}: {reason}"
@@ -54,6 +56,8 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     if not tokenizer.is_fast:
         raise InputError("the tokenizer gives no offsets", expected="a fast tokenizer", found=type(tokenizer).__name__, where=name)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer.backend_tokenizer.no_truncation()  # settings of a past training, which would cut documents in silence
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -84,4 +88,6 @@ def _json_safe(value: Any) -> Any:
         return {str(k): _json_safe(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set):
         return [_json_safe(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)

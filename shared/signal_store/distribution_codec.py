@@ -112,7 +112,7 @@ class DistributionCodec:
         values_Nk, ids_Nk = logits_NV.topk(self.head, dim=1)
         ids_Nk, order_Nk = ids_Nk.sort(dim=1)
         values_Nk = values_Nk.gather(1, order_Nk)
-        top_N1 = logits_NV.amax(1, keepdim=True)
+        top_N1 = values_Nk.amax(1, keepdim=True) if self.head else logits_NV.amax(1, keepdim=True)
         distance_Nk = top_N1 - values_Nk
         head_codes = (distance_Nk / self.head_range).sqrt().mul(self.head_levels).round().clamp(0, self.head_levels)
         head_codes = head_codes.to(torch.uint8 if self.head_bits == 8 else torch.int32)

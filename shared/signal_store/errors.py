@@ -64,7 +64,7 @@ class StorageError(SignalStoreError, OSError):
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def storage_error(error: OSError, where: object) -> SignalStoreError | None:
@@ -73,5 +73,7 @@ def storage_error(error: OSError, where: object) -> SignalStoreError | None:
     if error.errno in _FULL:
         return StorageError("the disk is full", found=error.strerror, where=where, remedy=remedy)
     if error.errno in _REFUSED:
-        return StorageError("the target cannot be written", found=error.strerror, where=where, remedy="Check its permissions.")
+        return StorageError(
+            "the target cannot be written", found=error.strerror, where=where, remedy="Check that it is a folder you may write."
+        )
     return None

@@ -9,6 +9,13 @@ from signal_store.manifest import AttentionLayout, Capacities, HiddenLayout
 from signal_store.signals import DistributionSignal
 
 DISTRIBUTION_CHUNK_TOKENS = 16_384
+
+
+def rounded_capacity(rows: int) -> int:
+    """A power of two of at least `rows`: every array of a sampled signal then has the same rows, whatever its row's bytes."""
+    return 1 << (max(1, rows) - 1).bit_length()
+
+
 SCALARS = ("max_logprob", "label_logprob", "entropy")
 """Columns of `distribution/scalars` before the log mass ratios, one per cached temperature."""
 
@@ -38,7 +45,9 @@ def segment_arrays(capacity: int) -> tuple[ArraySpec, ...]:
         "attention_row_start": "int64",
         "attention_rows": "uint32",
     }
-    return tuple(ArraySpec.of(f"segments/{n}", t, capacity, "segment", shuffle="shuffle") for n, t in columns.items())
+    return tuple(
+        ArraySpec.of(f"segments/{n}", t, rounded_capacity(capacity), "segment", shuffle="shuffle") for n, t in columns.items()
+    )
 
 
 def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int) -> tuple[ArraySpec, ...]:
@@ -94,7 +103,7 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int)
 def hidden_arrays(layout: HiddenLayout, every: int, unit_tokens: int, capacities: Capacities) -> tuple[ArraySpec, ...]:
     """One row per sampled token: int8 values and their float32 scale; `position` (global token index) unless all are kept."""
     group = f"hidden/block_output/{layout.layer}"
-    rows = unit_tokens if every == 1 else capacities.hidden_rows
+    rows = unit_tokens if every == 1 else rounded_capacity(capacities.hidden_rows)
     values = ArraySpec.of(
         f"{group}/values",
         "int8",
@@ -113,7 +122,7 @@ def attention_arrays(layout: AttentionLayout, capacities: Capacities) -> tuple[A
     group = f"attention/{layout.layer}"
     heads = len(layout.head_ids)
     head_ids = ",".join(map(str, layout.head_ids))
-    rows, entries = capacities.attention_rows, capacities.attention_entries
+    rows, entries = rounded_capacity(capacities.attention_rows), rounded_capacity(capacities.attention_entries)
     arrays = [
         ArraySpec.of(f"{group}/position", "int64", rows, "row", shuffle="shuffle"),
         ArraySpec.of(f"{group}/offset", "int64", rows, "row", shuffle="shuffle"),

@@ -29,9 +29,9 @@ UNITS = "ledger/units"
 STAGING = "ledger/staging"
 
 
-def plan_unit_key(unit: int) -> str:
-    """Where the tokens and positions of a unit are kept, as planned."""
-    return f"ledger/plan/{unit:07d}"
+def plan_unit_key(unit: int, content: str) -> str:
+    """Where the tokens and positions of a unit are kept, as planned; the key names the content's digest."""
+    return f"ledger/plan/{unit:07d}.{content.removeprefix('sha256:')[:16]}"
 
 
 def unit_key(unit: int, revision: int = 0) -> str:

@@ -46,11 +46,18 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         else:
             raise InputError("an override addresses nothing", expected="a mapping", found=repr(node), where=key)
     if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = yaml.safe_load(value)
+        node[int(last)] = _parsed(value, override)
     elif isinstance(node, dict):
-        node[last] = yaml.safe_load(value)
+        node[last] = _parsed(value, override)
     else:
         raise InputError("an override addresses nothing", expected="a mapping", found=repr(node), where=key)
+
+
+def _parsed(value: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError("an override's value is not YAML", found=override) from error
 
 
 def validate(content: Any, model: type[Recipe], where: str) -> Recipe:

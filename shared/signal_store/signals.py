@@ -30,7 +30,7 @@ class DistributionSignal(Section):
     """r, the directions of the final hidden state that are stored; 0 leaves the tail one bucket."""
     tail_bits: Literal[8, 16] = 8
     temperatures: tuple[Temperature, ...] = (1.0, 2.0, 3.0, 4.0)
-    max_scaled_kl_nats: float = Field(4e-3, gt=0)
+    max_scaled_kl_nats: float = Field(6e-3, gt=0)
     max_angle_degrees: float = Field(0.5, gt=0)
 
     @model_validator(mode="after")

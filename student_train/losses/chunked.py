@@ -118,9 +118,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.mark_non_differentiable(sums)
         total = scales.cross_entropy * sums[0] + scales.tla * sums[1]
-        return total, sums[0].clone(), sums[1].clone()
+        cross_entropy, tla = sums[0].clone(), sums[1].clone()
+        ctx.mark_non_differentiable(cross_entropy, tla)
+        return total, cross_entropy, tla
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

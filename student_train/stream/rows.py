@@ -111,6 +111,8 @@ class Stream:
         pending: list[Row] = []
         tokens = 0
         for unit in self.cache.units(split):
+            if max_tokens is not None and tokens >= max_tokens:
+                break
             for row in pack_rows(load_window(self.cache, [int(unit)], needs), self.config.row_tokens, packed=self.packed):
                 if max_tokens is not None and tokens >= max_tokens:
                     break

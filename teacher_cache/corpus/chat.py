@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -17,6 +18,8 @@ def render_chat(
     an assistant's turn adds after the generation prompt is its span. InputError where a template rewrites earlier turns.
     """
     template = tokenizer.chat_template
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+        raise InputError("not a chat", expected="a list of messages with role and content", found=str(messages)[:80], where=where)
     if template is None:
         raise InputError("the tokenizer has no chat template", expected="one, for a source with messages", where=where)
     if "generation %}" in template:
@@ -46,4 +49,7 @@ def render_chat(
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:
     if not messages and not options.get("add_generation_prompt"):
         return ""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateError as error:
+        raise InputError("the chat template refuses a chat", found=error, remedy="Mend the chat, or its roles' order.") from error

@@ -43,6 +43,8 @@ class PlannedSegment:
 def loss_mask_of(document: TokenizedDocument) -> NDArray[np.uint8]:
     """uint8 [n] of a whole document: what row t, which predicts token t+1, counts for."""
     mask = np.full(len(document.input_ids), COUNTS_NOT, dtype=np.uint8)
+    if not len(mask):
+        return mask
     mask[:-1] = np.where(document.counts[1:], COUNTS, COUNTS_NOT)
     mask[-1] = DISTRIBUTION_ONLY if document.counts[-1] and not document.closed else COUNTS_NOT
     return mask

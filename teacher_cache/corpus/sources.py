@@ -22,6 +22,8 @@ def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Do
     for number, document in enumerate(found):
         if source.max_documents is not None and number >= source.max_documents:
             return
+        if any("\ud800" <= c <= "\udfff" for c in document.text):
+            raise InputError("a text is not Unicode", found="a lone surrogate", where=f"source {source.name}, document {number}")
         yield document
 
 
@@ -58,12 +60,12 @@ def _rows(source: Source) -> Iterator[Mapping[str, Any]]:
 def _jsonl_rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
         raise NotFoundError("no such file", found=path, where=f"source {name}")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line)  # also refuses what is not UTF-8
             except ValueError as error:
                 raise InputError("a line is not JSON", found=error, where=f"{path}:{number}") from error
             if not isinstance(row, dict):
@@ -98,7 +100,7 @@ def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         )
         yield from table
     except (OSError, ValueError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotFoundError(
             "cannot load the data set", found=f"{reference.path}: {reason}", where=f"source {source.name}"
         ) from error

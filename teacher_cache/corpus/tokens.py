@@ -75,5 +75,5 @@ def _token_of(spans: NDArray[np.int64], chars: NDArray[np.int64]) -> NDArray[np.
 def _byte_ends(text: str, char_end: NDArray[np.int64]) -> NDArray[np.uint32]:
     if text.isascii():
         return char_end.astype(np.uint32)
-    widths = np.asarray([len(c.encode("utf-8", "surrogatepass")) for c in text], dtype=np.int64)
+    widths = np.asarray([len(c.encode()) for c in text], dtype=np.int64)
     return np.concatenate([[0], np.cumsum(widths)])[char_end].astype(np.uint32)
