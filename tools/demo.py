@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tools" / "demo_teacher"
 OUT = ROOT / "runs" / "demo"
 AWAY = OUT / "teacher_while_students_train"
-TRAIN_TOKENS, VALIDATION_TOKENS = 1_000_000, 30_000
+TRAIN_TOKENS, VALIDATION_TOKENS = 960_000, 30_000
 TEMPERATURES = (1.0, 2.0, 3.0)
 STUDENT = {
     "model_type": "qwen3",
@@ -190,7 +190,7 @@ def summarize(cache: Cache, students: list[dict[str, Any]], build_seconds: float
     from fidelity import bytes_per_token, measure, teacher_validation_loss
 
     baseline = next(s for s in students if s["name"] == BASELINE)
-    found = measure(cache, TEACHER, Path(baseline["folder"]) / "student", TEMPERATURES, min_tokens=8192)
+    found = measure(cache, TEACHER, Path(baseline["folder"]) / "student", TEMPERATURES, min_tokens=6000)
     tokens = {source.split: source.num_tokens for source in cache.manifest.sources}
     return {
         "teacher": {
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument(
         "--preset", default="demo_kl", choices=["demo_kl", "flash_004"], help="objective of the student that learns from the cache"
     )
-    parser.add_argument("--steps", type=int, default=90, help="optimizer steps of each student")
+    parser.add_argument("--steps", type=int, default=70, help="optimizer steps of each student")
     parser.add_argument("--fresh", action="store_true", help="remove runs/demo first")
     keep_freed_memory()
     guarded(lambda: demo(parser.parse_args()))

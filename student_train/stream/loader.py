@@ -1,5 +1,6 @@
 """The one file that knows torchdata: prefetches micro-batches in a worker process. The state is ours, a Cursor in each batch."""
 
+import warnings
 from collections.abc import Iterator
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -29,4 +30,6 @@ def load(stream: Stream, cursor: Cursor, *, pin_memory: bool) -> Iterator[CodedB
         prefetch_factor=2 if workers else None,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+        return iter(loader)
