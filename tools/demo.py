@@ -73,9 +73,9 @@ def run_recipe(preset: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
         "steps": steps,
         "seed": seed,
         "precision": "bfloat16",
-        "optimizer": {"learning_rate": 4e-3, "betas": [0.9, 0.98], "warmup_steps": steps // 20, "min_factor": 0.02},
-        "stream": {"row_tokens": 256, "rows_per_step": 16, "seed": seed},
-        "validation": {"every": max(1, steps // 5)},
+        "optimizer": {"learning_rate": 3e-3, "betas": [0.9, 0.95], "warmup_steps": steps // 20, "min_factor": 0.02},
+        "stream": {"row_tokens": 256, "rows_per_step": 4, "seed": seed},
+        "validation": {"every": max(1, steps // 4)},
         "checkpoint": {"every": max(1, steps // 2), "keep": 1},
     }
 
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument(
         "--preset", default="demo_kl", choices=["demo_kl", "flash_004"], help="objective of the student that learns from the cache"
     )
-    parser.add_argument("--steps", type=int, default=70, help="optimizer steps of each student")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each student")
     parser.add_argument("--fresh", action="store_true", help="remove runs/demo first")
     keep_freed_memory()
     guarded(lambda: demo(parser.parse_args()))
