@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from model_taps.loading import load_tokenizer, tokenizer_digest
 from signal_store.errors import InputError
 from signal_store.signals import DEFAULT_KEYWORDS
 from teacher_cache.corpus.chat import render_chat
@@ -117,3 +118,13 @@ def test_segments_cover_every_token_once(total: int, context: int, overlap: int,
         assert s.next_token == (NO_TOKEN if following is None else following.input_ids[following.context_only])
         assert (s.loss_mask[: s.context_only] == 0).all()
         assert not s.keyword[: s.context_only].any()
+
+
+def test_a_tokenizers_old_truncation_and_padding_are_dropped(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.decode(loaded.backend_tokenizer.encode(PROSE[0]).ids) == PROSE[0]
+    assert tokenizer_digest(loaded) == tokenizer_digest(make_tokenizer())

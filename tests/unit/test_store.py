@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from zarr.storage import MemoryStore
 from signal_store.arrays import FILL, ArraySpec, create_array, grid, hierarchy_metadata
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
-from signal_store.ledger import MANIFEST, parse_document, read_document, seal_key
+from signal_store.ledger import MANIFEST, commit, parse_document, read_document, seal_key
 from signal_store.objects import LocalObjects
 from signal_store.shard_writer import UnitArrayWriter, write_unit_array
+from teacher_cache.build import build
+from teacher_cache.fill import fill
+from tests.conftest import RecipeMaker
 
 
 @settings(max_examples=40, deadline=None)
@@ -225,3 +229,22 @@ def test_write_unit_array_round_trips(tmp_path: Path) -> None:
         objects.put(f"z/{key}", data)
     found = zarr.open_array(tmp_path / "z" / "v", mode="r")
     assert np.array_equal(found[:], rows)
+
+
+def test_an_interrupt_after_the_commit_loses_nothing(
+    tmp_path: Path, recipe_for: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(tmp_path / "c.zarr", signals={"distribution": {"rank": 4}, "hidden": {"every": 3}})
+
+    def commit_then_stop(*arguments: Any, **about: Any) -> Any:
+        commit(*arguments, **about)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("teacher_cache.fill.commit", commit_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            fill(recipe)
+    cache = build(recipe)
+    read_all(cache.root)
+    tree = xarray.open_datatree(cache.root, engine="zarr", zarr_format=3, mask_and_scale=False)
+    assert tree["hidden/block_output/2/position"].shape == tree["hidden/block_output/2/scale"].shape
