@@ -23,13 +23,13 @@ class _MicroBatches(IterableDataset[CodedBatch]):
 def load(stream: Stream, cursor: Cursor, *, pin_memory: bool) -> Iterator[CodedBatch]:
     """Endless micro-batches from a place on. With `workers: 1` one process reads ahead; with 0 the reading is in line."""
     workers = min(1, stream.config.workers)
-    loader: StatefulDataLoader[CodedBatch] = StatefulDataLoader(
-        _MicroBatches(stream, cursor),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=pin_memory,
-    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+        loader: StatefulDataLoader[CodedBatch] = StatefulDataLoader(
+            _MicroBatches(stream, cursor),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            pin_memory=pin_memory,
+        )
         return iter(loader)
