@@ -89,10 +89,6 @@ class Cache:
         """Rows [start, stop) of the array at `path`."""
         return np.asarray(self.array(path)[start:stop])
 
-    def has(self, path: str) -> bool:
-        """Whether units fill an array of this path."""
-        return path in self.capacity_rows
-
     @cached_property
     def capacity_rows(self) -> dict[str, int]:
         """By array path, the rows that a unit has."""
