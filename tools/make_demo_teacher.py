@@ -1,18 +1,20 @@
 """Train the demo teacher: a small Qwen3 causal LM on Python's standard library, on CPU, and write its card.
 
-Policy: everything is a function of the command line and of the interpreter's standard library. The schedule is
-warm-up, constant, linear decay; every `--eval-every` steps the held-out modules are scored, and the card keeps the curve.
-Training can be killed and started again: it goes on from `--work`.
+Policy: everything is a function of the command line and of the interpreter's standard library. The schedule runs in
+cycles of warm-up, constant and linear decay to zero, each going on from the last one's weights (WSD-S, Wen et al. 2024,
+arXiv:2410.05192); a cycle that no longer lowers the held-out loss is the last. Every `--eval-every` steps the held-out
+modules are scored, and the card keeps the curve. Training can be killed and started again: it goes on from `--work`.
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +37,47 @@ CHAT_TEMPLATE = (
 PRE_TOKEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-LOW_RANK_FACTOR = 1 / 3
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """`steps` optimizer steps: linear warm-up, constant, linear decay to zero over the last `decay_steps`."""
+
+    steps: int
+    decay_steps: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Cycle":
+        """From "STEPS:DECAY"."""
+        steps, decay = text.split(":")
+        return cls(int(steps), int(decay))
+
+    def factor(self, step: int, warmup_steps: int) -> float:
+        """Learning-rate factor of the step after `step` finished ones of this cycle."""
+        return min(1.0, (step + 1) / warmup_steps, (self.steps - step) / self.decay_steps)
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning-rate factor by optimizer step: linear warm-up, constant, linear decay to zero over the last `decay_steps`; then, for
-    `low_rank_steps`, linear decay from LOW_RANK_FACTOR."""
+    """Cycles, one after the other; from the second on the embedding is held to its rank."""
 
-    steps: int
+    cycles: tuple[Cycle, ...]
     warmup_steps: int
-    decay_steps: int
-    low_rank_steps: int
+
+    @property
+    def steps(self) -> int:
+        """Of all cycles."""
+        return sum(c.steps for c in self.cycles)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Finished steps at the end of each cycle."""
+        return tuple(itertools.accumulate(c.steps for c in self.cycles))
 
     def factor(self, step: int) -> float:
-        """The factor for the step after `step` finished ones."""
-        if step >= self.steps:
-            return LOW_RANK_FACTOR * (self.steps + self.low_rank_steps - step) / self.low_rank_steps
-        return min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
+        """Learning-rate factor of the step after `step` finished ones."""
+        for end, cycle in zip(self.ends, self.cycles, strict=True):
+            if step < end:
+                return cycle.factor(step - (end - cycle.steps), self.warmup_steps)
+        return 0.0
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -169,10 +194,11 @@ scratch on Python's standard library. It exists so that the demo has a teacher t
 | split | by SHA-256 of the module's family (`tools/stdlib_corpus.py`, salt `{salt}`, share {share:.4f}); tests go with what they test |
 | validation | {val_tokens:,} tokens of held-out modules, no tests |
 | validation loss | **{best:.4f} nats/token** at step {steps:,} |
-| embedding | held to rank {rank} of {width} in the last {low_rank} steps, as a factorised embedding would be |
+| embedding | held to rank {rank} of {width} after the first {free_steps:,} steps, as a factorised embedding would be |
 | seed | {seed} |
 | context | {context} tokens |
-| optimizer | AdamW (0.9, 0.95), weight decay 0.1 on matrices, learning rate {lr}, warm-up {warmup}, linear decay over {decay} steps, then again from a third |
+| optimizer | AdamW (0.9, 0.95), weight decay 0.1 on matrices, learning rate {lr} |
+| schedule | cycles (steps : of them linear decay to zero) {cycles}, each with {warmup} steps of warm-up |
 | batch | {batch_tokens:,} tokens |
 | training time | {minutes:.0f} minutes on {machine} |
 | stored as | bfloat16 safetensors |
@@ -196,14 +222,14 @@ def write_card(out: Path, curve: list[dict[str, float]], facts: dict[str, object
     (out / "README.md").write_text(CARD.format(rows=rows, **facts))
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo_teacher")
     parser.add_argument("--work", type=Path, required=True, help="checkpoint folder; a killed run goes on from here")
-    parser.add_argument("--steps", type=int, default=1650)
-    parser.add_argument("--decay-steps", type=int, default=450)
-    parser.add_argument("--embedding-rank", type=int, default=128)
-    parser.add_argument("--low-rank-steps", type=int, default=250, help="last steps, with the embedding held to its rank")
+    parser.add_argument(
+        "--cycles", type=Cycle.parse, nargs="+", default=[Cycle(1650, 450), Cycle(2600, 1200)], metavar="STEPS:DECAY"
+    )
+    parser.add_argument("--embedding-rank", type=int, default=128, help="of the tied embedding, after the first cycle")
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--context", type=int, default=256)
@@ -211,40 +237,47 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--eval-every", type=int, default=200)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args()
 
-    tokenizer_dir = args.work / "tokenizer"
-    if not tokenizer_dir.exists():
-        train_tokenizer(args.vocab_size).save_pretrained(tokenizer_dir)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
-    train = token_stream(tokenizer, "train", tests=True)
-    held_out = token_stream(tokenizer, "validation", tests=False)
 
-    model = build_model(args.vocab_size, args.context, tokenizer.eos_token_id, args.seed)
-    optimizer = build_optimizer(model, args.lr)
-    schedule = Schedule(args.steps, args.warmup_steps, args.decay_steps, args.low_rank_steps)
-    total_steps = args.steps + args.low_rank_steps
-    curve: list[dict[str, float]] = []
-    start, seconds_before = 0, 0.0
-    checkpoint = args.work / "state.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, curve, seconds_before = state["step"], state["curve"], state["seconds"]
+@dataclass(slots=True)
+class Training:
+    """What a checkpoint holds: the weights, the optimizer, and how far they have come."""
 
-    started = time.perf_counter()
+    model: Qwen3ForCausalLM
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.curve, self.seconds = state["step"], state["curve"], state["seconds"]
+
+    def save(self, path: Path) -> None:
+        """A checkpoint, whole or not at all."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        torch.save({**state, "curve": self.curve, "seconds": self.seconds}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+
+def train(training: Training, schedule: Schedule, stream: np.ndarray, held_out: np.ndarray, args: argparse.Namespace) -> None:
+    """All the steps that are left; scores and saves every `--eval-every` steps and at every cycle's end."""
+    model, optimizer = training.model, training.optimizer
+    embedding_VD = model.model.embed_tokens.weight
     compiled_loss = torch.compile(next_token_loss)
+    running, started, seconds_before = math.nan, time.perf_counter(), training.seconds
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    running = math.nan
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        bar = progress.add_task("demo teacher", total=total_steps, completed=start)
-        batches = training_batches(train, args.context, args.rows, args.seed, start)
-        for step, rows_BT in zip(range(start, total_steps), batches, strict=False):
-            if step == max(start, args.steps):
-                projector_DD = leading_projector(model.model.embed_tokens.weight, args.embedding_rank)
+        bar = progress.add_task("demo teacher", total=schedule.steps, completed=training.step)
+        batches = training_batches(stream, args.context, args.rows, args.seed, training.step)
+        projector_DD = None
+        for step, rows_BT in zip(range(training.step, schedule.steps), batches, strict=False):
+            if projector_DD is None and step >= schedule.ends[0]:
+                projector_DD = leading_projector(embedding_VD, args.embedding_rank)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule.factor(step)
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -253,51 +286,67 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if step >= args.steps:
+            if projector_DD is not None:
                 with torch.no_grad():
-                    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ projector_DD)
+                    embedding_VD.copy_(embedding_VD @ projector_DD)
             value = float(loss.detach())
             running = value if math.isnan(running) else 0.95 * running + 0.05 * value
             progress.update(bar, advance=1, description=f"demo teacher  loss {running:.3f}")
-            done = step + 1
-            if done % args.eval_every == 0 or done in (args.steps, total_steps):
-                seconds = seconds_before + time.perf_counter() - started
+            training.step = step + 1
+            if training.step % args.eval_every == 0 or training.step in schedule.ends:
+                training.seconds = seconds_before + time.perf_counter() - started
                 held = validation_loss(model, held_out, args.context, args.rows)
-                curve.append({"step": done, "train": running, "validation": held, "seconds": seconds})
-                print(json.dumps(curve[-1]), flush=True)
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-                torch.save({**state, "curve": curve, "seconds": seconds}, checkpoint.with_suffix(".new"))
-                checkpoint.with_suffix(".new").replace(checkpoint)
+                training.curve.append({"step": training.step, "train": running, "validation": held, "seconds": training.seconds})
+                print(json.dumps(training.curve[-1]), flush=True)
+                training.save(args.work / "state.pt")
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer_dir = args.work / "tokenizer"
+    if not tokenizer_dir.exists():
+        train_tokenizer(args.vocab_size).save_pretrained(tokenizer_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    stream = token_stream(tokenizer, "train", tests=True)
+    held_out = token_stream(tokenizer, "validation", tests=False)
+
+    model = build_model(args.vocab_size, args.context, tokenizer.eos_token_id, args.seed)
+    schedule = Schedule(tuple(args.cycles), args.warmup_steps)
+    training = Training(model, build_optimizer(model, args.lr))
+    if (args.work / "state.pt").exists():
+        training.load(args.work / "state.pt")
+    train(training, schedule, stream, held_out, args)
 
     model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    tokens_per_step = args.rows * args.context
-    final = validation_loss(model.float(), held_out, args.context, args.rows)
+    cycles = " ".join(f"{c.steps}:{c.decay_steps}" for c in args.cycles)
     write_card(
         args.out,
-        curve,
+        training.curve,
         {
             "params": sum(p.numel() for p in model.parameters()),
             "vocab": args.vocab_size,
             "python": platform.python_version(),
-            "command": f"tools/make_demo_teacher --work WORK --steps {args.steps} --decay-steps {args.decay_steps} --low-rank-steps {args.low_rank_steps} --seed {args.seed}",
-            "train_tokens": len(train),
-            "epochs": total_steps * tokens_per_step / len(train),
+            "command": f"tools/make_demo_teacher --work WORK --cycles {cycles} --seed {args.seed}",
+            "train_tokens": len(stream),
+            "epochs": schedule.steps * args.rows * args.context / len(stream),
             "salt": SPLIT_SALT,
             "share": VALIDATION_SHARE,
             "val_tokens": len(held_out),
-            "best": final,
-            "steps": total_steps,
+            "best": validation_loss(model.float(), held_out, args.context, args.rows),
+            "steps": schedule.steps,
             "seed": args.seed,
             "context": args.context,
             "lr": args.lr,
             "warmup": args.warmup_steps,
-            "decay": args.decay_steps,
+            "cycles": cycles,
             "rank": args.embedding_rank,
             "width": model.config.hidden_size,
-            "low_rank": args.low_rank_steps,
-            "batch_tokens": tokens_per_step,
-            "minutes": curve[-1]["seconds"] / 60,
+            "free_steps": schedule.ends[0],
+            "batch_tokens": args.rows * args.context,
+            "minutes": training.seconds / 60,
             "machine": f"{torch.get_num_threads()} threads of an x86-64 CPU",
         },
     )
