@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodes
+from signal_store.signals import Tap
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class CodedBatch:
 
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
     counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None. `hidden_flat` [P] and
-    `hidden` by teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries) and
+    `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries) and
     `attention` by teacher layer. `segments`: which segments are in it. `cursor`: where the stream goes on after this step.
     """
 
@@ -57,7 +58,7 @@ class CodedBatch:
     labels: Tensor
     distribution: DistributionCodes | None
     hidden_flat: Tensor
-    hidden: dict[int, HiddenCodes]
+    hidden: dict[tuple[Tap, int], HiddenCodes]
     row_batch: Tensor
     row_query: Tensor
     row_first: Tensor

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model_taps.attention import RowQuery, enable_row_capture, tap_attention_rows
-from model_taps.blocks import mean_abs_activation, tap_block_outputs, tap_ffn_activations
+from model_taps.blocks import mean_abs_activation, num_layers
 from model_taps.head import final_hidden, output_head
+from model_taps.slices import State, tap_states
 from signal_store.attention_codec import decode_attention
 from signal_store.cache import Cache
 from signal_store.distribution_codec import DistributionCodec
@@ -36,7 +37,7 @@ class Codecs:
     """The cache's calibrated constants on the training device."""
 
     distribution: DistributionCodec | None
-    hidden: dict[int, HiddenCodec] = field(default_factory=dict)
+    hidden: dict[State, HiddenCodec] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cache: Cache, objective: Objective, device: torch.device) -> "Codecs":
@@ -53,11 +54,14 @@ class Codecs:
                 arrays["distribution/tail_step"] = np.zeros(0, np.float32)
             distribution = DistributionCodec.from_arrays(arrays, signal, cache.manifest.teacher.logit_softcap).to(device)
         hidden = {}
+        held = cache.manifest.signals.hidden
         for layout in cache.manifest.calibration.hidden:
-            if layout.layer in objective.needs.hidden:
+            if (layout.tap, layout.layer) in objective.needs.hidden:
                 names = ("mean", "spread", *(("basis",) if layout.rank is not None else ()))
-                found = {f"hidden/{layout.layer}/{name}": _constant(cache, f"hidden.{layout.layer}/{name}") for name in names}
-                hidden[layout.layer] = HiddenCodec.from_arrays(found, layout.layer).to(device)
+                place = layout.group.replace("/", ".")
+                found = {f"{layout.group}/{name}": _constant(cache, f"{place}/{name}") for name in names}
+                bits = 8 if held is None or held.values == "int8" else 16
+                hidden[layout.tap, layout.layer] = HiddenCodec.from_arrays(found, layout.group, bits).to(device)
         return cls(distribution, hidden)
 
 
@@ -80,7 +84,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
-        widths = {h.layer: h.width for h in cache.manifest.calibration.hidden}
+        widths = {h.layer: h.width for h in cache.manifest.calibration.hidden if h.tap == "block_output"}
         own = student.config.get_text_config().hidden_size
         self.projections = nn.ModuleDict({str(p.teacher): make_projection(own, widths[p.teacher]) for p in objective.hidden_pairs})
         self.codecs = Codecs(None)
@@ -101,9 +105,11 @@ class Distiller(nn.Module):
         objective = self.objective
         query = RowQuery(batch.row_batch, batch.row_query, batch.row_first)
         with contextlib.ExitStack() as taps:
-            blocks = taps.enter_context(tap_block_outputs(self.student, [p.student for p in objective.hidden_pairs]))
+            states: list[State] = [("block_output", p.student) for p in objective.hidden_pairs]
+            if objective.losses.asr:
+                states += [("ffn_activation", layer) for layer in range(1, num_layers(self.student) + 1)]
+            blocks = taps.enter_context(tap_states(self.student, states))
             rows = taps.enter_context(tap_attention_rows(query, [p.student for p in objective.attention_pairs]))
-            activations = taps.enter_context(tap_ffn_activations(self.student)) if objective.losses.asr else {}
             hidden_BSD = final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None)
         targets = OutputTargets(
             batch.labels,
@@ -121,22 +127,23 @@ class Distiller(nn.Module):
         if objective.losses.apc is not None:
             sums["apc"] = self._apc(batch, rows)
         if objective.losses.asr is not None:
+            activations = [state for (tap, _), state in blocks.items() if tap == "ffn_activation"]
             mean = mean_abs_activation(activations, batch.real)
-            units = next(iter(activations.values())).shape[-1] if objective.losses.asr.reduction == "sum" else 1
+            units = activations[0].shape[-1] if objective.losses.asr.reduction == "sum" else 1
             sums["asr"] = mean * batch.real.sum() * units
         for name in ("lhsm", "apc", "asr"):
             if name in sums:
                 total = total + scales[name] * sums[name]
         return StepLosses(total, {name: value.detach() for name, value in sums.items() if name in objective.terms})
 
-    def _lhsm(self, batch: CodedBatch, blocks: dict[int, Tensor]) -> Tensor:
+    def _lhsm(self, batch: CodedBatch, states: dict[State, Tensor]) -> Tensor:
         parts = []
         for pair in self.objective.hidden_pairs:
-            states_PD = blocks[pair.student].flatten(0, 1)[batch.hidden_flat]
+            states_PD = states["block_output", pair.student].flatten(0, 1)[batch.hidden_flat]
             projection = self.projections[str(pair.teacher)]
             assert isinstance(projection, nn.Linear)
-            codes = batch.hidden.get(pair.teacher)
-            codec = self.codecs.hidden[pair.teacher]
+            codes = batch.hidden.get(("block_output", pair.teacher))
+            codec = self.codecs.hidden["block_output", pair.teacher]
             target = states_PD.new_zeros(0, len(codec.mean)) if codes is None else codec.decode(codes.values, codes.scale)
             parts.append(lhsm_sum(states_PD, target, projection))
         return torch.stack(parts).mean()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from signal_store.objects import LocalObjects
+from signal_store.local_objects import LocalObjects
 
 
 class MetricsLog:
@@ -12,7 +12,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [line for line in path.read_text().splitlines() if _whole(line, resume_step)] if path.exists() else []
-        LocalObjects(path.parent).put(path.name, "".join(line + "\n" for line in kept).encode())
+        LocalObjects(path.parent, scratch=".").put(path.name, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")
 
     def write(self, **record: Any) -> None:

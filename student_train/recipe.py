@@ -73,7 +73,8 @@ class CheckpointSection(Section):
 class RunRecipe(Section):
     """Everything `student-train run` needs."""
 
-    cache: Path
+    cache: str | tuple[str, ...]
+    """Where the cache is; a list opens a cache with its overlays."""
     out: Path
     student: StudentSection
     preset: str | None = None

@@ -13,7 +13,7 @@ import torch
 from signal_store.cache import open_cache
 from signal_store.canonical import digest
 from signal_store.errors import InputError, MismatchError
-from signal_store.objects import LocalObjects
+from signal_store.local_objects import LocalObjects
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.distiller import Distiller
@@ -52,7 +52,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
         student.save_pretrained(recipe.out / "student")
         tokenizer.save_pretrained(recipe.out / "student")
     result = _result(recipe, progress, sum(p.numel() for p in student.parameters()))
-    LocalObjects(recipe.out).put(RESULT, json.dumps(result, indent=1).encode())
+    LocalObjects(recipe.out, scratch=".").put(RESULT, json.dumps(result, indent=1).encode())
     return result
 
 
@@ -80,7 +80,7 @@ def _describe(recipe: RunRecipe, recipe_digest: str, cache_id: str) -> None:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
     }
-    LocalObjects(recipe.out).put("run.json", json.dumps(about, indent=1).encode())
+    LocalObjects(recipe.out, scratch=".").put("run.json", json.dumps(about, indent=1).encode())
 
 
 def _result(recipe: RunRecipe, progress: Progress, parameters: int) -> dict[str, Any]:

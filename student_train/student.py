@@ -1,5 +1,6 @@
 """The student: built from a config or a checkpoint, and checked against the cache it will learn from."""
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,21 +55,29 @@ def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
     own = section.tokenizer or section.checkpoint
     try:
-        tokenizer = load_tokenizer(own or str(cache.root / "ledger" / "tokenizer"))
+        tokenizer = load_tokenizer(own) if own is not None else _cached_tokenizer(cache)
     except NotFoundError:
         if section.tokenizer is not None or section.checkpoint is None or not Path(section.checkpoint).is_dir():
             raise
-        tokenizer = load_tokenizer(str(cache.root / "ledger" / "tokenizer"))  # a checkpoint folder without a tokenizer
+        tokenizer = _cached_tokenizer(cache)  # a checkpoint folder without a tokenizer
     expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     if expected != found:
         raise MismatchError(
             "teacher and student have different tokenizers",
             expected=expected,
             found=f"{found} ({own or 'the copy in the cache'})",
-            where=cache.root,
+            where=cache.uri,
             remedy="Train a student that uses the teacher's tokenizer.",
         )
     return tokenizer
+
+
+def _cached_tokenizer(cache: Cache) -> PreTrainedTokenizerFast:
+    """The copy that the cache keeps, which may lie in a bucket."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in cache.tokenizer_files().items():
+            (Path(folder) / name).write_bytes(data)
+        return load_tokenizer(folder)
 
 
 def _check(model: PreTrainedModel, cache: Cache) -> None:

@@ -132,7 +132,7 @@ class Trainer:
         self.distiller.student.train()
         if not matched:
             raise MismatchError(
-                "apc: no keyword row in the first batches", expected="some, to match heads by", where=self.cache.root
+                "apc: no keyword row in the first batches", expected="some, to match heads by", where=self.cache.uri
             )
         return self.distiller.head_pairs
 

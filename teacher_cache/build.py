@@ -1,22 +1,25 @@
 """build: plan, calibrate, fill and seal in one go; goes on where it stopped."""
 
-from signal_store.cache import Cache, open_cache
-from signal_store.ledger import CALIBRATION, find_document, read_document, seal_key
-from signal_store.objects import LocalObjects
+from signal_store.cache import Cache, newest_generation, open_cache
+from signal_store.ledger import CALIBRATION, read_document
+from signal_store.objects import objects_at
 from teacher_cache.calibrate import calibrated_part
-from teacher_cache.fill import fill
-from teacher_cache.plan import plan, refuse_another_recipe
+from teacher_cache.fill import fill, finished_units
+from teacher_cache.plan import plan, refuse_another_recipe, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.seal import seal
+from teacher_cache.workers import ALONE, Worker
 
 
-def build(recipe: CacheRecipe) -> Cache:
+def build(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
     """The sealed cache of a recipe. A cache that is sealed already is opened, without loading the teacher."""
-    objects = LocalObjects(recipe.cache)
-    if find_document(objects, seal_key(0)) is None:
-        fill(recipe)
+    objects = objects_at(recipe.cache)
+    if newest_generation(objects) is None or len(finished_units(objects)) < plan(recipe).num_units:
+        fill(recipe, worker)
     else:
         made = read_document(objects, CALIBRATION).body["recipe"]
-        refuse_another_recipe("calibrated", made, calibrated_part(recipe, plan(recipe)), recipe)
+        refuse_another_recipe("calibrated", made, calibrated_part(settled(recipe), plan(recipe)), recipe)
     seal(recipe.cache)
+    if recipe.base is not None:
+        return open_cache([recipe.base, recipe.cache])
     return open_cache(recipe.cache)

@@ -1,24 +1,21 @@
-"""calibrate: run the teacher on a few thousand tokens and fix what depends on it: tail basis and rank, PCA bases, attention
-heads, int8 steps, packed or padded. Then the layout is known and the manifest is frozen. The first to commit wins."""
+"""calibrate: fix what depends on the teacher (`calibration_fit`). Then the layout is known and the manifest is frozen. The first to
+commit wins; every worker recomputes one segment and compares."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.numpy import load, save
-from torch import Tensor
 
-from model_taps.blocks import layer_at_depth
+from model_taps.slices import State
 from signal_store import layout
 from signal_store.arrays import ArraySpec
 from signal_store.canonical import sha256
 from signal_store.distribution_codec import DistributionCodec
-from signal_store.errors import CorruptError, InputError, MismatchError
+from signal_store.errors import CorruptError, MismatchError
 from signal_store.hidden_codec import HiddenCodec
-from signal_store.ledger import CALIBRATION, MANIFEST, commit, find_document, new_attempt
+from signal_store.ledger import CALIBRATION, MANIFEST, commit, new_attempt, read_document
 from signal_store.manifest import (
     FORMAT_VERSION,
     AttentionLayout,
@@ -26,25 +23,22 @@ from signal_store.manifest import (
     HiddenLayout,
     Manifest,
     PlanIdentity,
+    SourceIdentity,
+    StatsLayout,
     TeacherIdentity,
     TokenizerIdentity,
     parse_manifest,
 )
-from signal_store.objects import LocalObjects, Objects
-from signal_store.progress import progress_bar
-from teacher_cache.plan import Plan, plan, refuse_another_recipe
+from signal_store.objects import Objects, objects_at
+from signal_store.signals import Signals
+from teacher_cache.calibration_fit import Arrays, checked_values, measure
+from teacher_cache.plan import Plan, plan, refuse_another_recipe, settled
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.tail_basis import TailFit, choose_codec
-from teacher_cache.teacher import Teacher, TeacherBatch, attention_layers, compose, load_teacher, resolve_forward, think
+from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, think
 from teacher_cache.unit_plan import UnitPlan
+from teacher_cache.workers import ALONE, Worker
 
-TOKENS_PER_CHANNEL = 16
-HELD_OUT_EVERY = 4
-CHECKED_TOKENS = 64
-MAX_UNITS_READ = 64
 CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-
-Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -65,28 +59,48 @@ class Calibrated:
         return codec.to(self.teacher.device)
 
     @cached_property
-    def hidden(self) -> dict[int, HiddenCodec]:
-        """Codec of each cached layer's output, on the teacher's device."""
-        layers = [h.layer for h in self.manifest.calibration.hidden]
-        return {layer: HiddenCodec.from_arrays(self.arrays, layer).to(self.teacher.device) for layer in layers}
+    def hidden(self) -> dict[str, HiddenCodec]:
+        """Codec of each cached group of hidden states, on the teacher's device."""
+        signal = self.manifest.signals.hidden
+        bits = 8 if signal is None or signal.values == "int8" else 16
+        groups = [h.group for h in self.manifest.calibration.hidden]
+        return {group: HiddenCodec.from_arrays(self.arrays, group, bits).to(self.teacher.device) for group in groups}
+
+    @property
+    def listening(self) -> Listening:
+        """What of the teacher is read while it runs."""
+        signals, calibration = self.manifest.signals, self.manifest.calibration
+        states: list[State] = [(h.tap, h.layer) for h in calibration.hidden]
+        rows = [a.layer for a in calibration.attention]
+        gradients: list[int] = []
+        if signals.stats is not None and calibration.stats is not None:
+            states += [("ffn_activation", layer) for layer in calibration.stats.layers] if signals.stats.ffn else []
+            rows += calibration.stats.attention_layers if signals.stats.attention else ()
+            gradients += calibration.stats.layers if signals.stats.gradient else ()
+        if signals.replay is not None:
+            states.append(("block_output", self.manifest.teacher.num_layers))
+            gradients += calibration.replay_layers if signals.replay.gradient else ()
+        return Listening(tuple(dict.fromkeys(states)), tuple(dict.fromkeys(rows)), tuple(dict.fromkeys(gradients)))
 
 
-def calibrate(recipe: CacheRecipe) -> Calibrated:
+def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
-    planned = plan(recipe)
-    objects = LocalObjects(recipe.cache)
-    tokenizer = TokenizerIdentity.model_validate(planned.document.body["tokenizer"])
-    teacher = load_teacher(recipe.teacher, tokenizer.vocab_size, capture_rows=recipe.signals.attention is not None)
-    standing = find_document(objects, CALIBRATION)
-    if standing is None:
-        body, arrays = _measure(recipe, planned, teacher, objects)
+    planned = plan(recipe, worker)
+    recipe = settled(recipe)
+    objects = objects_at(recipe.cache)
+    files = planned.document.body["tokenizer"]
+    tokenizer = TokenizerIdentity(digest=files["digest"], vocab_size=files["vocab_size"])
+    teacher = load_recipe_teacher(recipe, tokenizer.vocab_size, worker)
+    if worker.should_make(objects, "calibration", CALIBRATION):
+        body, arrays = measure(recipe, planned, teacher, objects)
+        body |= {"teacher": teacher.identity.model_dump(mode="json"), "recipe": calibrated_part(recipe, planned)}
         attempt = new_attempt()
         data = save(arrays)
         body["arrays_digest"] = sha256(data)
         for copy in calibration_keys(body["arrays_digest"]):
             objects.put(copy, data)
-        standing, _ = commit(objects, CALIBRATION, body, attempt)
-    body = standing.body
+        commit(objects, CALIBRATION, body, attempt)
+    body = read_document(objects, CALIBRATION).body
     _refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
     refuse_another_recipe("calibrated", body["recipe"], calibrated_part(recipe, planned), recipe)
     arrays = read_calibration_arrays(objects, body["arrays_digest"])
@@ -98,6 +112,18 @@ def calibrate(recipe: CacheRecipe) -> Calibrated:
     calibrated = Calibrated(found, arrays, planned, teacher)
     _check_teacher(calibrated, objects)
     return calibrated
+
+
+def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = ALONE) -> Teacher:
+    """The teacher as the recipe's signals need it, on this worker's GPU if there are several."""
+    signals = recipe.signals
+    section = recipe.teacher
+    if section.device is None and section.device_map is None and torch.cuda.is_available():
+        section = section.model_copy(update={"device": f"cuda:{worker.local % torch.cuda.device_count()}"})
+    needs_head = (signals.distribution is not None and signals.distribution.rank != 0) or signals.replay is not None
+    needs_head |= signals.stats is not None and signals.stats.gradient
+    rows = signals.attention is not None or (signals.stats is not None and signals.stats.attention)
+    return load_teacher(section, vocab_size, capture_rows=rows, needs_head=needs_head)
 
 
 def calibrated_part(recipe: CacheRecipe, planned: Plan) -> dict[str, Any]:
@@ -125,6 +151,16 @@ def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:
     raise CorruptError("both copies of the calibration are damaged", expected=arrays_digest, where=", ".join(keys))
 
 
+def restore_calibration_copies(objects: Objects) -> None:
+    """Write a damaged copy of the calibrated matrices again from the whole one."""
+    if objects.exists(CALIBRATION):
+        expected = read_document(objects, CALIBRATION).body["arrays_digest"]
+        data = save(read_calibration_arrays(objects, expected))
+        for key in calibration_keys(expected):
+            if not objects.exists(key) or sha256(objects.read(key)) != expected:
+                objects.put(key, data)
+
+
 def _refuse_another_teacher(made: TeacherIdentity, found: TeacherIdentity, recipe: CacheRecipe) -> None:
     names = [n for n in TeacherIdentity.model_fields if n not in {"name", "revision"} and getattr(made, n) != getattr(found, n)]
     if names:
@@ -137,173 +173,68 @@ def _refuse_another_teacher(made: TeacherIdentity, found: TeacherIdentity, recip
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pick:
-    """Segments of a unit to calibrate on, as batches of one segment each."""
-
-    unit: UnitPlan
-    batches: list[TeacherBatch]
-
-
-def _picks(planned: Plan, objects: Objects, tokens_per_source: int) -> list[_Pick]:
-    """Segments spread evenly over each source, until its share is reached."""
-    chosen_units = sorted(
-        set(np.linspace(0, planned.num_units - 1, min(planned.num_units, MAX_UNITS_READ)).round().astype(int).tolist())
-    )
-    units = [planned.unit(objects, int(u)) for u in chosen_units]
-    picked: list[list[int]] = [[] for _ in units]
-    for source in range(len(planned.sources)):
-        places = [(u, int(s)) for u, unit in enumerate(units) for s in np.flatnonzero(unit.source == source)]
-        total = sum(int(units[u].length[s]) for u, s in places)
-        count = min(len(places), max(1, round(len(places) * tokens_per_source / max(1, total))))
-        for i in np.linspace(0, len(places) - 1, count).round().astype(int) if places else ():
-            u, s = places[i]
-            picked[u].append(s)
-    return [
-        _Pick(unit, [TeacherBatch(s, s + 1, ((s,),)) for s in sorted(set(segments))])
-        for unit, segments in zip(units, picked, strict=True)
-        if segments
-    ]
-
-
-def _measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objects) -> tuple[dict[str, Any], Arrays]:
-    """The calibration record's body and the matrices."""
-    layers = _hidden_layers(recipe, teacher)
-    attention = recipe.signals.attention
-    row_layers = attention_layers(teacher, attention.layers) if attention else ()
-    tokens = recipe.calibration.tokens_per_source or TOKENS_PER_CHANNEL * teacher.identity.hidden_size
-    picks = _picks(planned, objects, tokens)
-    final: list[Tensor] = []
-    states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    entropy: dict[int, list[Tensor]] = {layer: [] for layer in row_layers}
-    with progress_bar() as progress:
-        bar = progress.add_task("calibrate", total=sum(len(p.batches) for p in picks), unit="segments")
-        for pick in picks:
-            for batch in pick.batches:
-                thoughts = think(teacher, pick.unit, batch, layers, row_layers)
-                final.append(thoughts.hidden.float().cpu())
-                for layer in layers:
-                    states[layer].append(thoughts.blocks[layer].float().cpu())
-                for layer in row_layers:
-                    entropy[layer].append(_row_entropy(thoughts.rows[layer], thoughts.row_lengths).cpu())
-                progress.advance(bar)
-    check = think(teacher, planned.unit(objects, 0), TeacherBatch(0, 1, ((0,),)), (), ())
-    arrays: Arrays = {"check/hidden": check.hidden[:CHECKED_TOKENS].float().cpu().numpy()}
-    body: dict[str, Any] = {
-        "teacher": teacher.identity.model_dump(mode="json"),
-        "recipe": calibrated_part(recipe, planned),
-        "forward": resolve_forward(recipe.forward, teacher),
-        "num_tokens": sum(len(h) for h in final),
-        "tail_rank": 0,
-    }
-    head = teacher.head.to("cpu")
-    if recipe.signals.distribution is not None:
-        signal = recipe.signals.distribution.model_copy(update={"head": min(recipe.signals.distribution.head, teacher.vocab_size)})
-        fit_nD = torch.cat([h for i, h in enumerate(final) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1])
-        held_nD = torch.cat(final[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or final)
-        codec, fidelity = choose_codec(TailFit.of(fit_nD, head, signal), head, signal, held_nD)
-        arrays |= codec.to_arrays()
-        body["tail_rank"] = codec.rank
-        body["fidelity"] = {"scaled_kl_nats": fidelity.scaled_kl_nats, "angle_degrees": fidelity.angle_degrees}
-        body["head_mass"] = list(fidelity.head_mass)
-    body["hidden"] = []
-    for layer in layers:
-        hidden_codec, explained = _fit_hidden(
-            torch.cat(states[layer]), recipe.signals.hidden.rank if recipe.signals.hidden else None
-        )
-        arrays |= hidden_codec.to_arrays(layer)
-        rank = None if hidden_codec.basis is None else hidden_codec.basis.shape[1]
-        body["hidden"].append({"layer": layer, "width": len(hidden_codec.mean), "rank": rank, "explained_variance": explained})
-    body["attention"] = [
-        {
-            "layer": layer,
-            "head_ids": _most_focused(torch.cat(entropy[layer]), attention.heads),
-            "max_columns": recipe.resolved_max_columns,
-        }
-        for layer in row_layers
-        if attention is not None
-    ]
-    return body, arrays
-
-
-def _hidden_layers(recipe: CacheRecipe, teacher: Teacher) -> tuple[int, ...]:
-    hidden = recipe.signals.hidden
-    if hidden is None:
-        return ()
-    count = teacher.identity.num_layers
-    if hidden.layers is None:
-        return tuple(sorted({layer_at_depth(f, count) for f in hidden.depths}))
-    if not all(1 <= layer <= count for layer in hidden.layers):
-        raise InputError("no such block", expected=f"1 to {count}", found=list(hidden.layers), where="signals.hidden.layers")
-    return tuple(sorted(set(hidden.layers)))
-
-
-def _fit_hidden(states_ND: Tensor, rank: int | None) -> tuple[HiddenCodec, float]:
-    """The codec, and the share of variance it keeps."""
-    mean = states_ND.double().mean(0)
-    centred = states_ND.double() - mean
-    if rank is None or rank >= states_ND.shape[1]:
-        spread = centred.square().mean(0).sqrt().clamp(min=1e-6)
-        return HiddenCodec(mean.float(), spread.float(), None), 1.0
-    energy, directions = torch.linalg.eigh(centred.T @ centred)
-    kept = directions[:, energy.argsort(descending=True)[:rank]]
-    share = float(energy.sort(descending=True).values[:rank].sum() / energy.sum().clamp(min=1e-30))
-    return HiddenCodec(mean.float(), torch.ones(len(mean)), kept.float()), share
-
-
-def _row_entropy(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
-    """[R', H]: entropy of each row over log of its length (0 focused, 1 flat); rows of one key say nothing and are left out."""
-    long = lengths_R > 1
-    rows = rows_RHL[long].double()
-    return -(rows * rows.clamp(min=1e-30).log()).sum(-1) / lengths_R[long].double().log()[:, None]
-
-
-def _most_focused(entropy_RH: Tensor, heads: int) -> list[int]:
-    """The heads with the lowest mean entropy (REQUIREMENTS 70), ascending by number."""
-    if not len(entropy_RH):
-        raise InputError("no keyword in the calibration text", expected="some, to choose attention heads by", found="none")
-    return sorted(entropy_RH.mean(0).argsort(stable=True)[:heads].tolist())
-
-
 def _manifest(recipe: CacheRecipe, planned: Plan, tokenizer: TokenizerIdentity, body: dict[str, Any]) -> Manifest:
-    capacities = planned.capacities
-    unit_tokens = recipe.resolved_unit_tokens
     signals = recipe.signals
-    hidden = tuple(HiddenLayout(layer=h["layer"], width=h["width"], rank=h["rank"]) for h in body["hidden"])
-    attention = tuple(AttentionLayout.model_validate(a) for a in body["attention"])
-    specs: list[ArraySpec] = [*layout.token_arrays(unit_tokens), *layout.segment_arrays(capacities.segments)]
     if signals.distribution is not None:
         signal = signals.distribution.model_copy(update={"head": min(signals.distribution.head, tokenizer.vocab_size)})
         signals = signals.model_copy(update={"distribution": signal})
-        specs += layout.distribution_arrays(signal, body["tail_rank"], unit_tokens)
-    for h in hidden:
-        specs += layout.hidden_arrays(h, signals.hidden.every if signals.hidden else 1, unit_tokens, capacities)
-    for a in attention:
-        specs += layout.attention_arrays(a, capacities)
+    calibration = CalibrationIdentity(
+        digest=body["arrays_digest"],
+        tail_rank=body["tail_rank"],
+        coverage=tuple(body.get("coverage", ())),
+        hidden=tuple(HiddenLayout.model_validate(h) for h in body["hidden"]),
+        attention=tuple(AttentionLayout.model_validate(a) for a in body["attention"]),
+        stats=None if body["stats"] is None else StatsLayout.model_validate(body["stats"]),
+        replay_layers=tuple(body["replay_layers"]),
+    )
+    teacher = TeacherIdentity.model_validate(body["teacher"])
+    first = planned.document.body
     return Manifest(
         format_version=FORMAT_VERSION,
-        teacher=TeacherIdentity.model_validate(body["teacher"]),
+        teacher=teacher,
         tokenizer=tokenizer,
-        sources=planned.sources,
+        sources=tuple(SourceIdentity.model_validate(source) for source in first["sources"]),
         plan=PlanIdentity(
             digest=planned.digest,
+            text_digest=planned.text_digest,
+            overlay=first["base"] is not None,
             context=recipe.context,
             overlap=recipe.overlap,
-            unit_tokens=unit_tokens,
+            unit_tokens=recipe.resolved_unit_tokens,
             batch_tokens=recipe.batch_tokens,
             forward=body["forward"],
-            capacities=capacities,
+            capacities=planned.capacities,
         ),
-        calibration=CalibrationIdentity(
-            digest=body["arrays_digest"],
-            tail_rank=body["tail_rank"],
-            head_mass=tuple(body.get("head_mass", ())),
-            hidden=hidden,
-            attention=attention,
-        ),
+        calibration=calibration,
         signals=signals,
-        arrays=tuple(spec.to_json() for spec in specs),
+        arrays=tuple(spec.to_json() for spec in _specs(recipe, signals, calibration, teacher.hidden_size, planned)),
     )
+
+
+def _specs(recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdentity, width: int, planned: Plan) -> list[ArraySpec]:
+    """The arrays of the cache, from what it holds; an overlay leaves tokens and segments to its base."""
+    capacities, unit_tokens = planned.capacities, recipe.resolved_unit_tokens
+    specs: list[ArraySpec] = []
+    if recipe.base is None:
+        specs += [*layout.token_arrays(unit_tokens), *layout.segment_arrays(capacities.segments)]
+    if signals.distribution is not None:
+        specs += layout.distribution_arrays(signals.distribution, calibration.tail_rank, unit_tokens)
+    if signals.hidden is not None:
+        if signals.hidden.positions != "all":
+            specs += layout.row_range_arrays("hidden", capacities.segments)
+            specs.append(layout.position_array("hidden", capacities.hidden_rows))
+        for h in calibration.hidden:
+            specs += layout.hidden_arrays(h, signals.hidden, unit_tokens, capacities)
+    if signals.attention is not None:
+        specs += [*layout.row_range_arrays("attention", capacities.segments), *layout.attention_row_arrays(capacities)]
+        for a in calibration.attention:
+            specs += layout.attention_arrays(a, capacities)
+    if signals.stats is not None and calibration.stats is not None:
+        specs += layout.stats_arrays(signals.stats, calibration.stats, capacities)
+    if signals.replay is not None:
+        specs += layout.row_range_arrays("replay", capacities.segments)
+        specs += layout.replay_arrays(signals.replay, calibration.replay_layers, width, capacities)
+    return specs
 
 
 def _check_teacher(calibrated: Calibrated, objects: Objects) -> None:
@@ -311,7 +242,8 @@ def _check_teacher(calibrated: Calibrated, objects: Objects) -> None:
     first = calibrated.plan.unit(objects, 0)
     pick = TeacherBatch(0, 1, ((0,),))
     expected = torch.from_numpy(calibrated.arrays["check/hidden"])
-    found = think(calibrated.teacher, first, pick, (), ()).hidden.float().cpu()[: len(expected)]
+    thoughts = think(calibrated.teacher, first, pick)
+    found = checked_values(thoughts.hidden, thoughts.logits)
     error = float((found - expected).abs().max() / expected.std().clamp(min=1e-6))
     tolerance = CHECK_TOLERANCE[calibrated.manifest.teacher.dtype]
     if not error <= tolerance:

@@ -1,6 +1,7 @@
 """The command line `teacher-cache`. Verbs import what they need when they run, so that `--help` does not import torch."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pret
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML.", metavar="RECIPE.yaml")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, such as signals.distribution.head=32.", metavar="[KEY=VALUE]...")
+]
+CacheAddress = Annotated[str, typer.Argument(help="Folder, s3:// or https:// address of the cache.", metavar="CACHE")]
+WorkerOption = Annotated[
+    str | None, typer.Option("--worker", help="i/n: this is worker i of n, from 0. Under torchrun or Slurm it is read from there.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -31,7 +36,7 @@ def build(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
 
     cache = run(loaded)
     _say(
-        {"cache": str(cache.root), "cache_id": cache.manifest.cache_id, "segments": len(cache), "units": cache.seal.num_units},
+        {"cache": cache.uri, "cache_id": cache.manifest.cache_id, "segments": len(cache), "units": cache.seal.num_units},
         as_json,
     )
 
@@ -58,17 +63,18 @@ def calibrate(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJs
 
 
 @app.command()
-def fill(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Run the teacher over every unit that has no record yet."""
+def fill(recipe: RecipeArgument, overrides: Overrides = None, worker: WorkerOption = None, as_json: AsJson = False) -> None:
+    """Run the teacher over every unit that has no record yet; any number of workers may."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.fill import fill as run
+    from teacher_cache.workers import Worker
 
-    done = run(loaded)
+    done = run(loaded, Worker.from_environment() if worker is None else Worker.parse(worker))
     _say({"cache_id": done.manifest.cache_id, "units": done.plan.num_units}, as_json)
 
 
 @app.command()
-def seal(cache: Annotated[Path, typer.Argument(help="Folder of the cache.")], as_json: AsJson = False) -> None:
+def seal(cache: CacheAddress, as_json: AsJson = False) -> None:
     """Publish, pack the records, write metadata and the seal."""
     from teacher_cache.seal import seal as run
 
@@ -77,21 +83,86 @@ def seal(cache: Annotated[Path, typer.Argument(help="Folder of the cache.")], as
 
 
 @app.command()
-def inspect(cache: Annotated[Path, typer.Argument(help="Folder of the cache.")], as_json: AsJson = False) -> None:
+def extend(recipe: RecipeArgument, overrides: Overrides = None, worker: WorkerOption = None, as_json: AsJson = False) -> None:
+    """Append new documents to a sealed cache as its next generation."""
+    loaded = load_recipe(recipe, overrides or [], CacheRecipe)
+    from teacher_cache.extend import extend as run
+    from teacher_cache.workers import Worker
+
+    cache = run(loaded, Worker.from_environment() if worker is None else Worker.parse(worker))
+    _say({"cache_id": cache.manifest.cache_id, "generation": cache.seal.generation, "units": cache.seal.num_units}, as_json)
+
+
+@app.command()
+def verify(cache: CacheAddress, as_json: AsJson = False) -> None:
+    """Re-read everything and name each object that is not what was committed; exit code 1 if there is one."""
+    from teacher_cache.verify import verify as run
+
+    found = run(cache)
+    if not as_json:
+        for damage in found.damages:
+            typer.echo(f"{damage.key}: {damage.what}")
+        if not found.listed:
+            typer.echo("this store cannot be listed: objects that do not belong were not looked for")
+    facts: dict[str, object] = {"objects": found.num_objects, "bytes": found.num_bytes, "damaged": len(found.damages)}
+    if as_json:
+        facts |= {"listed": found.listed, "damages": [asdict(damage) for damage in found.damages]}
+    _say(facts, as_json)
+    if found.damages:
+        raise typer.Exit(1)
+
+
+@app.command()
+def repair(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Mend what `verify` finds: compute damaged units anew, restore the rest."""
+    loaded = load_recipe(recipe, overrides or [], CacheRecipe)
+    from teacher_cache.repair import repair as run
+
+    done = run(loaded)
+    facts: dict[str, object] = {
+        "restored": len(done.restored),
+        "revised_units": list(done.revised_units),
+        "removed": len(done.removed),
+    }
+    _say(facts, as_json)
+
+
+@app.command()
+def taps(
+    model: Annotated[str, typer.Argument(help="Causal LM folder or hub name.", metavar="MODEL")],
+    weights: Annotated[bool, typer.Option(help="Load the weights; without, the model is built from its config.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print where each tap of each block lies in a model, and what does not exist there."""
+    from teacher_cache.taps import tap_rows
+
+    rows = tap_rows(model, weights=weights)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    for row in rows:
+        typer.echo(f"{row.layer:>3}  {row.tap:<17} {row.place}")
+
+
+@app.command()
+def inspect(cache: CacheAddress, as_json: AsJson = False) -> None:
     """Say what a sealed cache holds, without importing torch."""
     from signal_store.cache import open_cache
 
     opened = open_cache(cache)
     manifest = opened.manifest
+    temperatures = [f"{t:g}" for t in manifest.signals.distribution.temperatures] if manifest.signals.distribution else []
     _say(
         {
             "cache_id": manifest.cache_id,
             "teacher": manifest.teacher.name,
             "units": opened.seal.num_units,
             "segments": len(opened),
-            "tokens": {source.name: source.num_tokens for source in manifest.sources},
+            "generation": opened.seal.generation,
+            "tokens": {source.name: source.num_tokens for source in opened.sources},
             "tail_rank": manifest.calibration.tail_rank,
-            "arrays": [spec.path for spec in manifest.specs],
+            "coverage": dict(zip(temperatures, manifest.calibration.coverage, strict=True)),
+            "arrays": sorted(opened.capacity_rows),
         },
         as_json,
     )

@@ -86,9 +86,13 @@ class CalibrationSection(Section):
 class CacheRecipe(Section):
     """Everything `teacher-cache build` needs. Paths are relative to the working directory."""
 
-    cache: Path
+    cache: str
+    """A folder, or `s3://bucket/prefix`."""
+    base: str | None = None
+    """Makes this cache an overlay: it takes text and plan of the cache at this address and holds its own signals only; what
+    decides the text (sources, context, overlap, append_eos, unit_tokens) is not given then."""
     teacher: TeacherSection
-    sources: tuple[Source, ...] = Field(min_length=1)
+    sources: tuple[Source, ...] = ()
     context: int = Field(1024, ge=2)
     overlap: int = Field(0, ge=0)
     append_eos: bool = True
@@ -102,6 +106,11 @@ class CacheRecipe(Section):
     calibration: CalibrationSection = CalibrationSection.model_validate({})
     signals: Signals = Signals()
 
+    @field_validator("cache", "base", mode="before")
+    @classmethod
+    def _address(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("sources")
     @classmethod
     def _distinct(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
@@ -112,6 +121,11 @@ class CacheRecipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        given = self.model_fields_set & {"sources", "context", "overlap", "append_eos", "unit_tokens"}
+        if self.base is not None and given:
+            raise ValueError(f"an overlay takes these from its base: {', '.join(sorted(given))}")
+        if self.base is None and not self.sources:
+            raise ValueError("sources: at least one is needed")
         if self.overlap >= self.context:
             raise ValueError(f"overlap must be below context, found {self.overlap} and {self.context}")
         if self.batch_tokens < self.context:

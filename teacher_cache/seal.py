@@ -1,125 +1,199 @@
-"""seal: publish what is staged, pack the unit records, write the hierarchy's metadata, and create the seal.
+"""seal: publish what is staged, pack the unit records, write the hierarchy's metadata, and create the seal of a generation.
 
 After it, the cache is complete and readable by any zarr reader. Everything here is a function of committed documents, so that
 sealing twice, or after a kill, gives the same bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.arrays import ArraySpec, hierarchy_metadata
+from signal_store.arrays import ArraySpec
+from signal_store.cache import newest_generation, sealed_metadata
 from signal_store.canonical import digest, sha256
-from signal_store.errors import IncompleteError, MismatchError, NotFoundError
+from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
 from signal_store.ledger import (
     CALIBRATION,
     MANIFEST,
     PLAN,
     STAGING,
+    UNITS,
+    Document,
     UnitRecord,
     commit,
+    extension_key,
     find_document,
     new_attempt,
     read_document,
     seal_key,
+    unit_key,
 )
-from signal_store.manifest import FORMAT_VERSION, Manifest, parse_manifest
-from signal_store.objects import LocalObjects, Objects
-from signal_store.seal_record import Seal, constant_spec, pack_records
+from signal_store.manifest import Manifest, parse_manifest
+from signal_store.objects import Objects, objects_at
+from signal_store.seal_record import Seal, constant_spec, pack_records, units_group
 from signal_store.shard_writer import write_unit_array
 from teacher_cache.calibrate import read_calibration_arrays
-from teacher_cache.fill import committed_units, publish_unit
+from teacher_cache.fill import publish_unit
+from teacher_cache.plan import Plan, read_plan
+from teacher_cache.workers import CLAIMS
 
 
-@dataclass(frozen=True, slots=True)
-class _Constants:
-    """Arrays that no unit owns, with the bytes of their objects already published."""
+def seal(uri: str) -> Seal:
+    """Seal the cache at an address; IncompleteError, with the numbers of the missing units, if some are not filled.
 
-    arrays: dict[ArraySpec, int]
-    digests: dict[str, str]
-
-
-def seal(cache: Path) -> Seal:
-    """Seal the cache at a path; IncompleteError, with the numbers of the missing units, if some are not filled."""
-    objects = LocalObjects(cache)
-    standing = find_document(objects, seal_key(0))
-    if standing is not None:
-        objects.delete_tree(STAGING)
-        return Seal.from_body(standing.body)
-    frozen, planned = find_document(objects, MANIFEST), find_document(objects, PLAN)
-    if planned is None:
-        raise NotFoundError("no cache here", expected="a folder made by teacher-cache", found=cache)
+    A cache whose newest seal covers all that is committed is left as it is, but for what kills have left in staging.
+    """
+    objects = objects_at(uri)
+    if not objects.exists(PLAN):
+        raise NotFoundError("no cache here", expected="one made by teacher-cache", found=uri)
+    planned = read_plan(objects)
+    frozen = find_document(objects, MANIFEST)
     if frozen is None:
-        raise IncompleteError("the cache is not calibrated", found="a plan", where=cache, remedy="Run teacher-cache build.")
+        raise IncompleteError("the cache is not calibrated", found="a plan", where=uri, remedy="Run teacher-cache build.")
     manifest = parse_manifest(frozen.body, MANIFEST)
-    units = planned.body["units"]
-    found = list(committed_units(objects, len(units)))
+    found = newest_records(objects, planned.num_units)
     missing = [unit for unit, record in enumerate(found) if record is None]
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
         raise IncompleteError(
             "the cache is not filled",
-            expected=f"{len(units)} units",
+            expected=f"{planned.num_units} units",
             found=f"{len(missing)} missing: {shown}",
-            where=cache,
+            where=uri,
             remedy="Run teacher-cache fill with its recipe.",
         )
-    records = []
-    for document in found:
-        assert document is not None
+    documents = [document for document in found if document is not None]
+    records = [UnitRecord.from_body(document.body) for document in documents]
+    content = digest([record.to_body() for record in records])
+    newest = newest_generation(objects)
+    standing = None if newest is None else Seal.from_body(read_document(objects, seal_key(newest)).body)
+    if standing is not None and standing.content_digest == content:
+        _sweep(objects)
+        return standing
+    for document in documents:
         if document.body["cache_id"] != manifest.cache_id:
             raise MismatchError(
-                "a unit belongs to another cache", expected=manifest.cache_id, found=document.body["cache_id"], where=cache
+                "a unit belongs to another cache", expected=manifest.cache_id, found=document.body["cache_id"], where=uri
             )
         publish_unit(objects, document, manifest.specs)
-        records.append(UnitRecord.from_body(document.body))
-    constants = _write_constants(objects, manifest, records, units)
-    metadata = _write_metadata(objects, manifest, constants, len(units))
-    body = Seal(
+    _check_lengths(objects, manifest, records)
+    sealed = write_generation(objects, planned, manifest, records, 0 if standing is None else standing.generation + 1)
+    _sweep(objects)
+    return sealed
+
+
+def newest_records(objects: Objects, num_units: int) -> list[Document | None]:
+    """The newest record of each unit, or None."""
+    revisions: dict[int, int] = {}
+    for key in objects.list(UNITS):
+        unit, revision, _ = key.rsplit("/", 1)[1].split(".")
+        revisions[int(unit)] = max(int(revision), revisions.get(int(unit), 0))
+    return [read_document(objects, unit_key(unit, revisions[unit])) if unit in revisions else None for unit in range(num_units)]
+
+
+def write_generation(objects: Objects, planned: Plan, manifest: Manifest, records: Sequence[UnitRecord], generation: int) -> Seal:
+    """Packed records, constants, metadata and the seal itself. Safe to repeat: whoever seals a generation writes the same bytes."""
+    constants = write_constants(objects, planned, manifest, records, generation)
+    first = len(manifest.sources)
+    draft = Seal(
         cache_id=manifest.cache_id,
-        generation=0,
-        parent=None,
-        num_units=len(units),
+        generation=generation,
+        parent=None if generation == 0 else read_document(objects, seal_key(generation - 1)).digest,
+        num_units=planned.num_units,
+        num_segments=sum(unit["segments"] for unit in planned.units),
         content_digest=digest([record.to_body() for record in records]),
-        metadata=metadata,
+        metadata={},
+        constant_arrays=tuple({**spec.to_json(), "rows": rows} for spec, rows in constants.arrays.items()),
         constants=constants.digests,
+        tokenizer=planned.document.body["tokenizer"]["files"],
+        ledger=_ledger_digests(objects, planned),
+        sources=tuple(source.model_dump(mode="json") for source in planned.sources[first:]),
     )
-    document, _ = commit(objects, seal_key(0), body.to_body(), new_attempt())
-    objects.delete_tree(STAGING)
+    metadata = sealed_metadata(manifest, draft)
+    write_metadata(objects, metadata)
+    body = {**draft.to_body(), "metadata": {key: sha256(data) for key, data in metadata.items()}}
+    document, _ = commit(objects, seal_key(generation), body, new_attempt())
+    if document.digest != digest(body):
+        raise MismatchError(
+            "another worker sealed other units", expected=digest(body), found=document.digest, where=seal_key(generation)
+        )
     return Seal.from_body(document.body)
 
 
-def _write_constants(objects: Objects, manifest: Manifest, records: list[UnitRecord], units: list[dict[str, object]]) -> _Constants:
+def _ledger_digests(objects: Objects, planned: Plan) -> dict[str, str]:
+    found = {PLAN: planned.digest, CALIBRATION: read_document(objects, CALIBRATION).digest}
+    return found | {extension_key(g): document.digest for g, document in enumerate(planned.extensions, start=1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Arrays that no unit owns, with the sha256 of their published objects."""
+
+    arrays: dict[ArraySpec, int]
+    digests: dict[str, str]
+
+
+def constant_rows(
+    objects: Objects, planned: Plan, manifest: Manifest, records: Sequence[UnitRecord], generation: int
+) -> dict[str, NDArray[np.generic]]:
+    """Rows of every array that no unit owns: calibration, packed records, what the plan says of each unit."""
     calibration = read_document(objects, CALIBRATION).body
     arrays: dict[str, NDArray[np.generic]] = {
         f"calibration/{name.replace('/', '.', name.count('/') - 1)}": array
         for name, array in read_calibration_arrays(objects, calibration["arrays_digest"]).items()
         if array.size
     }
-    arrays |= pack_records(records, manifest.specs)
-    for name, kind in (("segments", np.uint32), ("tokens", np.uint32)):
-        arrays[f"units/plan/{name}"] = np.asarray([unit[name] for unit in units], dtype=kind)
-    arrays["units/plan/is_validation"] = np.asarray([unit["split"] == "validation" for unit in units], dtype=np.uint8)
-    specs, digests = {}, {}
+    arrays |= pack_records(records, manifest.specs, generation)
+    plan = f"{units_group(generation)}/plan"
+    for name in ("segments", "tokens"):
+        arrays[f"{plan}/{name}"] = np.asarray([unit[name] for unit in planned.units], dtype=np.uint32)
+    arrays[f"{plan}/is_validation"] = np.asarray([unit["split"] == "validation" for unit in planned.units], dtype=np.uint8)
+    return arrays
+
+
+def write_constants(
+    objects: Objects, planned: Plan, manifest: Manifest, records: Sequence[UnitRecord], generation: int
+) -> Constants:
+    """Write and publish them."""
+    specs: dict[ArraySpec, int] = {}
+    digests = {}
     prefix = f"{STAGING}/seal.{new_attempt()}"
-    for path, rows in sorted(arrays.items()):
+    for path, rows in sorted(constant_rows(objects, planned, manifest, records, generation).items()):
         spec = constant_spec(path, rows)
-        write_unit_array(objects, prefix, spec, 0, rows)
-        for shard in range(spec.shards_per_unit):
+        for shard, record in enumerate(write_unit_array(objects, prefix, spec, 0, rows)):
             key = spec.shard_key(shard)
-            digests[key] = sha256(objects.read(f"{prefix}/{key}"))
+            digests[key] = record.sha256
             objects.publish(f"{prefix}/{key}", key)
         specs[spec] = len(rows)
-    return _Constants(specs, digests)
+    return Constants(specs, digests)
 
 
-def _write_metadata(objects: Objects, manifest: Manifest, constants: _Constants, num_units: int) -> dict[str, str]:
+def write_metadata(objects: Objects, metadata: dict[str, bytes]) -> None:
     """Every zarr.json, the root's last: it is the switch that shows the arrays to stock readers."""
-    arrays = {spec: num_units * spec.capacity_rows for spec in manifest.specs} | constants.arrays
-    attributes = {"format": "teacher-cache", "format_version": str(FORMAT_VERSION), "cache_id": manifest.cache_id}
-    metadata = hierarchy_metadata(arrays, attributes)
     for key in sorted(metadata, key=lambda k: (k == "zarr.json", k)):
         objects.put(key, metadata[key])
-    return {key: sha256(data) for key, data in metadata.items()}
+
+
+def _check_lengths(objects: Objects, manifest: Manifest, records: Sequence[UnitRecord]) -> None:
+    for record in records:
+        for spec in manifest.specs:
+            for shard, expected in enumerate(record.shards[spec.path]):
+                key = spec.shard_key(record.unit * spec.shards_per_unit + shard)
+                found: Any = objects.size(key)
+                if found != expected.length:
+                    raise CorruptError(
+                        "a published object is not what was committed",
+                        expected=f"{expected.length} bytes",
+                        found=found,
+                        where=key,
+                        remedy="`teacher-cache repair` with its recipe computes its unit again.",
+                    )
+
+
+def _sweep(objects: Objects) -> None:
+    """Remove what kills and lost races left behind."""
+    objects.delete_tree(STAGING)
+    objects.delete_tree(CLAIMS)

@@ -180,3 +180,28 @@ def choose_codec(
         found=f"{max(fidelity.scaled_kl_nats):.2g} and {max(fidelity.angle_degrees):.2g} at full rank",
         remedy="Set tail_bits: 16 or a larger head, loosen the bounds, or give a rank.",
     )
+
+
+def headless_codec(logits_nV: Tensor, signal: DistributionSignal) -> tuple[DistributionCodec, tuple[float, ...]]:
+    """The codec of a teacher whose logits are all there is: no tail; and the mean mass of its head at each temperature."""
+    top_nk, _ = logits_nV.topk(max(1, signal.head), 1)
+    distance = (top_nk[:, 0] - top_nk[:, -1]).double().quantile(SATURATION_QUANTILE)
+    mass = tuple(
+        float((top_nk / t).logsumexp(1).sub((logits_nV / t).logsumexp(1)).exp().mean()) if signal.head else 0.0
+        for t in signal.temperatures
+    )
+    vocab = logits_nV.shape[1]
+    codec = DistributionCodec(
+        temperatures=signal.temperatures,
+        head=signal.head,
+        head_bits=signal.head_bits,
+        tail_bits=signal.tail_bits,
+        head_range=float((distance * MARGIN).clamp(min=1.0)),
+        softcap=None,
+        mean=torch.zeros(0),
+        encode_matrix=torch.zeros(0, 0),
+        tail_step=torch.zeros(0),
+        tail_basis=torch.zeros(vocab, 0),
+        tail_bias=torch.zeros(vocab),
+    )
+    return codec, mass

@@ -1,6 +1,7 @@
 """The teacher in memory: loaded as the recipe says, identified, and run over one composed batch."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,35 +12,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model_taps.attention import RowQuery, enable_row_capture, softmax_attention_layers, tap_attention_rows
-from model_taps.blocks import num_layers, tap_block_outputs
+from model_taps.blocks import num_layers
 from model_taps.head import OutputHead, final_hidden, head_error, output_head
 from model_taps.loading import config_digest, load_model, weights_digest
 from model_taps.packing import Forward, best_fit, position_ids, probe
+from model_taps.slices import State, tap_states
 from signal_store.errors import InputError, MismatchError
 from signal_store.manifest import TeacherIdentity
 from teacher_cache.recipe import TeacherSection
 from teacher_cache.unit_plan import UnitPlan
 
 MAX_HEAD_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+LOSS_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The model, the device its inputs go to, and its head restricted to the tokenizer's vocabulary (padded rows dropped)."""
+    """The model, the device its inputs go to, and its head restricted to the tokenizer's vocabulary (padded rows dropped); None
+    where only the model's own logits are to be had."""
 
     model: PreTrainedModel
     device: torch.device
-    head: OutputHead
+    head: OutputHead | None
     identity: TeacherIdentity
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the distribution."""
-        return len(self.head.weight)
+    vocab_size: int
+    """Rows of the distribution."""
 
 
-def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool) -> Teacher:
-    """Load and identify the teacher; refuse one whose own logits are not those of its output head."""
+def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool, needs_head: bool) -> Teacher:
+    """Load and identify the teacher; refuse one whose own logits are not those of its output head, if a head is needed."""
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype), "revision": section.revision}
     options |= {"trust_remote_code": section.trust_remote_code, "attn_implementation": section.attn_implementation}
     device = torch.device(section.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -52,17 +53,14 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         device = next(model.parameters()).device
     model.requires_grad_(False)
     attn_implementation = model.config._attn_implementation  # noqa: SLF001
-    head = output_head(model)
-    if len(head.weight) < vocab_size:
-        raise MismatchError("the tokenizer has more tokens than the teacher", expected=len(head.weight), found=vocab_size)
-    error = head_error(model, torch.arange(min(vocab_size, 16), device=device)[None])
-    if error > MAX_HEAD_ERROR[model.dtype]:
+    head, why = _usable_head(model, vocab_size, device)
+    if head is None and needs_head:
         raise MismatchError(
-            "the teacher's logits are not those of its output head",
-            expected=f"relative difference below {MAX_HEAD_ERROR[model.dtype]}",
-            found=f"{error:.2g}",
+            "the teacher has no output head that can be used",
+            expected="logits that are its linear head's",
+            found=why,
             where=section.model,
-            remedy="This family scales its logits in a way that is not known here.",
+            remedy="Set signals.distribution.rank: 0 to cache its log-probabilities alone; hidden states need no head.",
         )
     if capture_rows:
         enable_row_capture(model)
@@ -79,10 +77,24 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         num_layers=num_layers(model),
         num_heads=config.num_attention_heads,
         max_positions=getattr(config, "max_position_embeddings", None),
-        logit_softcap=head.softcap,
+        logit_softcap=None if head is None else head.softcap,
     )
+    return Teacher(model, device, None if head is None else head.float().to(device), identity, vocab_size)
+
+
+def _usable_head(model: PreTrainedModel, vocab_size: int, device: torch.device) -> tuple[OutputHead | None, str]:
+    """The head cut to the tokenizer's vocabulary; or None, and why. MismatchError where the tokenizer has more tokens."""
+    try:
+        head = output_head(model)
+    except ValueError as error:
+        return None, str(error)
+    if len(head.weight) < vocab_size:
+        raise MismatchError("the tokenizer has more tokens than the teacher", expected=len(head.weight), found=vocab_size)
+    difference = head_error(model, torch.arange(min(vocab_size, 16), device=device)[None])
+    if difference > MAX_HEAD_ERROR[model.dtype]:
+        return None, f"a relative difference of {difference:.2g} between the two, where {MAX_HEAD_ERROR[model.dtype]} is the most"
     bias = None if head.bias is None else head.bias[:vocab_size]
-    return Teacher(model, device, replace(head, weight=head.weight[:vocab_size], bias=bias).float().to(device), identity)
+    return replace(head, weight=head.weight[:vocab_size], bias=bias), ""
 
 
 def resolve_forward(wanted: str, teacher: Teacher) -> Forward:
@@ -129,59 +141,151 @@ def _fits(lengths: NDArray[np.int64], forward: Forward, context: int, batch_toke
 
 
 @dataclass(frozen=True, slots=True)
-class Thoughts:
-    """What the teacher gave for the tokens of a batch, in the unit's token order.
+class Listening:
+    """What is read out of the teacher while it runs: states at taps, attention rows of these layers, gradients of the loss with
+    respect to the outputs of these blocks."""
 
-    `hidden` [n, D] what the output head reads; `blocks` layer -> [n, D]; `rows` layer -> [R, H, L] attention of the keyword
-    tokens, and `row_lengths` [R].
+    states: tuple[State, ...] = ()
+    row_layers: tuple[int, ...] = ()
+    gradient_layers: tuple[int, ...] = ()
+
+
+NOTHING_MORE = Listening()
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """What the teacher gave for the tokens of a batch, in the unit's token order; `tokens` are their places in the unit.
+
+    `hidden` [n, D] what the output head reads; `logits` [n, V] float32 of a teacher without a usable head, else None; `states`
+    (tap, layer) -> [n, d]; `rows` layer -> [R, H, L] attention of the tokens at `row_places` [R]; `gradients` layer -> [n, D].
     """
 
+    tokens: slice
     hidden: Tensor
-    blocks: dict[int, Tensor]
+    logits: Tensor | None
+    states: dict[State, Tensor]
     rows: dict[int, Tensor]
+    row_places: NDArray[np.int64]
     row_lengths: Tensor
+    gradients: dict[int, Tensor]
 
 
-@torch.inference_mode()
-def think(teacher: Teacher, unit: UnitPlan, batch: TeacherBatch, layers: Sequence[int], row_layers: Sequence[int]) -> Thoughts:
-    """One forward pass over a batch. Running out of memory is an error, never a smaller batch."""
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A batch laid out in rows: ids and positions [B, S]; where each of the unit's tokens went (`flat`, b * S + s), and where its
+    segment begins in its row."""
+
+    input_ids: Tensor
+    positions: Tensor | None
+    tokens: slice
+    flat: NDArray[np.int64]
+    segment_first: NDArray[np.int64]
+
+
+def _lay_out(unit: UnitPlan, batch: TeacherBatch) -> _Laid:
     width = max(int(unit.length[list(row)].sum()) for row in batch.rows)
     input_ids = torch.zeros(len(batch.rows), width, dtype=torch.long)
     positions = torch.zeros(len(batch.rows), width, dtype=torch.long)
-    tokens_from = int(unit.token_start[batch.first])
-    tokens_to = int(unit.token_start[batch.last - 1] + unit.length[batch.last - 1])
-    flat = np.zeros(tokens_to - tokens_from, dtype=np.int64)
+    tokens = slice(int(unit.token_start[batch.first]), int(unit.token_start[batch.last - 1] + unit.length[batch.last - 1]))
+    flat = np.zeros(tokens.stop - tokens.start, dtype=np.int64)
     segment_first = np.zeros(len(flat), dtype=np.int64)
     for b, row in enumerate(batch.rows):
         column = 0
         for segment in row:
             start, length = int(unit.token_start[segment]), int(unit.length[segment])
+            places = slice(start - tokens.start, start - tokens.start + length)
             input_ids[b, column : column + length] = torch.from_numpy(unit.input_ids[start : start + length].astype(np.int64))
-            flat[start - tokens_from : start - tokens_from + length] = b * width + column + np.arange(length)
-            segment_first[start - tokens_from : start - tokens_from + length] = column
+            flat[places] = b * width + column + np.arange(length)
+            segment_first[places] = column
             column += length
         positions[b] = position_ids([int(unit.length[s]) for s in row], width)
-    keyword = unit.keyword[(unit.keyword >= tokens_from) & (unit.keyword < tokens_to)] - tokens_from
-    query = RowQuery(
-        *(
-            torch.from_numpy(part).to(teacher.device)
-            for part in (flat[keyword] // width, flat[keyword] % width, segment_first[keyword])
-        )
-    )
-    with tap_block_outputs(teacher.model, layers) as blocks, tap_attention_rows(query, row_layers) as rows:
-        packed = any(len(row) > 1 for row in batch.rows)
-        hidden_BSD = final_hidden(teacher.model, input_ids.to(teacher.device), positions.to(teacher.device) if packed else None)
-    flat_n = torch.from_numpy(flat)
+    packed = any(len(row) > 1 for row in batch.rows)
+    return _Laid(input_ids, positions if packed else None, tokens, flat, segment_first)
 
-    def in_order(states_BSD: Tensor) -> Tensor:
-        return states_BSD.flatten(0, 1)[flat_n.to(states_BSD.device)].to(teacher.device)
 
+def think(
+    teacher: Teacher,
+    unit: UnitPlan,
+    batch: TeacherBatch,
+    listening: Listening = NOTHING_MORE,
+    row_places: NDArray[np.int64] | None = None,
+) -> Thoughts:
+    """One forward pass over a batch, and a backward one where gradients are wanted. `row_places`: whose attention rows, ascending
+    places in the unit. Running out of memory is an error, never a smaller batch."""
+    laid = _lay_out(unit, batch)
+    width = laid.input_ids.shape[1]
+    wanted = np.zeros(0, np.int64) if row_places is None else row_places
+    wanted = wanted[(wanted >= laid.tokens.start) & (wanted < laid.tokens.stop)]
+    local = wanted - laid.tokens.start
+    query_columns = (laid.flat[local] // width, laid.flat[local] % width, laid.segment_first[local])
+    query = RowQuery(*(torch.from_numpy(part).to(teacher.device) for part in query_columns))
+    ids = laid.input_ids.to(teacher.device)
+    positions = None if laid.positions is None else laid.positions.to(teacher.device)
+    flat_n = torch.from_numpy(laid.flat)
+
+    def in_order(states: Tensor) -> Tensor:
+        return states.detach().reshape(-1, states.shape[-1])[flat_n.to(states.device)].to(teacher.device)
+
+    gradient_states: list[State] = [("block_output", layer) for layer in listening.gradient_layers]
+    every_state: list[State] = list(dict.fromkeys([*listening.states, *gradient_states]))
+    grad_mode = _gradients_of_activations(teacher.model) if gradient_states else torch.inference_mode()
+    with grad_mode, tap_states(teacher.model, every_state) as states, tap_attention_rows(query, listening.row_layers) as rows:
+        logits = None
+        if teacher.head is None:
+            logits = teacher.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+            hidden = logits.new_zeros(*ids.shape, 0)
+        else:
+            hidden = final_hidden(teacher.model, ids, positions)
+        gradients = {}
+        if gradient_states:
+            labels_n = torch.from_numpy(unit.labels()[laid.tokens])
+            counted_n = torch.from_numpy(unit.loss_mask[laid.tokens] == 1)
+            inputs = [states[state] for state in gradient_states]
+            upstream = _loss_gradient(teacher, hidden.detach().flatten(0, 1), flat_n, labels_n, counted_n).view_as(hidden)
+            found = torch.autograd.grad(hidden, inputs, upstream.to(hidden.dtype))
+            gradients = dict(zip(listening.gradient_layers, found, strict=True))
     return Thoughts(
-        in_order(hidden_BSD),
-        {layer: in_order(h) for layer, h in blocks.items()},
-        {layer: r.to(teacher.device) for layer, r in rows.items()},
+        laid.tokens,
+        in_order(hidden),
+        None if logits is None else in_order(logits)[:, : teacher.vocab_size],
+        {state: in_order(states[state]) for state in listening.states},
+        {layer: r.detach().to(teacher.device) for layer, r in rows.items()},
+        wanted,
         query.lengths,
+        {layer: in_order(g) for layer, g in gradients.items()},
     )
+
+
+@contextlib.contextmanager
+def _gradients_of_activations(model: PreTrainedModel) -> Iterator[None]:
+    """The frozen model builds a graph from its embeddings on; its weights take no part."""
+
+    def begin_graph(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    handle = model.get_input_embeddings().register_forward_hook(begin_graph)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _loss_gradient(teacher: Teacher, hidden_ND: Tensor, flat_n: Tensor, labels_n: Tensor, counted_n: Tensor) -> Tensor:
+    """[N, D] float32: gradient of each counted token's own loss with respect to what the head reads; zero elsewhere."""
+    assert teacher.head is not None
+    gradient_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
+    rows_n = flat_n[counted_n].to(hidden_ND.device)
+    labels = labels_n[counted_n].to(hidden_ND.device)
+    for part in range(0, len(rows_n), LOSS_ROWS):
+        rows = rows_n[part : part + LOSS_ROWS]
+        with torch.enable_grad():
+            leaf = hidden_ND[rows].float().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(teacher.head.logits(leaf), labels[part : part + LOSS_ROWS], reduction="sum")
+            (gradient_ND[rows],) = torch.autograd.grad(loss, leaf)
+    return gradient_ND
 
 
 def attention_layers(teacher: Teacher, wanted: Sequence[int] | str) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ class UnitPlan:
     source: NDArray[np.int64]
     document: NDArray[np.int64]
     token_hash: NDArray[np.uint64]
+    finished: NDArray[np.uint8]
 
     @classmethod
     def of(cls, segments: Sequence[PlannedSegment]) -> Self:
@@ -47,6 +48,7 @@ class UnitPlan:
             source=np.asarray([s.source for s in segments], dtype=np.int64),
             document=np.asarray([s.document for s in segments], dtype=np.int64),
             token_hash=np.asarray([s.token_hash for s in segments], dtype=np.uint64),
+            finished=np.asarray([s.finished for s in segments], dtype=np.uint8),
         )
 
     def to_bytes(self) -> bytes:
@@ -71,16 +73,15 @@ class UnitPlan:
         """int64 [tokens]: number of the segment a token belongs to."""
         return np.repeat(np.arange(len(self.length)), self.length)
 
-    def hidden_positions(self, every: int) -> NDArray[np.int64]:
-        """Places of the sampled hidden states: every n-th token of each segment, context left out."""
-        segment = self.segment_of_token
-        place = np.arange(self.num_tokens) - self.token_start[segment]
-        return np.flatnonzero((place % every == 0) & (place >= self.context_only[segment]))
+    @property
+    def place_in_segment(self) -> NDArray[np.int64]:
+        """int64 [tokens]: place of a token in its segment."""
+        return np.arange(self.num_tokens) - self.token_start[self.segment_of_token]
 
-    def attention_lengths(self, max_columns: int | None) -> NDArray[np.int64]:
-        """Stored entries of each keyword row: keys from its segment's start to itself, or the heaviest of them."""
-        lengths = self.keyword - self.token_start[self.segment_of_token[self.keyword]] + 1
-        return lengths if max_columns is None else np.minimum(lengths, max_columns)
+    @property
+    def is_context(self) -> NDArray[np.bool_]:
+        """bool [tokens]: rows that are there as context only and hold no signal."""
+        return self.place_in_segment < self.context_only[self.segment_of_token]
 
     def rows_per_segment(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many of the (ascending) positions each segment has."""

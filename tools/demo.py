@@ -60,7 +60,7 @@ def cache_recipe() -> dict[str, Any]:
         "teacher": {"model": str(TEACHER), "dtype": "bfloat16"},
         "context": 256,
         "sources": sources,
-        "signals": {"distribution": {}, "hidden": {"rank": 32, "every": 8}, "attention": {}},
+        "signals": {"distribution": {}, "hidden": {"rank": 32, "positions": {"every": 8}}, "attention": {}},
     }
 
 
@@ -199,7 +199,7 @@ def summarize(cache: Cache, students: list[dict[str, Any]], build_seconds: float
             "weights_digest": cache.manifest.teacher.weights_digest,
         },
         "cache": {
-            "path": str(cache.root),
+            "path": cache.uri,
             "cache_id": cache.manifest.cache_id,
             "tokens": tokens,
             "segments": len(cache),

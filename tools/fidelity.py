@@ -91,10 +91,10 @@ def bytes_per_token(cache: Cache) -> dict[str, float]:
     """Stored bytes per token by signal (top folder of the hierarchy), and `total` of everything in the cache's folder."""
     tokens = sum(source.num_tokens for source in cache.manifest.sources)
     sizes: dict[str, int] = {}
-    for path in cache.root.rglob("*"):
-        if path.is_file():
-            top = path.relative_to(cache.root).parts[0]
-            sizes[top] = sizes.get(top, 0) + path.stat().st_size
+    for part in cache.parts:
+        for key in part.objects.list(""):
+            top = key.split("/")[0]
+            sizes[top] = sizes.get(top, 0) + (part.objects.size(key) or 0)
     per_token = {name: size / tokens for name, size in sorted(sizes.items())}
     return {**per_token, "total": float(np.sum(list(per_token.values())))}
 

@@ -2,8 +2,8 @@
 
 A function registered with transformers calls the model's own kernel (SDPA, FlashAttention, eager) and recomputes
 softmax(q_R Kᵀ · scale + mask) for the wanted rows only: O(rows × length) memory, never `output_attentions=True`. Rows obey
-the given mask (None: causal within the row's segment), soft-capping and sinks. They are in the graph, so a student trains on
-the fast kernel too. Legend: B rows of the batch, S positions, H query heads, R wanted rows, L longest row.
+the given mask (None: causal within the row's segment), soft-capping, sinks and compressed keys. They are in the graph, so a
+student trains on the fast kernel too. Legend: B rows of the batch, S positions, H query heads, R wanted rows, L longest row.
 """
 
 import contextlib
@@ -87,10 +87,18 @@ def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         tap = _active.get()
         layer = int(getattr(module, "layer_idx", -1)) + 1
         if tap is not None and layer in tap.layers and layer not in tap.taken:
-            tap.taken[layer] = attention_rows(query, key, attention_mask, tap.rows, kwargs)
+            options = {**kwargs, "compress_rate": _compress_rate(module)}
+            tap.taken[layer] = attention_rows(query, key, attention_mask, tap.rows, options)
         return _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
 
     return forward
+
+
+def _compress_rate(module: nn.Module) -> int | None:
+    """Tokens that one compressed key of this layer stands for, where the family says so."""
+    rates = getattr(getattr(module, "config", None), "compress_rates", None) or {}
+    rate = rates.get(getattr(module, "layer_type", None))
+    return None if rate is None else int(rate)
 
 
 def _kernel_function(kernel: str, module: nn.Module) -> Callable[..., Any]:
@@ -103,36 +111,68 @@ def _kernel_function(kernel: str, module: nn.Module) -> Callable[..., Any]:
 def attention_rows(query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, rows: RowQuery, options: dict[str, Any]) -> Tensor:
     """softmax(q·K · scaling + mask) of the wanted rows, [R, H, L] float32; see `tap_attention_rows`.
 
-    `mask` is None (causal), bool [B, 1|H, S, S] (True: attend) or additive of that shape. `options` are the kernel's:
-    scaling, softcap, sliding_window, s_aux (sinks, one logit per head that takes part in the softmax and is dropped).
+    `mask` is None (causal), bool [B, 1|H, S, K] (True: attend) or additive of that shape. `options` are the kernel's:
+    scaling, softcap, sliding_window, s_aux (sinks, one logit per head that takes part in the softmax and is dropped). Keys beyond
+    the S positions are compressed ones (DeepSeek-V4), each of `compress_rate` tokens: their mass is folded back, in equal shares,
+    on those tokens. A row then sums to one less the sink's mass.
     """
     rows = RowQuery(
         *(part.to(query_BHSd.device) for part in (rows.batch, rows.query, rows.first))
     )  # blocks may lie on several GPUs
-    scaling = options.get("scaling") or query_BHSd.shape[-1] ** -0.5
+    positions = query_BHSd.shape[2]
     longest = int(rows.lengths.max()) if len(rows) else 0
     columns_L = torch.arange(longest, device=query_BHSd.device)
-    inside_RL = columns_L < rows.lengths[:, None]
-    keys_RL = (rows.first[:, None] + columns_L).clamp(max=key_BGSd.shape[2] - 1)
+    keys_RL = (rows.first[:, None] + columns_L).clamp(max=positions - 1)
+    allowed_RL = columns_L < rows.lengths[:, None]
+    window = options.get("sliding_window")
+    if mask is None and window is not None:
+        allowed_RL = allowed_RL & (rows.query[:, None] - keys_RL < window)
+    scores_RHL = _scores(query_BHSd, key_BGSd, mask, rows, keys_RL, options).masked_fill(~allowed_RL[:, None], -torch.inf)
+    parts = [scores_RHL]
+    compressed = key_BGSd.shape[2] - positions
+    if compressed:
+        extra_RE = positions + torch.arange(compressed, device=keys_RL.device).expand(len(rows), -1)
+        parts.append(_scores(query_BHSd, key_BGSd, mask, rows, extra_RE, options))
+    sinks_H = options.get("s_aux")
+    if sinks_H is not None:
+        parts.append(sinks_H.float()[None, :, None].expand(len(rows), -1, 1))
+    probabilities = torch.softmax(torch.cat(parts, -1), -1) if len(parts) > 1 else torch.softmax(scores_RHL, -1)
+    found_RHL = probabilities[..., :longest]
+    if compressed:
+        rate = options.get("compress_rate") or -(-positions // compressed)
+        found_RHL = found_RHL + _folded(probabilities[..., longest : longest + compressed], rate, rows, keys_RL, columns_L)
+    return found_RHL
+
+
+def _scores(
+    query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, rows: RowQuery, keys_RL: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Scaled, capped and masked scores [R, H, L] of the wanted rows with the keys of each."""
+    scaling = options.get("scaling") or query_BHSd.shape[-1] ** -0.5
     query_RHd = query_BHSd[rows.batch, :, rows.query].float()
     key_RLGd = key_BGSd[rows.batch[:, None], :, keys_RL].float()
     groups = query_RHd.shape[1] // key_RLGd.shape[2]
     query_RGgd = query_RHd.reshape(len(rows), key_RLGd.shape[2], groups, query_RHd.shape[2])
-    scores_RHL = torch.einsum("rghd,rlgd->rghl", query_RGgd, key_RLGd).flatten(1, 2) * scaling
+    scores_RHL: Tensor = torch.einsum("rghd,rlgd->rghl", query_RGgd, key_RLGd).flatten(1, 2) * scaling
     softcap = options.get("softcap")
     if softcap is not None:
         scores_RHL = softcap * torch.tanh(scores_RHL / softcap)
-    allowed_RL = inside_RL
-    window = options.get("sliding_window")
-    if mask is None:
-        if window is not None:
-            allowed_RL = allowed_RL & (rows.query[:, None] - keys_RL < window)
-    else:
+    if mask is not None:
         mask_RHL = mask[rows.batch[:, None], :, rows.query[:, None], keys_RL].transpose(1, 2)
-        scores_RHL = scores_RHL.masked_fill(~mask_RHL, -torch.inf) if mask.dtype == torch.bool else scores_RHL + mask_RHL.float()
-    scores_RHL = scores_RHL.masked_fill(~allowed_RL[:, None], -torch.inf)
-    sinks_H = options.get("s_aux")
-    if sinks_H is None:
-        return torch.softmax(scores_RHL, -1)
-    sinks_RH1 = sinks_H.float()[None, :, None].expand(len(rows), -1, 1)
-    return torch.softmax(torch.cat([scores_RHL, sinks_RH1], -1), -1)[..., :-1]
+        if mask.dtype == torch.bool:
+            return scores_RHL.masked_fill(~mask_RHL, -torch.inf)
+        scores_RHL = scores_RHL + mask_RHL.float()
+    return scores_RHL
+
+
+def _folded(mass_RHE: Tensor, rate: int, rows: RowQuery, keys_RL: Tensor, columns_L: Tensor) -> Tensor:
+    """[R, H, L]: the mass of each compressed key, spread evenly over those of its tokens that the row has."""
+    entry_RL = (keys_RL // rate).clamp(max=mass_RHE.shape[2] - 1)
+    inside_RL = (columns_L < rows.lengths[:, None]) & (keys_RL // rate < mass_RHE.shape[2])
+    members_RE = torch.zeros(mass_RHE.shape[0], mass_RHE.shape[2], device=mass_RHE.device).scatter_add_(
+        1, entry_RL, inside_RL.float()
+    )
+    share_RHE = mass_RHE / members_RE.clamp(min=1)[:, None]
+    spread = share_RHE.gather(2, entry_RL[:, None].expand(-1, mass_RHE.shape[1], -1))
+    folded: Tensor = spread * inside_RL[:, None]
+    return folded

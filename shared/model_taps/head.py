@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from signal_store.distribution_codec import apply_softcap
@@ -80,6 +80,20 @@ def final_hidden(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: 
     """What the output head reads, [B, S, d]. No cache and no attention mask: either would let packed segments see each other."""
     hidden: Tensor = model.base_model(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
     return hidden
+
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f")
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the output head; ValueError if none is found by its customary names."""
+    base = model.base_model
+    for owner in (base, getattr(base, "decoder", None), getattr(base, "model", None)):
+        for name in _FINAL_NORMS:
+            found = getattr(owner, name, None)
+            if isinstance(found, nn.Module):
+                return found
+    raise ValueError(f"{type(model).__name__}: no final norm among {', '.join(_FINAL_NORMS)}")
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""Open a sealed cache: its manifest, its arrays through the checking store, its segments one by one."""
+"""Open a sealed cache, or a cache with overlays: its manifest, its arrays through the checking store, its segments one by one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,16 +9,19 @@ from typing import Any, Self
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
 
+from signal_store.arrays import hierarchy_metadata
+from signal_store.canonical import sha256
+from signal_store.disk_cache import DiskCachedStore, DiskCacheOptions
 from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
-from signal_store.ledger import CALIBRATION, MANIFEST, PLAN, SEALS, UNITS, find_document, read_document, seal_key
-from signal_store.manifest import Manifest, Split, parse_manifest
-from signal_store.objects import LocalObjects
-from signal_store.seal_record import Seal, group_of
-from signal_store.sealed_store import SealedStore, checks_from
+from signal_store.ledger import CALIBRATION, MANIFEST, PLAN, UNITS, find_document, read_document, seal_key, tokenizer_key
+from signal_store.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
+from signal_store.objects import Objects, objects_at
+from signal_store.seal_record import Seal, units_group
+from signal_store.sealed_store import PackedRecords, SealedStore
+from signal_store.signals import Signals
 
-PACKED = ("length", "index_crc32c", "chunk_crc32c")
+NO_TOKEN = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Segment:
     document: int
     token_start: int
     context_only: int
+    finished: bool
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.uint8]
     next_token: int | None
@@ -42,46 +47,106 @@ class Segment:
         return len(self.input_ids)
 
 
-class Cache:
-    """A sealed cache. `len(cache)` segments; `cache[i]` one of them; `cache.array(path)` a zarr array whose reads are checked."""
+class SealedPart:
+    """One sealed cache, as it was at a generation: manifest, seal, and its arrays through the checks."""
 
-    def __init__(self, root: Path, manifest: Manifest, seal: Seal) -> None:
-        self.root, self.manifest, self.seal = root, manifest, seal
-
-    @classmethod
-    def open(cls, uri: str | Path) -> Self:
-        """The cache at a path. NotFoundError, IncompleteError (not sealed) or CorruptError."""
-        root = Path(uri)
-        objects = LocalObjects(root)
+    def __init__(self, objects: Objects, generation: int | None = None, disk_cache: DiskCacheOptions | None = None) -> None:
+        """NotFoundError, IncompleteError (not sealed) or CorruptError. None takes the newest generation."""
+        self.objects, self.uri, self._disk_cache = objects, objects.uri, disk_cache
         document = find_document(objects, MANIFEST)
-        seals = [key for key in objects.list(SEALS) if key.endswith(".json")]
-        if document is None or not seals:
-            raise _unfinished(objects, root)
-        manifest = parse_manifest(document.body, MANIFEST)
-        seal = Seal.from_body(read_document(objects, seal_key(len(seals) - 1)).body)
-        if seal.cache_id != manifest.cache_id:
-            raise CorruptError("the seal is another cache's", expected=manifest.cache_id, found=seal.cache_id, where=root)
-        return cls(root, manifest, seal)
+        newest = newest_generation(objects)
+        if document is None or newest is None:
+            raise _unfinished(objects)
+        wanted = newest if generation is None else generation
+        if not 0 <= wanted <= newest:
+            raise MismatchError("no such generation", expected=f"0 to {newest}", found=wanted, where=self.uri)
+        self.manifest = parse_manifest(document.body, MANIFEST)
+        self.seal = Seal.from_body(read_document(objects, seal_key(wanted)).body)
+        if self.seal.cache_id != self.manifest.cache_id:
+            raise CorruptError(
+                "the seal is another cache's", expected=self.manifest.cache_id, found=self.seal.cache_id, where=self.uri
+            )
 
     @cached_property
-    def _group(self) -> zarr.Group:
-        plain = SealedStore(LocalStore(self.root, read_only=True), self.seal)
-        group = zarr.open_group(plain, mode="r", zarr_format=3)
-        checks = {}
-        for spec in self.manifest.specs:
-            packed = {f"{group_of(spec.path)}/{name}": group[f"{group_of(spec.path)}/{name}"] for name in PACKED}
-            checks[spec.path] = checks_from({key: np.asarray(array[...]) for key, array in packed.items()}, spec.path)  # type: ignore[index]
-        checked = SealedStore(LocalStore(self.root, read_only=True), self.seal, checks)
-        return zarr.open_group(checked, mode="r", zarr_format=3)
+    def group(self) -> zarr.Group:
+        """The hierarchy; every read is checked."""
+        store = self.objects.zarr_store()
+        if self._disk_cache is not None:
+            store = DiskCachedStore(store, self._disk_cache, self.uri)
+        metadata = sealed_metadata(self.manifest, self.seal)
+        constants = SealedStore(store, metadata, self.seal.constants)
+        paths = frozenset(spec.path for spec in self.manifest.specs)
+        records = PackedRecords(constants, self.seal.generation, paths)
+        return zarr.open_group(SealedStore(store, metadata, self.seal.constants, records), mode="r", zarr_format=3)
+
+    @cached_property
+    def capacity_rows(self) -> dict[str, int]:
+        """By array path, the rows that a unit has."""
+        return {spec.path: spec.capacity_rows for spec in self.manifest.specs}
+
+    @property
+    def paths(self) -> set[str]:
+        """All arrays, those that no unit owns too."""
+        return {*self.capacity_rows, *(spec.path for spec in self.seal.constant_specs)}
+
+
+def newest_generation(objects: Objects) -> int | None:
+    """Number of the newest seal, found without listing; None where there is none."""
+    if not objects.exists(seal_key(0)):
+        return None
+    newest = 0
+    while objects.exists(seal_key(newest + 1)):
+        newest += 1
+    return newest
+
+
+def sealed_metadata(manifest: Manifest, seal: Seal) -> dict[str, bytes]:
+    """Every zarr.json of the hierarchy at a generation."""
+    arrays = {spec: seal.num_units * spec.capacity_rows for spec in manifest.specs} | seal.constant_specs
+    attributes = {"format": "teacher-cache", "format_version": str(FORMAT_VERSION), "cache_id": manifest.cache_id}
+    return hierarchy_metadata(arrays, attributes)
+
+
+class Cache:
+    """A sealed cache, alone or with overlays. `len(cache)` segments; `cache[i]` one of them; `cache.array(path)` a zarr array whose
+    reads are checked."""
+
+    def __init__(self, parts: Sequence[SealedPart]) -> None:
+        """One part holds the text, the others are overlays; MismatchError where they do not belong together or share a signal."""
+        bases = [part for part in parts if not part.manifest.plan.overlay]
+        if len(bases) != 1:
+            found = f"{len(bases)} of {len(parts)}"
+            remedy = "Open an overlay together with the cache it stands on: open_cache([base, overlay])."
+            raise MismatchError(
+                "one cache must hold the text", expected="exactly one that is no overlay", found=found, remedy=remedy
+            )
+        self.base = bases[0]
+        self.parts = (self.base, *(part for part in parts if part is not self.base))
+        self.uri = " + ".join(part.uri for part in self.parts)
+        for part in self.parts[1:]:
+            _refuse_other_plan(self.base, part)
+        _refuse_twice(self.parts)
+        self.manifest = _joined_manifest(self.parts)
+        self.seal = self.base.seal
+
+    @classmethod
+    def open(
+        cls, uris: str | Path | Sequence[str | Path], generation: int | None = None, disk_cache: DiskCacheOptions | None = None
+    ) -> Self:
+        """See `open_cache`."""
+        several = [uris] if isinstance(uris, str | Path) else list(uris)
+        return cls([SealedPart(objects_at(uri), generation, disk_cache) for uri in several])
+
+    def _part(self, path: str) -> SealedPart:
+        for part in self.parts:
+            if path in part.paths:
+                return part
+        found = ", ".join(sorted(path for part in self.parts for path in part.capacity_rows))
+        raise MismatchError("the cache does not hold this array", expected=path, found=found, where=self.uri)
 
     def array(self, path: str) -> zarr.Array[Any]:
         """The zarr array at `path`; MismatchError naming what there is, if it is not there."""
-        known = self.capacity_rows
-        if path not in known and not path.startswith(("calibration/", "units/")):
-            raise MismatchError(
-                "the cache does not hold this array", expected=path, found=", ".join(sorted(known)), where=self.root
-            )
-        array = self._group[path]
+        array = self._part(path).group[path]
         assert isinstance(array, zarr.Array)
         return array
 
@@ -92,30 +157,49 @@ class Cache:
     @cached_property
     def capacity_rows(self) -> dict[str, int]:
         """By array path, the rows that a unit has."""
-        return {spec.path: spec.capacity_rows for spec in self.manifest.specs}
+        return {path: rows for part in self.parts for path, rows in part.capacity_rows.items()}
+
+    @property
+    def sources(self) -> tuple[SourceIdentity, ...]:
+        """Sources of all generations; `segments/source` counts in these."""
+        return (*self.base.manifest.sources, *self.seal.added_sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sources."""
+        return sum(source.num_tokens for source in self.sources)
 
     @cached_property
     def segments_per_unit(self) -> NDArray[np.int64]:
         """Number of segments of each unit."""
-        return self.read("units/plan/segments").astype(np.int64)
+        return self._of_units("segments").astype(np.int64)
+
+    def _of_units(self, name: str) -> NDArray[Any]:
+        return np.asarray(self.base.group[f"{units_group(self.seal.generation)}/plan/{name}"][...])  # type: ignore[index]
 
     @cached_property
     def _first_segment(self) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(self.segments_per_unit)])
 
+    def first_segment(self, unit: int) -> int:
+        """Number of a unit's first segment."""
+        return int(self._first_segment[unit])
+
     def __len__(self) -> int:
-        return int(self._first_segment[-1])
+        return self.seal.num_segments
 
     def units(self, split: Split) -> NDArray[np.int64]:
         """Numbers of the units that hold a split; a unit holds one split only."""
-        validation = self.read("units/plan/is_validation").astype(bool)
+        validation = self._of_units("is_validation").astype(bool)
         return np.flatnonzero(validation == (split == "validation"))
 
-    def segment_columns(self, unit: int, *names: str) -> dict[str, NDArray[Any]]:
-        """Columns of `segments/` for the segments of one unit, without filler."""
-        first = unit * self.capacity_rows["segments/length"]
-        stop = first + int(self.segments_per_unit[unit])
-        return {name: self.read(f"segments/{name}", first, stop) for name in names}
+    def segment_columns(self, unit: int, *names: str, group: str = "segments") -> dict[str, NDArray[Any]]:
+        """Columns of `segments/` (or of a signal's own `<signal>/segments/`) for the segments of one unit, without filler."""
+        found = {}
+        for name in names:
+            first = unit * self.capacity_rows[f"{group}/{name}"]
+            found[name] = self.read(f"{group}/{name}", first, first + int(self.segments_per_unit[unit]))
+        return found
 
     def __getitem__(self, index: int) -> Segment:
         if not -len(self) <= index < len(self):
@@ -123,10 +207,10 @@ class Cache:
         index %= len(self)
         unit = int(np.searchsorted(self._first_segment, index, side="right")) - 1
         place = index - int(self._first_segment[unit])
-        names = ("token_start", "length", "context_only", "document", "source", "next_token")
+        names = ("token_start", "length", "context_only", "document", "source", "next_token", "finished")
         row = {name: int(column[place]) for name, column in self.segment_columns(unit, *names).items()}
         stop = row["token_start"] + row["length"]
-        source = self.manifest.sources[row["source"]]
+        source = self.sources[row["source"]]
         return Segment(
             index=index,
             source=source.name,
@@ -134,28 +218,98 @@ class Cache:
             document=row["document"],
             token_start=row["token_start"],
             context_only=row["context_only"],
+            finished=bool(row["finished"]),
             input_ids=self.read("tokens/input_ids", row["token_start"], stop),
             loss_mask=self.read("tokens/loss_mask", row["token_start"], stop),
-            next_token=None if row["next_token"] == 2**32 - 1 else row["next_token"],
+            next_token=None if row["next_token"] == NO_TOKEN else row["next_token"],
         )
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's own files by name, as `save_pretrained` wrote them; CorruptError if one was altered."""
+        found = {}
+        for name, expected in self.seal.tokenizer.items():
+            found[name] = self.base.objects.read(tokenizer_key(name))
+            if sha256(found[name]) != expected:
+                raise CorruptError(
+                    "a tokenizer file was altered", expected=expected, found=sha256(found[name]), where=tokenizer_key(name)
+                )
+        return found
 
     def __repr__(self) -> str:
         m = self.manifest
-        tokens = sum(source.num_tokens for source in m.sources)
         signals = ", ".join(name for name, signal in m.signals if signal is not None)
-        facts = f"teacher={m.teacher.name!r} tokens={tokens:,} units={self.seal.num_units} signals=[{signals}]"
-        return f"<Cache {str(self.root)!r} {facts}>"
+        facts = f"teacher={m.teacher.name!r} tokens={self.num_tokens:,} units={self.seal.num_units} signals=[{signals}]"
+        return f"<Cache {self.uri!r} {facts}>"
 
 
-def open_cache(uri: str | Path) -> Cache:
-    """Open the sealed cache at a path; see `Cache`."""
-    return Cache.open(uri)
+def open_cache(
+    uri: str | Path | Sequence[str | Path], *, generation: int | None = None, disk_cache: DiskCacheOptions | None = None
+) -> Cache:
+    """Open the sealed cache at a path, `s3://` or `https://` address; or a cache and its overlays, which then read as one.
+
+    `generation` opens an older seal; `disk_cache` keeps a copy of what a remote store gives. Nothing but a few small objects is
+    read, however large the cache. NotFoundError, IncompleteError, MismatchError or CorruptError.
+    """
+    return Cache.open(uri, generation, disk_cache)
 
 
-def _unfinished(objects: LocalObjects, root: Path) -> NotFoundError | IncompleteError:
+def _refuse_other_plan(base: SealedPart, part: SealedPart) -> None:
+    mine, other = base.manifest, part.manifest
+    pairs = {
+        "plan": (mine.plan.text_digest, other.plan.text_digest),
+        "tokenizer": (mine.tokenizer.digest, other.tokenizer.digest),
+        "teacher": (mine.teacher.weights_digest, other.teacher.weights_digest),
+        "generation": (base.seal.num_units, part.seal.num_units),
+    }
+    differ = [name for name, (a, b) in pairs.items() if a != b]
+    if differ:
+        raise MismatchError(
+            f"these caches do not belong together ({', '.join(differ)} differ)",
+            expected={name: pairs[name][0] for name in differ},
+            found={name: pairs[name][1] for name in differ},
+            where=part.uri,
+            remedy="Build the overlay with `base:` naming this cache, and the same teacher.",
+        )
+
+
+def _refuse_twice(parts: Sequence[SealedPart]) -> None:
+    held: dict[str, str] = {}
+    for part in parts:
+        for name, signal in part.manifest.signals:
+            if signal is not None and name in held:
+                raise MismatchError(f"two caches hold the signal {name}", expected=held[name], found=part.uri, remedy="Open one.")
+            if signal is not None:
+                held[name] = part.uri
+
+
+def _joined_manifest(parts: Sequence[SealedPart]) -> Manifest:
+    """The base's manifest with the signals of all parts."""
+    base = parts[0].manifest
+    if len(parts) == 1:
+        return base
+    calibrations = [part.manifest.calibration for part in parts]
+    held = {name: signal for part in parts for name, signal in part.manifest.signals if signal is not None}
+    owner = {name: part.manifest.calibration for part in parts for name, signal in part.manifest.signals if signal is not None}
+    first = owner.get("distribution", base.calibration)
+    calibration = base.calibration.model_copy(
+        update={
+            "tail_rank": first.tail_rank,
+            "coverage": first.coverage,
+            "hidden": tuple(h for c in calibrations for h in c.hidden),
+            "attention": tuple(a for c in calibrations for a in c.attention),
+            "stats": owner["stats"].stats if "stats" in owner else None,
+            "replay_layers": tuple(n for c in calibrations for n in c.replay_layers),
+        }
+    )
+    signals = Signals.model_construct(**{name: held.get(name) for name in Signals.model_fields})
+    arrays = tuple(array for part in parts for array in part.manifest.arrays)
+    return base.model_copy(update={"signals": signals, "calibration": calibration, "arrays": arrays})
+
+
+def _unfinished(objects: Objects) -> NotFoundError | IncompleteError:
     plan = find_document(objects, PLAN)
     if plan is None:
-        return NotFoundError("no cache here", expected="a folder made by teacher-cache", found=root)
+        return NotFoundError("no cache here", expected="one made by teacher-cache", found=objects.uri)
     units = len(plan.body["units"])
     done = len({key.split(".")[0] for key in objects.list(UNITS)})
     stage = "calibrated" if objects.exists(CALIBRATION) else "planned"
@@ -163,6 +317,6 @@ def _unfinished(objects: LocalObjects, root: Path) -> NotFoundError | Incomplete
         "the cache is not sealed",
         expected=f"{units} units and a seal",
         found=f"{stage}, {done} units",
-        where=root,
+        where=objects.uri,
         remedy="Run teacher-cache build with its recipe to finish it.",
     )

@@ -27,11 +27,22 @@ MANIFEST = "ledger/manifest.json"
 SEALS = "ledger/seals"
 UNITS = "ledger/units"
 STAGING = "ledger/staging"
+TOKENIZER = "ledger/tokenizer"
 
 
 def plan_unit_key(unit: int, content: str) -> str:
     """Where the tokens and positions of a unit are kept, as planned; the key names the content's digest."""
     return f"ledger/plan/{unit:07d}.{content.removeprefix('sha256:')[:16]}"
+
+
+def extension_key(generation: int) -> str:
+    """Where the plan of the units that a generation added is kept."""
+    return f"ledger/extensions/{generation:06d}.json"
+
+
+def tokenizer_key(name: str) -> str:
+    """Where a file of the tokenizer is kept."""
+    return f"{TOKENIZER}/{name}"
 
 
 def unit_key(unit: int, revision: int = 0) -> str:

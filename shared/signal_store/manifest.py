@@ -5,7 +5,7 @@ from typing import Any, Literal
 from signal_store.arrays import ArraySpec
 from signal_store.canonical import digest
 from signal_store.errors import CorruptError, MismatchError
-from signal_store.signals import Section, Signals
+from signal_store.signals import Section, Signals, Tap
 
 FORMAT_VERSION = 1
 Split = Literal["train", "validation"]
@@ -56,12 +56,25 @@ class Capacities(Section):
     hidden_rows: int
     attention_rows: int
     attention_entries: int
+    replay_rows: int
+
+    def union(self, other: "Capacities") -> "Capacities":
+        """Room for both."""
+        return Capacities(**{name: max(getattr(self, name), getattr(other, name)) for name in Capacities.model_fields})
+
+    def holds(self, other: "Capacities") -> bool:
+        """Whether the other fits."""
+        return self.union(other) == self
 
 
 class PlanIdentity(Section):
     """How the text was cut, and how segments are batched for the teacher."""
 
     digest: str
+    text_digest: str
+    """Of the tokens, segments and keyword positions alone: caches that share it can be opened as one."""
+    overlay: bool
+    """Tokens and segments are in another cache of the same text digest, not in this one."""
     context: int
     overlap: int
     unit_tokens: int
@@ -71,11 +84,18 @@ class PlanIdentity(Section):
 
 
 class HiddenLayout(Section):
-    """What is stored of one layer's output: `rank` directions of `width`."""
+    """What is stored of one tap of one layer: `rank` directions of `width`, which keep `explained_variance` of it."""
 
+    tap: Tap
     layer: int
     width: int
     rank: int | None
+    explained_variance: float
+
+    @property
+    def group(self) -> str:
+        """Its group in the hierarchy."""
+        return f"hidden/{self.tap}/{self.layer}"
 
 
 class AttentionLayout(Section):
@@ -85,16 +105,31 @@ class AttentionLayout(Section):
     head_ids: tuple[int, ...]
     max_columns: int | None
 
+    @property
+    def group(self) -> str:
+        """Its group in the hierarchy."""
+        return f"attention/{self.layer}"
+
+
+class StatsLayout(Section):
+    """Which layers statistics are taken of; of the attention, those with softmax attention and their heads."""
+
+    layers: tuple[int, ...]
+    attention_layers: tuple[int, ...]
+    num_heads: int
+
 
 class CalibrationIdentity(Section):
     """What calibration decided, and the digest of the matrices it made."""
 
     digest: str
     tail_rank: int
-    head_mass: tuple[float, ...]
+    coverage: tuple[float, ...]
     """Mean mass of the head at each cached temperature: what a reader is served where there is no tail."""
     hidden: tuple[HiddenLayout, ...]
     attention: tuple[AttentionLayout, ...]
+    stats: StatsLayout | None
+    replay_layers: tuple[int, ...]
 
 
 class Manifest(Section):

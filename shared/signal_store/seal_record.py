@@ -1,7 +1,8 @@
-"""What a seal says, and the packed form of all unit records: stock arrays `units/...`, so that opening reads no thousand files."""
+"""What a seal says, and the packed form of all unit records: stock arrays `units/<generation>/...`, so that opening reads no
+thousand files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from signal_store.arrays import ArraySpec
 from signal_store.ledger import UnitRecord
+from signal_store.manifest import SourceIdentity
 from signal_store.shard_writer import ShardRecord
 
 ABSENT = np.uint64(2**64 - 1)
@@ -16,51 +18,70 @@ ABSENT = np.uint64(2**64 - 1)
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """Generation, parent, and digests of everything that is read before or beside the shards.
+    """One generation of a cache. Its cost does not grow with the number of units.
 
-    `metadata`: sha256 of every zarr.json. `constants`: sha256 of every object of the arrays that no unit owns.
-    `content_digest`: over all unit records.
+    `parent`: digest of the seal before it. `content_digest`: over all unit records. `metadata`: sha256 of every zarr.json.
+    `constant_arrays`: those that no unit owns, as `ArraySpec.to_json` with their `rows`; `constants`: sha256 of their objects.
+    `tokenizer`: sha256 of its files. `ledger`: digests of plan, extensions and calibration. `sources`: added since the manifest.
     """
 
     cache_id: str
     generation: int
     parent: str | None
     num_units: int
+    num_segments: int
     content_digest: str
     metadata: Mapping[str, str]
+    constant_arrays: tuple[dict[str, Any], ...]
     constants: Mapping[str, str]
+    tokenizer: Mapping[str, str]
+    ledger: Mapping[str, str]
+    sources: tuple[dict[str, Any], ...]
 
     def to_body(self) -> dict[str, Any]:
         """The JSON form."""
-        return {
-            "cache_id": self.cache_id,
-            "generation": self.generation,
-            "parent": self.parent,
-            "num_units": self.num_units,
-            "content_digest": self.content_digest,
-            "metadata": dict(self.metadata),
-            "constants": dict(self.constants),
-        }
+        return {**asdict(self), "constant_arrays": list(self.constant_arrays), "sources": list(self.sources)}
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> Self:
         """The inverse of `to_body`."""
-        return cls(**body)
+        return cls(**{**body, "constant_arrays": tuple(body["constant_arrays"]), "sources": tuple(body["sources"])})
+
+    @property
+    def added_sources(self) -> tuple[SourceIdentity, ...]:
+        """Sources of the extensions."""
+        return tuple(SourceIdentity.model_validate(source) for source in self.sources)
+
+    @property
+    def constant_specs(self) -> dict[ArraySpec, int]:
+        """The arrays that no unit owns, and their rows."""
+        found = {}
+        for array in self.constant_arrays:
+            fields = dict(array)
+            rows = fields.pop("rows")
+            found[ArraySpec.from_json(fields)] = int(rows)
+        return found
 
 
-def group_of(path: str) -> str:
-    """The group that packs the records of one array: `distribution/scalars` -> `units/distribution.scalars`."""
-    return "units/" + path.replace("/", ".")
+def units_group(generation: int) -> str:
+    """The group of a generation's packed records."""
+    return f"units/{generation:06d}"
 
 
-def pack_records(records: Sequence[UnitRecord], specs: Sequence[ArraySpec]) -> dict[str, NDArray[np.generic]]:
+def group_of(path: str, generation: int) -> str:
+    """The group that packs the records of one array: `distribution/scalars` -> `units/000000/distribution.scalars`."""
+    return f"{units_group(generation)}/{path.replace('/', '.')}"
+
+
+def pack_records(records: Sequence[UnitRecord], specs: Sequence[ArraySpec], generation: int) -> dict[str, NDArray[np.generic]]:
     """Rows of the packed arrays, by path: one row per shard (units in order). sha256 as 32 bytes, checksums as u64 whose fill
     marks a chunk that holds nothing."""
-    packed: dict[str, NDArray[np.generic]] = {"units/plan/revision": np.asarray([r.revision for r in records], dtype=np.uint32)}
+    plan = f"{units_group(generation)}/plan"
+    packed: dict[str, NDArray[np.generic]] = {f"{plan}/revision": np.asarray([r.revision for r in records], dtype=np.uint32)}
     for spec in specs:
         shards: list[ShardRecord] = [shard for record in records for shard in record.shards[spec.path]]
         crcs = [[ABSENT if c is None else c for c in shard.chunk_crc32c] for shard in shards]
-        group = group_of(spec.path)
+        group = group_of(spec.path, generation)
         packed[f"{group}/length"] = np.asarray([s.length for s in shards], dtype=np.uint64)
         packed[f"{group}/index_crc32c"] = np.asarray([s.index_crc32c for s in shards], dtype=np.uint64)
         packed[f"{group}/chunk_crc32c"] = np.asarray(crcs, dtype=np.uint64).reshape(len(shards), spec.chunks_per_shard)

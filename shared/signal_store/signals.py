@@ -32,6 +32,9 @@ class DistributionSignal(Section):
     temperatures: tuple[Temperature, ...] = (1.0, 2.0, 3.0, 4.0)
     max_scaled_kl_nats: float = Field(6e-3, gt=0)
     max_angle_degrees: float = Field(0.5, gt=0)
+    samples: int = Field(0, ge=0, le=4096)
+    """Token ids drawn from the softened distribution at each temperature, per token (Random Sampling KD, arXiv:2503.16870); 0
+    for none. They make a pure head unbiased at temperatures where it holds little."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,26 +47,99 @@ class DistributionSignal(Section):
         return self
 
 
-class HiddenSignal(Section):
-    """Outputs of transformer blocks, at depth fractions of the teacher or at numbered layers (1 is the first block's output)."""
+Tap = Literal["block_input", "attention_output", "ffn_input", "ffn_gate", "ffn_activation", "block_output"]
+"""Places of a transformer block (REQUIREMENTS 23): its input, the attention's output before the residual is added, the normalised
+input of the FFN, the FFN before its nonlinearity, what its down-projection reads, and the block's output."""
 
+
+class EveryNth(Section):
+    """Every n-th token of a segment, counted from its first."""
+
+    every: int = Field(ge=1)
+
+
+class RandomFraction(Section):
+    """A seeded random share of each segment's tokens."""
+
+    fraction: float = Field(gt=0, le=1)
+    seed: int = 0
+
+
+class Stratified(Section):
+    """All keyword tokens, and a seeded random rest up to this share of each segment's tokens."""
+
+    stratified: float = Field(gt=0, le=1)
+    seed: int = 0
+
+
+Positions = Literal["all", "keywords"] | EveryNth | RandomFraction | Stratified
+
+
+class HiddenSignal(Section):
+    """Hidden states at one or more taps, at depth fractions of the teacher or at numbered layers (1 is the first block)."""
+
+    taps: tuple[Tap, ...] = Field(("block_output",), min_length=1)
     depths: tuple[DepthFraction, ...] = (0.25, 0.5, 0.75)
     layers: tuple[int, ...] | None = None
-    every: int = Field(1, ge=1)
-    """Every n-th token of a segment, counted from its first; 1 stores all."""
+    positions: Positions = "all"
+    """Which tokens, fixed when the plan is made: `all`, `keywords`, `{every: n}`, `{fraction: f}` or `{stratified: f}`."""
     rank: int | None = Field(None, ge=1)
     """Principal directions kept; None keeps the full width."""
+    values: Literal["int8", "float16"] = "int8"
+    """How a coordinate is stored, in units of its row's scale."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.taps)) != len(self.taps):
+            raise ValueError("a tap is named twice")
+        return self
 
 
 class AttentionSignal(Section):
-    """Attention rows of keyword tokens (as query): the most focused heads of chosen softmax-attention layers."""
+    """Attention rows of keyword tokens (as query): chosen or the most focused heads of chosen softmax-attention layers."""
 
     layers: tuple[int, ...] | Literal["last"] = "last"
     """Blocks by number, 1 the first; `last` is the last block that has softmax attention."""
-    heads: int = Field(3, ge=1)
+    heads: int | tuple[int, ...] = 3
+    """How many of the most focused heads, found in calibration; or their numbers, from 0."""
     keywords: tuple[str, ...] = DEFAULT_KEYWORDS
+    previous_steps: int = Field(0, ge=0, le=64)
+    """Rows of this many tokens before each keyword are stored too (REQUIREMENTS 31)."""
     max_columns: int | None = Field(None, ge=1)
     """Store only the m heaviest columns of a row and its residual mass. None: 64 where the context exceeds 1,024, else all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (isinstance(self.heads, int) and self.heads < 1) or self.heads == ():
+            raise ValueError("heads must be at least one")
+        return self
+
+
+class StatsSignal(Section):
+    """Small statistics of each segment (REQUIREMENTS 5, 39), float16, at the layers of `hidden`'s defaults or as numbered."""
+
+    attention: bool = True
+    """Per layer and head: normalised entropy, look-back, largest mass, mass on the first token; mean over every 16th row."""
+    ffn: bool = True
+    """Per layer: share of FFN activations below a hundredth of their root mean square, and Hoyer's sparsity."""
+    gradient: bool = False
+    """Per layer: log10 of the variance of the loss's gradient with respect to the block's output. Needs a backward pass."""
+    depths: tuple[DepthFraction, ...] = (0.25, 0.5, 0.75)
+    layers: tuple[int, ...] | None = None
+
+
+class ReplaySignal(Section):
+    """The path of a final hidden state up the gradient of its own loss, through final norm and output head alone, at sampled
+    positions of finished texts (REQUIREMENTS 32, 33); with `gradient`, also the loss's gradient at the layers of `hidden`."""
+
+    steps: int = Field(4, ge=1, le=64)
+    step_size: float = Field(0.1, gt=0)
+    """Length of a step, as a share of the state's own length."""
+    positions_per_segment: int = Field(4, ge=1)
+    seed: int = 0
+    gradient: bool = False
+    depths: tuple[DepthFraction, ...] = (0.25, 0.5, 0.75)
+    layers: tuple[int, ...] | None = None
 
 
 class Signals(Section):
@@ -72,3 +148,5 @@ class Signals(Section):
     distribution: DistributionSignal | None = DistributionSignal.model_validate({})
     hidden: HiddenSignal | None = None
     attention: AttentionSignal | None = None
+    stats: StatsSignal | None = None
+    replay: ReplaySignal | None = None

@@ -44,7 +44,7 @@ class Objective:
         """What is read of the cache besides tokens."""
         return Needs(
             distribution=self.losses.tla is not None,
-            hidden=tuple(pair.teacher for pair in self.hidden_pairs),
+            hidden=tuple(("block_output", pair.teacher) for pair in self.hidden_pairs),
             attention=tuple(pair.teacher for pair in self.attention_pairs),
         )
 
@@ -59,7 +59,15 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel) -> Objective
     check_cache(losses, cache)
     calibration, depth = cache.manifest.calibration, cache.manifest.teacher.num_layers
     own = num_layers(student)
-    hidden = tuple(LayerPair(h.layer, layer_at_depth(h.layer / depth, own)) for h in calibration.hidden) if losses.lhsm else ()
+    outputs = [h.layer for h in calibration.hidden if h.tap == "block_output"] if losses.lhsm else []
+    if losses.lhsm is not None and not outputs:
+        raise MismatchError(
+            "lhsm: the cache holds no block outputs",
+            expected="signals.hidden.taps with block_output",
+            found=sorted({h.tap for h in calibration.hidden}),
+            where=cache.uri,
+        )
+    hidden = tuple(LayerPair(layer, layer_at_depth(layer / depth, own)) for layer in outputs)
     attention: tuple[LayerPair, ...] = ()
     if losses.apc is not None:
         able = softmax_attention_layers(student)
@@ -80,7 +88,7 @@ def check_cache(losses: Losses, cache: Cache) -> None:
                 f"{term} needs a signal that the cache does not hold",
                 expected=signal,
                 found=", ".join(held) or "none",
-                where=cache.root,
+                where=cache.uri,
                 remedy=f"Build a cache with signals.{signal}, or switch {term} off.",
             )
     if losses.tla is not None and signals.distribution is not None:
@@ -91,15 +99,15 @@ def check_cache(losses: Losses, cache: Cache) -> None:
                 "tla: the cache cannot serve this temperature",
                 expected=f"one of {list(temperatures)}",
                 found=wanted,
-                where=cache.root,
+                where=cache.uri,
                 remedy="Train at one of them, or build a cache whose signals.distribution.temperatures hold it.",
             )
-        mass = cache.manifest.calibration.head_mass[temperatures.index(wanted)]
+        mass = cache.manifest.calibration.coverage[temperatures.index(wanted)]
         if cache.manifest.calibration.tail_rank == 0 and mass < MIN_HEAD_MASS:
             raise MismatchError(
                 "tla: the cache has no tail and its head holds too little at this temperature",
                 expected=f"a mean mass of {MIN_HEAD_MASS}",
                 found=f"{mass:.3f}",
-                where=cache.root,
+                where=cache.uri,
                 remedy="Lower the temperature, or build a cache with a tail.",
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from signal_store.distribution_codec import DistributionCodes
 from student_train.batch import AttentionCodes, CodedBatch, Cursor, HiddenCodes
 from student_train.losses.chunked import IGNORE
-from student_train.stream.reader import LoadedUnit, Needs
+from student_train.stream.reader import LoadedUnit, Needs, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def collate(
         labels=_joined(labels),
         distribution=_distribution(placed, kept) if needs.distribution else None,
         hidden_flat=_hidden_flat(placed, needs, width),
-        hidden={layer: _hidden(placed, layer) for layer in needs.hidden} if placed else {},
+        hidden={state: _hidden(placed, state) for state in needs.hidden} if placed else {},
         row_batch=attention_positions[0],
         row_query=attention_positions[1],
         row_first=attention_positions[2],
@@ -121,54 +121,60 @@ def _distribution(placed: Sequence[Placed], kept: Sequence[NDArray[np.int64]]) -
     )
 
 
-def _hidden_rows(p: Placed, path: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(rows of the hidden arrays, places in the segment) of a segment's sampled states; context rows hold none."""
-    rows = np.arange(p.of("hidden_row_start"), p.of("hidden_row_start") + p.of("hidden_rows"))
-    if path in p.unit.rows:
-        return rows, p.unit.rows[path][rows] - p.of("token_start")
+def _hidden_rows(p: Placed) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows of the hidden arrays, places in the segment) of a segment's stored states; context rows hold none."""
+    if "hidden_row_start" in p.unit.segments:
+        rows = np.arange(p.of("hidden_row_start"), p.of("hidden_row_start") + p.of("hidden_rows"))
+        return rows, p.unit.rows["hidden/rows/position"][rows] - p.of("token_start")
     places = np.arange(p.of("context_only"), p.of("length"))
-    return rows[p.of("context_only") :], places
+    return p.of("token_start") + places, places
 
 
 def _hidden_flat(placed: Sequence[Placed], needs: Needs, width: int) -> Tensor:
     if not needs.hidden:
         return torch.zeros(0, dtype=torch.int64)
-    path = f"hidden/block_output/{needs.hidden[0]}/position"
-    return _joined([p.row * width + p.column + _hidden_rows(p, path)[1] for p in placed])
+    return _joined([p.row * width + p.column + _hidden_rows(p)[1] for p in placed])
 
 
-def _hidden(placed: Sequence[Placed], layer: int) -> HiddenCodes:
-    group = f"hidden/block_output/{layer}"
-    rows = [_hidden_rows(p, f"{group}/position")[0] for p in placed]
+def _hidden(placed: Sequence[Placed], state: State) -> HiddenCodes:
+    group = f"hidden/{state[0]}/{state[1]}"
+    rows = [_hidden_rows(p)[0] for p in placed]
     return HiddenCodes(_gathered(placed, f"{group}/values", rows), _gathered(placed, f"{group}/scale", rows))
+
+
+def _keyword_rows(p: Placed) -> NDArray[np.int64]:
+    """Rows of the attention arrays that are a keyword's own."""
+    rows = np.arange(p.of("attention_row_start"), p.of("attention_row_start") + p.of("attention_rows"))
+    own: NDArray[np.int64] = rows[p.unit.rows["attention/rows/keyword"][rows] == 1]
+    return own
 
 
 def _attention_positions(placed: Sequence[Placed], needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row of the batch, query column, first column of the segment, and stored entries, of every keyword row."""
     if not needs.attention:
         return tuple(torch.zeros(0, dtype=torch.int64) for _ in range(4))  # type: ignore[return-value]
-    group = f"attention/{needs.attention[0]}"
     batch, query, first, length = [], [], [], []
     for p in placed:
-        rows = p.slice_of("attention_row_start", "attention_rows")
-        positions = p.unit.rows[f"{group}/position"][rows] - p.of("token_start")
+        rows = _keyword_rows(p)
+        positions = p.unit.rows["attention/rows/position"][rows] - p.of("token_start")
         batch.append(np.full(len(positions), p.row, np.int64))
         query.append(p.column + positions)
         first.append(np.full(len(positions), p.column, np.int64))
-        length.append(p.unit.rows[f"{group}/length"][rows].astype(np.int64))
+        length.append(p.unit.rows["attention/rows/length"][rows].astype(np.int64))
     return _joined(batch), _joined(query), _joined(first), _joined(length)
 
 
 def _attention(placed: Sequence[Placed], layer: int) -> AttentionCodes:
     group = f"attention/{layer}"
-    row_slices = [p.slice_of("attention_row_start", "attention_rows") for p in placed]
+    row_numbers = [_keyword_rows(p) for p in placed]
     entries = []
-    for p, rows in zip(placed, row_slices, strict=True):
-        offsets, lengths = (p.unit.rows[f"{group}/{name}"][rows] for name in ("offset", "length"))
-        entries.append(slice(int(offsets[0]), int(offsets[-1] + lengths[-1])) if len(offsets) else slice(0, 0))
+    for p, rows in zip(placed, row_numbers, strict=True):
+        offsets, lengths = (p.unit.rows[f"attention/rows/{name}"][rows].astype(np.int64) for name in ("offset", "length"))
+        inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        entries.append(np.repeat(offsets, lengths) + inside)
     sparse = bool(placed) and f"{group}/columns" in placed[0].unit.rows
     return AttentionCodes(
         weights=_gathered(placed, f"{group}/weights", entries),
         columns=_gathered(placed, f"{group}/columns", entries) if sparse else None,
-        residual=_gathered(placed, f"{group}/residual", row_slices) if sparse else None,
+        residual=_gathered(placed, f"{group}/residual", row_numbers) if sparse else None,
     )

@@ -43,7 +43,7 @@ class Stream:
                 "a segment may be longer than a row",
                 expected=f"stream.row_tokens of at least {longest}",
                 found=self.config.row_tokens,
-                where=self.cache.root,
+                where=self.cache.uri,
             )
         even = self.rows_per_rank * self.world_size == self.config.rows_per_step
         if not even or self.rows_per_rank % (self.config.micro_rows or self.rows_per_rank):
@@ -71,7 +71,7 @@ class Stream:
         """The shuffled rows of one window: a function of the seed and its place."""
         units = self.cache.units("train")
         if not len(units):
-            raise InputError("the cache has no train split", expected="a source with split: train", where=self.cache.root)
+            raise InputError("the cache has no train split", expected="a source with split: train", where=self.cache.uri)
         key = key_of(self.config.seed, epoch)
         first = window * self.config.window_units
         places = range(first, min(first + self.config.window_units, len(units)))

@@ -20,7 +20,8 @@ NO_TOKEN = 2**32 - 1
 @dataclass(frozen=True, slots=True)
 class PlannedSegment:
     """One segment. `loss_mask` as `layout.token_arrays` says; `keyword` bool [n]; `context_only` leading rows that hold no
-    signal; `next_token` the label of the last row or NO_TOKEN."""
+    signal; `next_token` the label of the last row or NO_TOKEN; `finished`: the segment ends its document as the model would
+    have, by the end-of-text token or a chat's closing turn."""
 
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.uint8]
@@ -30,6 +31,7 @@ class PlannedSegment:
     next_token: int
     source: int
     document: int
+    finished: bool
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -70,5 +72,6 @@ def cut(document: TokenizedDocument, context: int, overlap: int, source: int, nu
             next_token=int(document.input_ids[stop]) if stop < total else NO_TOKEN,
             source=source,
             document=number,
+            finished=stop == total and document.finished,
         )
         own, start = stop, stop - overlap

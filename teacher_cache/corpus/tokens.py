@@ -17,13 +17,15 @@ DOCUMENTS_PER_CALL = 256
 @dataclass(frozen=True, slots=True)
 class TokenizedDocument:
     """`input_ids` uint32 [n]; `byte_end` uint32 [n], end of each token in the document's UTF-8; `counts` bool [n], whether
-    predicting this token counts; `keyword` bool [n]; `closed`: the document ends with the end-of-text token."""
+    predicting this token counts; `keyword` bool [n]; `closed`: the document ends with the end-of-text token; `finished`: with
+    that, or with a chat's closing turn."""
 
     input_ids: NDArray[np.uint32]
     byte_end: NDArray[np.uint32]
     counts: NDArray[np.bool_]
     keyword: NDArray[np.bool_]
     closed: bool
+    finished: bool
 
 
 def tokenize(
@@ -55,7 +57,8 @@ def _tokenize_batch(
         if document.lexer is not None and keywords:
             last_chars = np.asarray([end - 1 for _, end in keyword_spans(document.text, document.lexer, keywords)], dtype=np.int64)
             keyword[_token_of(spans, last_chars)] = True
-        yield TokenizedDocument(ids, _byte_ends(document.text, char_end), counts, keyword, closed or eos is not None)
+        ended = closed or eos is not None
+        yield TokenizedDocument(ids, _byte_ends(document.text, char_end), counts, keyword, ended, ended or document.complete)
 
 
 def _covered(spans: NDArray[np.int64], counted: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

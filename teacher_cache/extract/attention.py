@@ -1,4 +1,4 @@
-"""Attention rows of keyword tokens: the stored heads side by side, on one flat entry axis."""
+"""Attention rows of chosen tokens: the stored heads side by side, on one flat entry axis."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from teacher_cache.extract.rows import Extracted, numpy_of
 def extract_attention(layout: AttentionLayout, rows_RHL: Tensor, lengths_R: Tensor) -> Extracted:
     """Entries of R rows, one row after another: all columns, or the heaviest `max_columns` of each head, heaviest first, with
     their column numbers and what is left over."""
-    group = f"attention/{layout.layer}"
+    group = layout.group
     kept_RHL = rows_RHL[:, list(layout.head_ids)]
     if layout.max_columns is None:
         inside_RL = torch.arange(kept_RHL.shape[2], device=kept_RHL.device) < lengths_R[:, None]

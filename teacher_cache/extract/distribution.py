@@ -1,10 +1,13 @@
 """The distribution of every row of a batch, in chunks of rows, so that [tokens, vocabulary] is never held."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from model_taps.head import OutputHead
 from signal_store.distribution_codec import DistributionCodec
+from signal_store.layout import sampled_path
 from teacher_cache.extract.rows import Extracted, numpy_of
 
 LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -12,15 +15,28 @@ LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
 @torch.inference_mode()
-def extract_distribution(codec: DistributionCodec, head: OutputHead, hidden_ND: Tensor, labels_N: Tensor) -> Extracted:
-    """Codes of N rows."""
+def extract_distribution(
+    codec: DistributionCodec,
+    logits_of: Callable[[slice], Tensor],
+    hidden_ND: Tensor,
+    labels_N: Tensor,
+    draws: int,
+    key: tuple[int, int],
+) -> Extracted:
+    """Codes of N rows. `logits_of` gives float32 logits of a slice of rows; `draws` ids a row are drawn at each temperature, by a
+    generator of `key`."""
     step = max(1, LOGITS_BYTES.get(hidden_ND.device.type, 2**26) // (4 * codec.vocab_size))
+    uniform = np.random.Generator(np.random.Philox(key=list(key)))
     parts, saturated = [], 0
+    drawn: dict[float, list[Tensor]] = {t: [] for t in codec.temperatures if draws}
     for start in range(0, len(hidden_ND), step):
         chunk = slice(start, start + step)
-        codes, count = codec.encode(hidden_ND[chunk], head.logits(hidden_ND[chunk]), labels_N[chunk])
+        logits_NV = logits_of(chunk)
+        codes, count = codec.encode(hidden_ND[chunk], logits_NV, labels_N[chunk])
         parts.append(codes)
         saturated += int(count)
+        for temperature, ids in drawn.items():
+            ids.append(draw(logits_NV, temperature, torch.from_numpy(uniform.random((len(logits_NV), draws)))))
     tail_type = "int8" if codec.tail_bits == 8 else "int16"
     rows = {
         "distribution/scalars": numpy_of(torch.cat([p.scalars for p in parts]), "float16"),
@@ -29,7 +45,15 @@ def extract_distribution(codec: DistributionCodec, head: OutputHead, hidden_ND: 
             torch.cat([p.head_codes for p in parts]), "uint8" if codec.head_bits == 8 else "uint16"
         ),
         "distribution/tail_codes": numpy_of(torch.cat([p.tail_codes for p in parts]), tail_type),
+        **{sampled_path(temperature): numpy_of(torch.cat(ids), "uint32") for temperature, ids in drawn.items()},
     }
     codes_per_row = codec.head + codec.rank
     rows = {path: array for path, array in rows.items() if array.shape[1]}
     return Extracted(rows, {"distribution": (saturated, len(hidden_ND) * codes_per_row)})
+
+
+def draw(logits_NV: Tensor, temperature: float, uniform_Nn: Tensor) -> Tensor:
+    """int64 ids [N, n], ascending: one for each number in [0, 1), by the inverse of the softened distribution's cumulative sum."""
+    cumulative_NV = (logits_NV / temperature).softmax(1).double().cumsum(1)
+    wanted = uniform_Nn.to(cumulative_NV) * cumulative_NV[:, -1:]
+    return torch.searchsorted(cumulative_NV, wanted, right=True).clamp(max=logits_NV.shape[1] - 1).sort(1).values

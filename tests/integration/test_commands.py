@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from signal_store.cache import Cache
 from signal_store.ledger import read_document
-from signal_store.objects import LocalObjects
+from signal_store.local_objects import LocalObjects
 from tests.tiny import COMMON, CONTEXT, make_model, make_tokenizer
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -52,7 +52,7 @@ def write(tmp_path: Path, content: dict[str, Any]) -> str:
 @pytest.fixture
 def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
     return {
-        "cache": str(cache.root),
+        "cache": cache.uri,
         "out": str(tmp_path / "run"),
         "preset": "flash_004",
         "losses": {"cross_entropy": {"weight": 0.5}},
@@ -111,13 +111,13 @@ def test_what_the_cache_lacks_is_refused_at_start(
     from teacher_cache.build import build
 
     poor = build(recipe_for(tmp_path / "poor.zarr", signals={"distribution": {"rank": 0, "head": 2}}))
-    written = write(tmp_path, {**run_recipe, "cache": str(poor.root)})
+    written = write(tmp_path, {**run_recipe, "cache": poor.uri})
     refused(cli("student_train", "explain", written), "lhsm needs a signal", "hidden")
     refused(cli("student_train", "explain", written, "preset=demo_kl", "losses.tla.temperature=3"), "no tail", "0.")
 
 
 def test_unsealed_caches_and_other_tokenizers_are_refused(tmp_path: Path, run_recipe: dict[str, Any], cache: Cache) -> None:
-    copy = shutil.copytree(cache.root, tmp_path / "copy.zarr")
+    copy = shutil.copytree(cache.uri, tmp_path / "copy.zarr")
     shutil.rmtree(copy / "ledger" / "seals")
     refused(cli("student_train", "run", write(tmp_path, {**run_recipe, "cache": str(copy)})), "not sealed", "teacher-cache build")
     other = make_tokenizer(bos=True)
@@ -183,7 +183,7 @@ def test_a_killed_build_ends_in_the_same_bytes(tmp_path: Path, recipe: dict[str,
     ]
     assert kill_until_done([sys.executable, "-m", "teacher_cache.cli", "build", written], moments) >= 3
     assert digests(disturbed) == digests(undisturbed)
-    assert digests(undisturbed)["ledger/seals/000000.json"] == digests(cache.root)["ledger/seals/000000.json"]
+    assert digests(undisturbed)["ledger/seals/000000.json"] == digests(Path(cache.uri))["ledger/seals/000000.json"]
 
 
 def losses_of(run: Path) -> list[tuple[int, float]]:

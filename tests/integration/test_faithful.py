@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from model_taps.blocks import tap_block_outputs
 from model_taps.head import OutputHead, final_hidden, output_head
 from model_taps.loading import load_model
+from model_taps.slices import tap_states
 from signal_store.attention_codec import MAX_ERROR, decode_attention
 from signal_store.cache import Cache
 from student_train.batch import Cursor
@@ -38,7 +38,7 @@ def test_stored_signals_are_the_teachers(exact_cache: Cache, index: int) -> None
     model = live(exact_cache)
     ids = torch.from_numpy(segment.input_ids.astype(np.int64))[None]
     model.set_attn_implementation("eager")
-    with torch.no_grad(), tap_block_outputs(model, [1, 2, 3]) as blocks:
+    with torch.no_grad(), tap_states(model, [("block_output", n) for n in (1, 2, 3)]) as blocks:
         out = model(ids, output_attentions=True, use_cache=False)
     logp = out.logits[0].log_softmax(-1)
     rows = slice(segment.token_start, segment.token_start + len(segment))
@@ -50,17 +50,17 @@ def test_stored_signals_are_the_teachers(exact_cache: Cache, index: int) -> None
             assert abs(scalars[t, 1] - float(logp[t, label])) < 1e-2
     head = torch.from_numpy(exact_cache.read("distribution/head_ids", rows.start, rows.stop).astype(np.int64))
     assert torch.equal(head, logp.topk(8).indices.sort(-1).values)
-    for layer, states in blocks.items():
+    for (_, layer), states in blocks.items():
         values = exact_cache.read(f"hidden/block_output/{layer}/values", rows.start, rows.stop)
         scale = exact_cache.read(f"hidden/block_output/{layer}/scale", rows.start, rows.stop)
-        spread = exact_cache.read(f"calibration/hidden.{layer}/spread")
-        mean = exact_cache.read(f"calibration/hidden.{layer}/mean")
+        spread = exact_cache.read(f"calibration/hidden.block_output.{layer}/spread")
+        mean = exact_cache.read(f"calibration/hidden.block_output.{layer}/mean")
         error = np.abs(values * scale[:, None] * spread + mean - states[0].numpy())
         assert (error <= scale[:, None] * spread * 0.51 + 1e-5).all()
-    positions = exact_cache.read("attention/4/position")
+    positions = exact_cache.read("attention/rows/position")
     for i in np.flatnonzero((positions >= rows.start) & (positions < rows.stop)):
         t = int(positions[i] - rows.start)
-        offset, length = (int(exact_cache.read(f"attention/4/{n}", int(i), int(i) + 1)[0]) for n in ("offset", "length"))
+        offset, length = (int(exact_cache.read(f"attention/rows/{n}", int(i), int(i) + 1)[0]) for n in ("offset", "length"))
         assert length == t + 1
         codes = torch.from_numpy(exact_cache.read("attention/4/weights", offset, offset + length))
         found, expected = decode_attention(codes).T, out.attentions[3][0, :, t, : t + 1]
@@ -146,7 +146,11 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
     make_model(family, vocab, scale=4.0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     teacher = {"model": str(folder), "dtype": "float32", "device": "cpu"}
-    signals = {"distribution": {"rank": WIDTH, "tail_bits": 16}, "hidden": {"rank": 8, "every": 3}, "attention": {"max_columns": 8}}
+    signals = {
+        "distribution": {"rank": WIDTH, "tail_bits": 16},
+        "hidden": {"rank": 8, "positions": {"every": 3}},
+        "attention": {"max_columns": 8},
+    }
     cache = build(recipe_for(tmp_path / "cache.zarr", teacher=teacher, signals=signals))  # type: ignore[operator]
     assert cache.manifest.plan.forward == ("padded" if family == "opt" else "packed")
     assert cache.manifest.tokenizer.vocab_size == len(tokenizer)
@@ -169,7 +173,9 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
 
 
 def test_overlap_rows_hold_no_signal(recipe_for: object, tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path / "o.zarr", context=24, overlap=8, signals={"distribution": {"rank": 8}, "hidden": {"every": 3}})  # type: ignore[operator]
+    recipe = recipe_for(
+        tmp_path / "o.zarr", context=24, overlap=8, signals={"distribution": {"rank": 8}, "hidden": {"positions": {"every": 3}}}
+    )  # type: ignore[operator]
     assert isinstance(recipe, CacheRecipe)
     cache = build(recipe)
     later = next(s for s in (cache[i] for i in range(len(cache))) if s.context_only)
@@ -178,8 +184,10 @@ def test_overlap_rows_hold_no_signal(recipe_for: object, tmp_path: Path) -> None
     assert not np.isnan(scalars[later.context_only :, 0]).any()
     assert (later.loss_mask[: later.context_only] == 0).all()
     batch = next(
-        Stream(cache, Needs(True, (1,), ()), StreamSection(row_tokens=32, rows_per_step=64), packed=True).micro_batches(Cursor())
+        Stream(
+            cache, Needs(True, (("block_output", 1),), ()), StreamSection(row_tokens=32, rows_per_step=64), packed=True
+        ).micro_batches(Cursor())
     )
     assert batch.distribution is not None
     assert not torch.isnan(batch.distribution.scalars[:, 0]).any()
-    assert (batch.hidden[1].scale > 0).all()
+    assert (batch.hidden["block_output", 1].scale > 0).all()

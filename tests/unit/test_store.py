@@ -16,7 +16,7 @@ from signal_store.arrays import FILL, ArraySpec, create_array, grid, hierarchy_m
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
 from signal_store.ledger import MANIFEST, commit, parse_document, read_document, seal_key
-from signal_store.objects import LocalObjects
+from signal_store.local_objects import LocalObjects
 from signal_store.shard_writer import UnitArrayWriter, write_unit_array
 from teacher_cache.build import build
 from teacher_cache.fill import fill
@@ -116,22 +116,22 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(_fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("signal_store.objects.os.fsync", full)
+    monkeypatch.setattr("signal_store.local_objects.os.fsync", full)
     with pytest.raises(StorageError, match="disk is full"):
         LocalObjects(tmp_path).put("a", b"1")
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_opens_with_plain_zarr_and_xarray(cache: Cache) -> None:
-    group = zarr.open_group(cache.root, mode="r", zarr_format=3)
+    group = zarr.open_group(cache.uri, mode="r", zarr_format=3)
     ids = group["tokens/input_ids"]
     assert isinstance(ids, zarr.Array)
     segment = cache[3]
     stop = segment.token_start + len(segment)
     assert np.array_equal(ids[segment.token_start : stop], segment.input_ids)
-    tree = xarray.open_datatree(cache.root, engine="zarr", zarr_format=3, mask_and_scale=False)
+    tree = xarray.open_datatree(cache.uri, engine="zarr", zarr_format=3, mask_and_scale=False)
     assert np.array_equal(np.asarray(tree["tokens/input_ids"])[segment.token_start : stop], segment.input_ids)
-    one = xarray.open_zarr(cache.root, group="distribution", zarr_format=3, consolidated=False)
+    one = xarray.open_zarr(cache.uri, group="distribution", zarr_format=3, consolidated=False)
     assert one["scalars"].dims == ("token", "scalar")
     assert np.isnan(one["scalars"].values[-1]).all()
 
@@ -144,7 +144,7 @@ def test_every_array_has_names_and_a_fill_value(cache: Cache) -> None:
 
 
 def copy_of(cache: Cache, folder: Path) -> Path:
-    return Path(shutil.copytree(cache.root, folder / "copy.zarr"))
+    return Path(shutil.copytree(cache.uri, folder / "copy.zarr"))
 
 
 def read_all(root: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_flipped_bit_is_never_read(cache: Cache, tmp_path: Path, seed: int) ->
     # that the consolidated root replaces.
     assert path.name == "zarr.json" or group == "ledger/seals"
     if group == "ledger/seals":
-        assert parse_document(before[path], "seal").body == read_document(LocalObjects(cache.root), seal_key(0)).body
+        assert parse_document(before[path], "seal").body == read_document(LocalObjects(cache.uri), seal_key(0)).body
 
 
 @pytest.mark.parametrize("damage", ["deleted", "empty", "truncated", "swapped"])
@@ -217,7 +217,7 @@ def test_the_cache_says_what_it_is(cache: Cache) -> None:
     assert cache[-1].index == len(cache) - 1
     with pytest.raises(IndexError):
         cache[len(cache)]
-    assert cache.manifest.cache_id == read_document(LocalObjects(cache.root), MANIFEST).digest
+    assert cache.manifest.cache_id == read_document(LocalObjects(cache.uri), MANIFEST).digest
 
 
 def test_write_unit_array_round_trips(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_write_unit_array_round_trips(tmp_path: Path) -> None:
 def test_an_interrupt_after_the_commit_loses_nothing(
     tmp_path: Path, recipe_for: RecipeMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_for(tmp_path / "c.zarr", signals={"distribution": {"rank": 4}, "hidden": {"every": 3}})
+    recipe = recipe_for(tmp_path / "c.zarr", signals={"distribution": {"rank": 4}, "hidden": {"positions": {"every": 3}}})
 
     def commit_then_stop(*arguments: Any, **about: Any) -> Any:
         commit(*arguments, **about)
@@ -245,6 +245,6 @@ def test_an_interrupt_after_the_commit_loses_nothing(
         with pytest.raises(KeyboardInterrupt):
             fill(recipe)
     cache = build(recipe)
-    read_all(cache.root)
-    tree = xarray.open_datatree(cache.root, engine="zarr", zarr_format=3, mask_and_scale=False)
-    assert tree["hidden/block_output/2/position"].shape == tree["hidden/block_output/2/scale"].shape
+    read_all(Path(cache.uri))
+    tree = xarray.open_datatree(cache.uri, engine="zarr", zarr_format=3, mask_and_scale=False)
+    assert tree["hidden/rows/position"].shape == tree["hidden/block_output/2/scale"].shape

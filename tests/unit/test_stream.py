@@ -20,7 +20,7 @@ from student_train.stream.reader import Needs
 from student_train.stream.rows import Stream
 from tests.tiny import CONTEXT
 
-ALL = Needs(distribution=True, hidden=(1, 2, 3), attention=(4,))
+ALL = Needs(distribution=True, hidden=tuple(("block_output", n) for n in (1, 2, 3)), attention=(4,))
 TOKENS = Needs(distribution=False, hidden=(), attention=())
 
 
@@ -107,12 +107,12 @@ def check_batch(cache: Cache, batch: CodedBatch) -> None:
                     batch.distribution.tail_codes[rows], cache.read("distribution/tail_codes", place, place + 1)[0]
                 )
             rows += 1
-        for layer, codes in batch.hidden.items():
-            stored = cache.read(f"hidden/block_output/{layer}/values", segment.token_start, segment.token_start + n)
+        for (tap, layer), codes in batch.hidden.items():
+            stored = cache.read(f"hidden/{tap}/{layer}/values", segment.token_start, segment.token_start + n)
             assert np.array_equal(codes.values[hidden_rows : hidden_rows + n], stored)
         hidden_rows += n if batch.hidden else 0
         if batch.attention:
-            positions = cache.read("attention/4/position")
+            positions = cache.read("attention/rows/position")
             mine = np.flatnonzero((positions >= segment.token_start) & (positions < segment.token_start + n))
             for i in mine:
                 assert batch.row_query[attention_rows] == column + positions[i] - segment.token_start

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from model_taps.attention import RowQuery, enable_row_capture, softmax_attention_layers, tap_attention_rows
-from model_taps.blocks import layer_at_depth, tap_block_outputs, tap_ffn_activations
+from model_taps.blocks import layer_at_depth
 from model_taps.head import final_hidden, head_error
 from model_taps.packing import best_fit, packing_error, probe
+from model_taps.slices import tap_states
 from tests.tiny import make_model
 
 VOCAB = 97
@@ -30,7 +31,11 @@ def test_rows_and_states_equal_eager(family: str) -> None:
     with torch.no_grad():
         expected = eager(ids(), output_attentions=True, output_hidden_states=True, use_cache=False)
     enable_row_capture(model)
-    with torch.no_grad(), tap_attention_rows(ROWS, [2, 4]) as rows, tap_block_outputs(model, [1, 2, 3]) as blocks:
+    with (
+        torch.no_grad(),
+        tap_attention_rows(ROWS, [2, 4]) as rows,
+        tap_states(model, [("block_output", n) for n in (1, 2, 3)]) as blocks,
+    ):
         logits = model(ids(), use_cache=False).logits
     assert (logits - expected.logits).abs().max() <= 1e-5
     for layer, found in rows.items():
@@ -38,7 +43,7 @@ def test_rows_and_states_equal_eager(family: str) -> None:
             assert (found[i, :, : q + 1] - expected.attentions[layer - 1][b, :, q, : q + 1]).abs().max() <= 1e-5
             assert (found[i, :, q + 1 :] == 0).all()
     assert set(rows) == {2, 4}
-    for layer, found in blocks.items():
+    for (_, layer), found in blocks.items():
         assert (found - expected.hidden_states[layer]).abs().max() <= 1e-5
 
 
@@ -74,10 +79,10 @@ def test_probe_finds_families_that_leak(family: str, expected: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
 def test_ffn_tap_reads_the_input_of_the_down_projection(family: str) -> None:
     model = make_model(family, VOCAB)
-    with torch.no_grad(), tap_ffn_activations(model) as taken:
+    with torch.no_grad(), tap_states(model, [("ffn_activation", n) for n in range(1, 5)]) as taken:
         final_hidden(model, ids(), None)
     width = 128 if family == "gpt2" else 48
-    assert {layer: tuple(a.shape) for layer, a in taken.items()} == dict.fromkeys(range(1, 5), (2, 30, width))
+    assert {layer: tuple(a.shape) for (_, layer), a in taken.items()} == dict.fromkeys(range(1, 5), (2, 30, width))
 
 
 def test_layers() -> None:

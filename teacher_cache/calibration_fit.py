@@ -1,0 +1,225 @@
+"""What calibration measures: it runs the teacher on a few thousand tokens of every source and fits what depends on it: tail basis
+and rank, PCA bases, attention heads, packed or padded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model_taps.attention import softmax_attention_layers
+from model_taps.blocks import layer_at_depth
+from model_taps.slices import State
+from signal_store.errors import InputError
+from signal_store.hidden_codec import HiddenCodec
+from signal_store.objects import Objects
+from signal_store.progress import progress_bar
+from signal_store.signals import Signals
+from teacher_cache.plan import Plan
+from teacher_cache.positions import attention_rows
+from teacher_cache.recipe import CacheRecipe
+from teacher_cache.tail_basis import TailFit, choose_codec, headless_codec
+from teacher_cache.teacher import Listening, Teacher, TeacherBatch, attention_layers, resolve_forward, think
+from teacher_cache.unit_plan import UnitPlan
+
+TOKENS_PER_CHANNEL = 16
+HEADLESS_TOKENS = 2048
+HELD_OUT_EVERY = 4
+CHECKED_TOKENS = 64
+MAX_UNITS_READ = 64
+MASSIVE = 8.0
+"""Under PCA, a channel is divided down to this many times the median channel's spread if it exceeds that."""
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Segments of a unit to calibrate on, as batches of one segment each."""
+
+    number: int
+    unit: UnitPlan
+    batches: list[TeacherBatch]
+
+
+def picks(planned: Plan, objects: Objects, tokens_per_source: int) -> list[Pick]:
+    """Segments spread evenly over each source, until its share is reached; every source is met."""
+    chosen_units = _spread_units(planned)
+    units = [planned.unit(objects, u) for u in chosen_units]
+    picked: list[list[int]] = [[] for _ in units]
+    for source in range(len(planned.sources)):
+        places = [(u, int(s)) for u, unit in enumerate(units) for s in np.flatnonzero(unit.source == source)]
+        total = sum(int(units[u].length[s]) for u, s in places)
+        count = min(len(places), max(1, round(len(places) * tokens_per_source / max(1, total))))
+        for i in np.linspace(0, len(places) - 1, count).round().astype(int) if places else ():
+            u, s = places[i]
+            picked[u].append(s)
+    return [
+        Pick(number, unit, [TeacherBatch(s, s + 1, ((s,),)) for s in sorted(set(segments))])
+        for number, unit, segments in zip(chosen_units, units, picked, strict=True)
+        if segments
+    ]
+
+
+def _spread_units(planned: Plan) -> list[int]:
+    """Units spread evenly over the plan, and one in the middle of each source's own range, so that a small one is not missed."""
+    count = planned.num_units
+    chosen = set(np.linspace(0, count - 1, min(count, MAX_UNITS_READ)).round().astype(int).tolist())
+    ends = np.cumsum([unit["tokens"] for unit in planned.units])
+    for split in ("train", "validation"):
+        start = 0 if split == "train" else int(sum(u["tokens"] for u in planned.units if u["split"] == "train"))
+        for source in planned.sources:
+            if source.split == split:
+                middle = start + source.num_tokens // 2
+                chosen.add(min(count - 1, int(np.searchsorted(ends, middle, side="right"))))
+                start += source.num_tokens
+    return sorted(int(unit) for unit in chosen)
+
+
+def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objects) -> tuple[dict[str, Any], Arrays]:
+    """What the calibration record says of the teacher's thoughts, and the matrices."""
+    signals = recipe.signals
+    states = hidden_states(signals, teacher)
+    attention = signals.attention
+    row_layers = attention_layers(teacher, attention.layers) if attention else ()
+    tokens = recipe.calibration.tokens_per_source or TOKENS_PER_CHANNEL * teacher.identity.hidden_size
+    if teacher.head is None:
+        tokens = min(tokens, HEADLESS_TOKENS)
+    heard = _listen(picks(planned, objects, tokens), teacher, Listening(states, row_layers))
+    check = think(teacher, planned.unit(objects, 0), TeacherBatch(0, 1, ((0,),)))
+    arrays: Arrays = {"check/hidden": checked_values(check.hidden, check.logits).numpy()}
+    body: dict[str, Any] = {"forward": resolve_forward(recipe.forward, teacher), "tail_rank": 0}
+    body["num_tokens"] = sum(len(h) for h in heard.final)
+    if signals.distribution is not None:
+        fit_nD = torch.cat([h for i, h in enumerate(heard.final) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1])
+        held_nD = torch.cat(heard.final[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or heard.final)
+        signal = signals.distribution.model_copy(update={"head": min(signals.distribution.head, teacher.vocab_size)})
+        if teacher.head is None:
+            codec, coverage = headless_codec(torch.cat(heard.logits), signal)
+        else:
+            head = teacher.head.to("cpu")
+            codec, fidelity = choose_codec(TailFit.of(fit_nD, head, signal), head, signal, held_nD)
+            coverage = fidelity.head_mass
+            body["fidelity"] = {"scaled_kl_nats": fidelity.scaled_kl_nats, "angle_degrees": fidelity.angle_degrees}
+        arrays |= codec.to_arrays()
+        body |= {"tail_rank": codec.rank, "coverage": list(coverage)}
+    body["hidden"] = []
+    for tap, layer in states:
+        rank = signals.hidden.rank if signals.hidden else None
+        hidden_codec, explained = fit_hidden(torch.cat(heard.states[tap, layer]), rank)
+        arrays |= hidden_codec.to_arrays(f"hidden/{tap}/{layer}")
+        kept = None if hidden_codec.basis is None else hidden_codec.basis.shape[1]
+        facts = {"tap": tap, "layer": layer, "width": len(hidden_codec.mean), "rank": kept, "explained_variance": explained}
+        body["hidden"].append(facts)
+    body["attention"] = [
+        {
+            "layer": layer,
+            "head_ids": _chosen_heads(attention.heads, torch.cat(heard.entropy[layer]), teacher.identity.num_heads),
+            "max_columns": recipe.resolved_max_columns,
+        }
+        for layer in row_layers
+        if attention is not None
+    ]
+    body["stats"] = _stats_layers(signals, teacher)
+    body["replay_layers"] = list(_layers(signals.replay.layers, signals.replay.depths, teacher)) if signals.replay else []
+    return body, arrays
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """Of all calibration segments, one tensor a segment, on the CPU."""
+
+    final: list[Tensor]
+    logits: list[Tensor]
+    states: dict[State, list[Tensor]]
+    entropy: dict[int, list[Tensor]]
+
+
+def _listen(chosen: list[Pick], teacher: Teacher, listening: Listening) -> _Heard:
+    heard = _Heard([], [], {s: [] for s in listening.states}, {layer: [] for layer in listening.row_layers})
+    with progress_bar() as progress:
+        bar = progress.add_task("calibrate", total=sum(len(p.batches) for p in chosen), unit="segments")
+        for pick in chosen:
+            rows = attention_rows(pick.unit, 0, None).position if listening.row_layers else None
+            for batch in pick.batches:
+                thoughts = think(teacher, pick.unit, batch, listening, rows)
+                heard.final.append(thoughts.hidden.float().cpu())
+                if thoughts.logits is not None:
+                    heard.logits.append(thoughts.logits.cpu())
+                for state in listening.states:
+                    heard.states[state].append(thoughts.states[state].float().cpu())
+                for layer in listening.row_layers:
+                    heard.entropy[layer].append(_row_entropy(thoughts.rows[layer], thoughts.row_lengths).cpu())
+                progress.advance(bar)
+    return heard
+
+
+def checked_values(hidden: Tensor, logits: Tensor | None) -> Tensor:
+    """What every worker recomputes and compares: a few tokens' final states, or logits where there is no head."""
+    values = hidden if logits is None else logits[:, :256]
+    return values[:CHECKED_TOKENS].float().cpu()
+
+
+def hidden_states(signals: Signals, teacher: Teacher) -> tuple[State, ...]:
+    """Taps and layers of the hidden signal."""
+    hidden = signals.hidden
+    if hidden is None:
+        return ()
+    return tuple((tap, layer) for tap in hidden.taps for layer in _layers(hidden.layers, hidden.depths, teacher))
+
+
+def _layers(numbers: tuple[int, ...] | None, depths: tuple[float, ...], teacher: Teacher) -> tuple[int, ...]:
+    count = teacher.identity.num_layers
+    if numbers is None:
+        return tuple(sorted({layer_at_depth(f, count) for f in depths}))
+    if not all(1 <= layer <= count for layer in numbers):
+        raise InputError("no such block", expected=f"1 to {count}", found=list(numbers), where="signals, layers")
+    return tuple(sorted(set(numbers)))
+
+
+def _stats_layers(signals: Signals, teacher: Teacher) -> dict[str, Any] | None:
+    if signals.stats is None:
+        return None
+    layers = _layers(signals.stats.layers, signals.stats.depths, teacher)
+    able = softmax_attention_layers(teacher.model)
+    return {
+        "layers": list(layers),
+        "attention_layers": [layer for layer in layers if layer in able],
+        "num_heads": teacher.identity.num_heads,
+    }
+
+
+def fit_hidden(states_ND: Tensor, rank: int | None) -> tuple[HiddenCodec, float]:
+    """The codec, and the share of variance it keeps (of the channels as it divides them)."""
+    mean = states_ND.double().mean(0)
+    centred = states_ND.double() - mean
+    spread = centred.square().mean(0).sqrt().clamp(min=1e-6)
+    if rank is None or rank >= states_ND.shape[1]:
+        return HiddenCodec(mean.float(), spread.float(), None), 1.0
+    divisor = (spread / (MASSIVE * spread.median())).clamp(min=1)
+    centred /= divisor
+    energy, directions = torch.linalg.eigh(centred.T @ centred)
+    kept = directions[:, energy.argsort(descending=True)[:rank]]
+    share = float(energy.sort(descending=True).values[:rank].sum() / energy.sum().clamp(min=1e-30))
+    return HiddenCodec(mean.float(), divisor.float(), kept.float()), share
+
+
+def _row_entropy(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
+    """[R', H]: entropy of each row over log of its length (0 focused, 1 flat); rows of one key say nothing and are left out."""
+    long = lengths_R > 1
+    rows = rows_RHL[long].double()
+    entropy_RH: Tensor = -torch.special.xlogy(rows, rows).sum(-1) / lengths_R[long].double().log()[:, None]
+    return entropy_RH
+
+
+def _chosen_heads(wanted: int | tuple[int, ...], entropy_RH: Tensor, num_heads: int) -> list[int]:
+    """The heads of these numbers, or the ones with the lowest mean entropy (REQUIREMENTS 70); ascending."""
+    if not isinstance(wanted, int):
+        if not all(0 <= head < num_heads for head in wanted):
+            raise InputError("no such head", expected=f"0 to {num_heads - 1}", found=list(wanted), where="signals.attention.heads")
+        return sorted(set(wanted))
+    if not len(entropy_RH):
+        raise InputError("no keyword in the calibration text", expected="some, to choose attention heads by", found="none")
+    return sorted(entropy_RH.mean(0).argsort(stable=True)[:wanted].tolist())

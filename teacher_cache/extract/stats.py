@@ -1,0 +1,50 @@
+"""Small statistics of each segment: how its attention is spread, how sparse its FFNs are, how its gradients vary."""
+
+import torch
+from torch import Tensor
+
+NEAR_ZERO = 1e-2
+"""An activation counts as near zero below this share of its layer's root mean square over the segment."""
+
+
+def attention_statistics(rows_RHL: Tensor, lengths_R: Tensor, segment_R: Tensor, segments: int) -> Tensor:
+    """[segments, H, 4] float32: the mean over each segment's rows of `row_statistics`; NaN for a segment without a row."""
+    per_row = row_statistics(rows_RHL, lengths_R)
+    totals = per_row.new_zeros(segments, *per_row.shape[1:]).index_add_(0, segment_R, per_row)
+    counts = torch.bincount(segment_R, minlength=segments)
+    return totals / counts.to(totals)[:, None, None].where(counts[:, None, None] > 0, torch.nan)
+
+
+def row_statistics(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
+    """[R, H, 4] float32 of rows with more than one key, each in [0, 1]: entropy over log length; mean look-back
+    Σ_j a_j (t - j) / (t + 1); largest mass; mass on the first token."""
+    rows = rows_RHL.float()
+    length = lengths_R.to(rows)[:, None]
+    columns_L = torch.arange(rows.shape[2], device=rows.device)
+    back_RL = (lengths_R[:, None] - 1 - columns_L).clamp(min=0)
+    entropy = -torch.special.xlogy(rows, rows).sum(-1) / length.log()
+    lookback = (rows * back_RL[:, None]).sum(-1) / length
+    return torch.stack([entropy, lookback, rows.amax(-1), rows[..., 0]], -1)
+
+
+def ffn_statistics(activations_ND: Tensor, segment_n: Tensor, segments: int) -> Tensor:
+    """[segments, 2] float32: share of activations below NEAR_ZERO of the segment's root mean square, and the mean over its tokens
+    of Hoyer's sparsity (√D - |a|₁/|a|₂) / (√D - 1): 0 all alike, 1 a single one. NaN for a segment without a token."""
+    a = activations_ND.float()
+    width = a.shape[1]
+    counts = torch.bincount(segment_n, minlength=segments).to(a)
+    squares = a.new_zeros(segments).index_add_(0, segment_n, a.square().mean(1))
+    rms = (squares / counts).sqrt()
+    near_zero = (a.abs() < NEAR_ZERO * rms[segment_n][:, None]).float().mean(1)
+    hoyer = (width**0.5 - a.abs().sum(1) / a.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)) / (width**0.5 - 1)
+    totals = a.new_zeros(segments, 2).index_add_(0, segment_n, torch.stack([near_zero, hoyer], 1))
+    return totals / counts[:, None]
+
+
+def gradient_statistics(gradients_ND: Tensor, segment_n: Tensor, segments: int) -> Tensor:
+    """[segments] float32: log10 of the variance of all components over the segment's tokens; NaN for a segment without one."""
+    g = gradients_ND.float()
+    counts = torch.bincount(segment_n, minlength=segments).to(g)
+    mean = g.new_zeros(segments).index_add_(0, segment_n, g.mean(1)) / counts
+    spread = g.new_zeros(segments).index_add_(0, segment_n, (g - mean[segment_n][:, None]).square().mean(1)) / counts
+    return spread.clamp(min=1e-30).log10()
