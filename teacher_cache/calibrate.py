@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.numpy import load, save
 
@@ -95,7 +96,7 @@ def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
         body, arrays = measure(recipe, planned, teacher, objects)
         body |= {"teacher": teacher.identity.model_dump(mode="json"), "recipe": calibrated_part(recipe, planned)}
         attempt = new_attempt()
-        data = save(arrays)
+        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})  # it would write views wrongly
         body["arrays_digest"] = sha256(data)
         for copy in calibration_keys(body["arrays_digest"]):
             objects.put(copy, data)

@@ -133,6 +133,8 @@ def settled(recipe: CacheRecipe) -> CacheRecipe:
     if recipe.base is None:
         return recipe
     base = read_plan(objects_at(recipe.base)).recipe
+    if recipe.batch_tokens < base["context"]:
+        raise InputError("batch_tokens must hold one context", expected=f"at least {base['context']}", found=recipe.batch_tokens)
     return recipe.model_copy(update={name: base[name] for name in ("context", "overlap", "append_eos", "unit_tokens")})
 
 

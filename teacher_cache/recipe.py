@@ -126,6 +126,8 @@ class CacheRecipe(Section):
             raise ValueError(f"an overlay takes these from its base: {', '.join(sorted(given))}")
         if self.base is None and not self.sources:
             raise ValueError("sources: at least one is needed")
+        if self.base is not None:
+            return self
         if self.overlap >= self.context:
             raise ValueError(f"overlap must be below context, found {self.overlap} and {self.context}")
         if self.batch_tokens < self.context:

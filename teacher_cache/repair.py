@@ -52,6 +52,8 @@ def repair(recipe: CacheRecipe) -> Repaired:
         objects.delete(key)
     if PLAN in broken or any(key.startswith("ledger/extensions/") for key in broken):
         restore_plan(recipe, objects)
+    if CALIBRATION in broken or MANIFEST in broken:
+        calibrate(recipe)
     if newest_generation(objects) is None:
         # The seal itself is gone: sealing again needs every record, which verify looks at next.
         calibrated = calibrate(recipe)

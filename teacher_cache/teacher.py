@@ -225,7 +225,7 @@ def think(
     flat_n = torch.from_numpy(laid.flat)
 
     def in_order(states: Tensor) -> Tensor:
-        return states.detach().reshape(-1, states.shape[-1])[flat_n.to(states.device)].to(teacher.device)
+        return states.detach().flatten(0, -2)[flat_n.to(states.device)].to(teacher.device)
 
     gradient_states: list[State] = [("block_output", layer) for layer in listening.gradient_layers]
     every_state: list[State] = list(dict.fromkeys([*listening.states, *gradient_states]))

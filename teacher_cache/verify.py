@@ -155,11 +155,14 @@ def _constants_and_metadata(reader: _Reader, manifest: Manifest, seal: Seal) -> 
         for key, expected in sealed.constants.items():
             if (what := reader.differs(key, expected)) is not None:
                 yield Damage(key, what)
+    written: dict[str, str] = {}  # a generation replaces what it shares with the one before
+    for sealed in (*generations, seal):
+        written |= sealed.metadata
     computed = {key: sha256(data) for key, data in sealed_metadata(manifest, seal).items()}
-    for key, expected in seal.metadata.items():
+    for key, expected in written.items():
         if (what := reader.differs(key, expected)) is not None:
             yield Damage(key, what)
-        elif computed.get(key) != expected:
+        elif key in seal.metadata and computed.get(key) != expected:
             yield Damage(key, "not what this version of zarr writes for the manifest")
 
 

@@ -52,7 +52,8 @@ def recipe_for(teacher_folder: Path, texts: dict[str, Path]) -> RecipeMaker:
             "batch_tokens": 192,
             "signals": {"distribution": {"rank": 24}, "hidden": {}, "attention": {}},
         }
-        return CacheRecipe.model_validate({**content, **changes})
+        content = {key: value for key, value in {**content, **changes}.items() if value is not None}
+        return CacheRecipe.model_validate(content)
 
     return make
 

@@ -158,15 +158,13 @@ def _replay(calibrated: Calibrated, work: UnitWork, thoughts: Thoughts) -> Extra
     labels = torch.from_numpy(work.plan.labels()[thoughts.tokens]).to(places.device)[places]
     dtype = calibrated.teacher.model.dtype
     path = ascend(lambda h: head.logits(norm(h.to(dtype)).float()), states[places], labels, signal.steps, signal.step_size)
-    plain = HiddenCodec.plain(identity.hidden_size)
-    flat_values, scale = (
-        plain.encode(path.steps.flatten(1)) if len(places) else (path.steps.flatten(1).to(torch.int8), path.nll[:, 0])
-    )
+    values, scale = HiddenCodec.plain(signal.steps * identity.hidden_size).to(path.steps.device).encode(path.steps.flatten(1, 2))
     rows: dict[str, Any] = {
-        "replay/path/values": numpy_of(flat_values.view(path.steps.shape), "int8"),
+        "replay/path/values": numpy_of(values.view(path.steps.shape), "int8"),
         "replay/path/scale": numpy_of(scale, "float32"),
         "replay/path/nll": numpy_of(path.nll, "float32"),
     }
+    plain = HiddenCodec.plain(identity.hidden_size).to(path.steps.device)
     for layer in calibrated.manifest.calibration.replay_layers if signal.gradient else ():
         rows |= extract_states(plain, f"replay/gradient/{layer}", thoughts.gradients[layer][places]).rows
     return Extracted(rows, {})
