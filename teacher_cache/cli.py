@@ -83,6 +83,38 @@ def seal(cache: CacheAddress, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def estimate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not load the teacher; print a range.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the cache will cost: bytes, objects, FLOPs, hours, memory. Plan and calibration are kept."""
+    loaded = load_recipe(recipe, overrides or [], CacheRecipe)
+    from teacher_cache.estimate import estimate as run
+
+    found = run(loaded, quick=quick)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+
+    def span(low: float, high: float, unit: str) -> str:
+        return f"{low:,.1f} {unit}" if low == high else f"{low:,.1f} to {high:,.1f} {unit}"
+
+    typer.echo(f"tokens        {found.tokens:,} in {found.units:,} units")
+    for name, (low, high) in sorted(found.bytes_per_token.items()):
+        typer.echo(f"{name:<14}{span(low, high, 'bytes/token')}")
+    typer.echo(f"total         {span(found.total_bytes[0] / 2**20, found.total_bytes[1] / 2**20, 'MiB')}")
+    typer.echo(f"teacher       {found.teacher_flops:.3g} FLOP")
+    if found.tokens_per_second is not None and found.hours is not None and found.worker_bytes is not None:
+        typer.echo(f"objects       {found.objects:,}")
+        typer.echo(f"this machine  {found.tokens_per_second:,.0f} tokens/s, {found.hours:,.2f} hours alone")
+        typer.echo(f"memory        {found.worker_bytes / 2**30:,.2f} GiB a worker (measured on {found.encoded_segments} segments)")
+    else:
+        typer.echo("Nothing was encoded: a range, and no hours. Without --quick the teacher encodes some segments first.")
+
+
+@app.command()
 def extend(recipe: RecipeArgument, overrides: Overrides = None, worker: WorkerOption = None, as_json: AsJson = False) -> None:
     """Append new documents to a sealed cache as its next generation."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)

@@ -4,6 +4,7 @@ Policy: an array grows along its first axis only, by a fixed number of rows per 
 belongs to one unit. The fill value is never valid data. Stock zarr codecs only, crc32c on every inner chunk.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -181,9 +182,16 @@ def hierarchy_metadata(arrays: Mapping[ArraySpec, int], root_attributes: Mapping
 
     Pure: zarr itself writes them, into memory.
     """
+    return dict(_hierarchy_metadata(tuple(arrays.items()), tuple(sorted(root_attributes.items()))))
+
+
+@functools.lru_cache(maxsize=8)
+def _hierarchy_metadata(
+    arrays: tuple[tuple[ArraySpec, int], ...], root_attributes: tuple[tuple[str, str], ...]
+) -> Mapping[str, bytes]:
     store = MemoryStore()
     zarr.open_group(store, mode="w", zarr_format=3, attributes=dict(root_attributes))
-    for spec, num_rows in arrays.items():
+    for spec, num_rows in arrays:
         create_array(store, spec, num_rows)
     with warnings.catch_warnings():  # zarr warns that consolidated metadata is not yet in the v3 specification
         warnings.simplefilter("ignore")

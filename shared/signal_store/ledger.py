@@ -1,8 +1,8 @@
 """The ledger: what has been decided and finished, in documents that are created once and never changed.
 
 An attempt writes all objects of its unit to staging, then creates the unit's record: that is the commit. Whoever sees a
-record may move that attempt's objects to their zarr keys. A document is `{"body", "digest", "about"}`: the digest covers the
-body; what differs between machines (attempt, host, times, versions) is in `about`, outside every comparison.
+record may move that attempt's objects to their zarr keys. A document is `{"body", "digest", "about", "about_digest"}`:
+what differs between machines (attempt, host, times, versions) is in `about`, outside every comparison.
 """
 
 import contextlib
@@ -79,17 +79,20 @@ class Document:
 
     def to_bytes(self) -> bytes:
         """The stored form."""
-        return json.dumps({"body": self.body, "digest": self.digest, "about": self.about}, indent=1, sort_keys=True).encode()
+        stored = {"body": self.body, "digest": self.digest, "about": self.about, "about_digest": digest(self.about)}
+        return json.dumps(stored, indent=1, sort_keys=True).encode()
 
 
 def parse_document(data: bytes, where: str) -> Document:
     """The document in `data`; CorruptError if its body is not what its digest says."""
     value = parse_json(data, where)
-    if not isinstance(value, dict) or not {"body", "digest", "about"} <= value.keys():
+    if not isinstance(value, dict) or not {"body", "digest", "about", "about_digest"} <= value.keys():
         raise CorruptError("not a ledger document", expected="body, digest, about", where=where, remedy="Restore this object.")
     document = Document(value["body"], value["about"])
     if document.digest != value["digest"]:
         raise CorruptError("a ledger document was altered", expected=value["digest"], found=document.digest, where=where)
+    if digest(document.about) != value["about_digest"]:
+        raise CorruptError("a ledger document's about block was altered", expected=value["about_digest"], where=where)
     return document
 
 

@@ -3,13 +3,17 @@
 Requests that fail with 5xx, time out or are cut off are retried with backoff, then named. `create` is a conditional put.
 """
 
+import asyncio
 import contextlib
 import importlib
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, BinaryIO, Self, cast
 
-from zarr.abc.store import Store
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import WrapperStore
 
 from signal_store.errors import InputError, NotFoundError, SignalStoreError, StorageError
 
@@ -60,6 +64,11 @@ class RemoteObjects:
     def read(self, key: str) -> bytes:
         """See `Objects.read`."""
         with _named(self._obstore, self._where(key)):
+            for pause in _pauses():
+                try:
+                    return bytes(self._obstore.get(self.store, key).bytes())
+                except self._obstore.exceptions.GenericError:  # obstore tries a request again, not a body that was cut off
+                    time.sleep(pause)
             return bytes(self._obstore.get(self.store, key).bytes())
 
     def exists(self, key: str) -> bool:
@@ -129,7 +138,34 @@ class RemoteObjects:
         """See `Objects.zarr_store`."""
         from zarr.storage import ObjectStore
 
-        return cast(Store, ObjectStore(self.store, read_only=True))
+        return RetryingStore(cast(Store, ObjectStore(self.store, read_only=True)), self._uri)
+
+
+class RetryingStore(WrapperStore[Store]):
+    """A zarr store that asks again for an answer that was cut off, then names the object."""
+
+    def __init__(self, store: Store, uri: str) -> None:
+        super().__init__(store)
+        self._uri = uri
+
+    def _with_store(self, store: Store) -> "RetryingStore":
+        return RetryingStore(store, self._uri)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """As the store's own."""
+        obstore = _obstore()
+        with _named(obstore, f"{self._uri.rstrip('/')}/{key}"):
+            for pause in _pauses():
+                try:
+                    return await self._store.get(key, prototype, byte_range)
+                except obstore.exceptions.GenericError:
+                    await asyncio.sleep(pause)
+            return await self._store.get(key, prototype, byte_range)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait between attempts at a body that was cut off."""
+    yield from (0.1 * 2**attempt for attempt in range(RETRIES // 2))
 
 
 @contextlib.contextmanager

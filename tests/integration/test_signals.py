@@ -219,7 +219,8 @@ def test_massive_channels_ruin_nothing(tmp_path: Path, tokenizer: PreTrainedToke
     model.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     teacher = {"model": str(tmp_path / "teacher"), "dtype": "float32", "device": "cpu"}
-    for name, hidden in {"int8": {}, "float16": {"values": "float16"}, "pca": {"rank": 24}}.items():
+    cases: dict[str, dict[str, Any]] = {"int8": {}, "float16": {"values": "float16"}, "pca": {"rank": 24}}
+    for name, hidden in cases.items():
         signals = {"distribution": None, "hidden": {"layers": [2], **hidden}}
         cache = build(recipe_for(tmp_path / f"{name}.zarr", teacher=teacher, signals=signals))
         segment = cache[0]
