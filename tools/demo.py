@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +186,10 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def summarize(cache: Cache, students: list[dict[str, Any]], build_seconds: float) -> dict[str, Any]:
-    from fidelity import bytes_per_token, measure, teacher_validation_loss
+    from fidelity_measure import bytes_per_token, demo_fidelity, teacher_validation_loss
 
     baseline = next(s for s in students if s["name"] == BASELINE)
-    found = measure(cache, TEACHER, Path(baseline["folder"]) / "student", TEMPERATURES, min_tokens=6000)
+    found = demo_fidelity(cache, TEACHER, Path(baseline["folder"]) / "student", TEMPERATURES, min_tokens=6000)
     tokens = {source.split: source.num_tokens for source in cache.manifest.sources}
     return {
         "teacher": {
@@ -209,7 +208,15 @@ def summarize(cache: Cache, students: list[dict[str, Any]], build_seconds: float
         "students": students,
         "fidelity": {
             "bytes_per_token": bytes_per_token(cache),
-            "temperatures": {f"{t:g}": asdict(row) for t, row in found.items()},
+            "temperatures": {
+                f"{t:g}": {
+                    "mean_kl_nats": row.mean_kl_nats,
+                    "angle_degrees": row.angle_degrees["forward_kl"],
+                    "norm_ratio": row.norm_ratio["forward_kl"],
+                    "tokens": row.tokens,
+                }
+                for t, row in found.items()
+            },
         },
     }
 
