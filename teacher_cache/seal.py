@@ -26,6 +26,7 @@ from signal_store.ledger import (
     commit,
     extension_key,
     find_document,
+    is_record_of,
     new_attempt,
     read_document,
     seal_key,
@@ -73,10 +74,13 @@ def seal(uri: str) -> Seal:
     if standing is not None and standing.content_digest == content:
         _sweep(objects)
         return standing
-    for document in documents:
-        if document.body["cache_id"] != manifest.cache_id:
+    for unit, document in enumerate(documents):
+        revision = document.body.get("revision", 0)
+        if not is_record_of(document, manifest.cache_id, unit, revision):
+            found_in = {name: document.body.get(name) for name in ("cache_id", "unit")}
+            expected_in = {"cache_id": manifest.cache_id, "unit": unit}
             raise MismatchError(
-                "a unit belongs to another cache", expected=manifest.cache_id, found=document.body["cache_id"], where=uri
+                "the record of another unit or cache", expected=expected_in, found=found_in, where=unit_key(unit, revision)
             )
         publish_unit(objects, document, manifest.specs)
     _check_lengths(objects, manifest, records)

@@ -18,6 +18,7 @@ from signal_store.ledger import (
     Document,
     UnitRecord,
     extension_key,
+    is_record_of,
     plan_unit_key,
     read_document,
     seal_key,
@@ -174,6 +175,8 @@ def _unit(reader: _Reader, manifest: Manifest, unit: int, records: list[UnitReco
             yield Damage(found.key, found.what, unit)
         revision += 1
     document = _document(reader, unit_key(unit, revision))
+    if not isinstance(document, Damage) and not is_record_of(document, manifest.cache_id, unit, revision):
+        document = Damage(unit_key(unit, revision), "the record of another unit or cache")
     if isinstance(document, Damage):
         yield Damage(document.key, document.what, unit)
         for spec in manifest.specs:

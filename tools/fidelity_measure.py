@@ -63,7 +63,7 @@ class HeldOut:
         return self.head_student.logits(self.hidden_student[rows])[:, : self.vocab]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out(cache: Cache, teacher_folder: str, student_folder: str, min_tokens: int) -> HeldOut:
     """At least `min_tokens` tokens of the validation split, one segment a row, through both models."""
     teacher = load_model(teacher_folder, what="teacher", dtype=getattr(torch, cache.manifest.teacher.dtype))
@@ -128,7 +128,7 @@ def logit_gradient(divergence: str, logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
     return gradient
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(held: HeldOut, cached: CachedLogprobs, temperatures: tuple[float, ...]) -> dict[float, TemperatureFidelity]:
     """Fidelity by temperature."""
     found = {}

@@ -154,6 +154,11 @@ class UnitRecord:
         return cls(body["cache_id"], body["unit"], body["revision"], shards, body["saturation"])
 
 
+def is_record_of(document: Document, cache_id: str, unit: int, revision: int) -> bool:
+    """Whether a document is the record of this unit and revision of this cache."""
+    return (document.body.get("cache_id"), document.body.get("unit"), document.body.get("revision")) == (cache_id, unit, revision)
+
+
 @contextlib.contextmanager
 def attempt_folder(objects: Objects, name: str) -> Iterator[tuple[str, str]]:
     """(attempt, staging prefix) of a fresh attempt; what it staged is removed when the block fails."""

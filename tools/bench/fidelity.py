@@ -54,7 +54,7 @@ class Row:
     fidelity: dict[float, TemperatureFidelity]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def calibration_states(cache: Cache, tokens: int) -> torch.Tensor:
     """[n, D] float32: what the teacher's head reads on training tokens, from segments spread over the corpus."""
     teacher = load_model(cache.manifest.teacher.name, what="teacher", dtype=getattr(torch, cache.manifest.teacher.dtype))
@@ -68,7 +68,7 @@ def calibration_states(cache: Cache, tokens: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode(codec: DistributionCodec, held: HeldOut) -> DistributionCodes:
     """The held-out tokens' codes."""
     labels = held.labels.clamp(min=-1)
@@ -130,6 +130,7 @@ def distillkit_rows(held: HeldOut, peer: DistillKit) -> list[Row]:
     return rows
 
 
+@torch.no_grad()
 def _peer_fidelity(held: HeldOut, peer: DistillKit, sparse: list[Any], missing: str) -> dict[float, TemperatureFidelity]:
     found = {}
     width = held.hidden_student.shape[1]

@@ -44,8 +44,8 @@ class DistillKit:
         module, function = names[divergence]
         loss = getattr(importlib.import_module(f"distillkit.lossfuncs.{module}"), function)
         handling = importlib.import_module("distillkit.missing_probability").MissingProbabilityHandling(missing)
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = logits_NV.clone().requires_grad_()
+        with torch.enable_grad():
+            leaf = logits_NV.detach().clone().requires_grad_()
             value = loss(leaf[None], ids_Nk[None], logprobs_Nk[None].clone(), missing=handling, temperature=temperature)
             (found,) = torch.autograd.grad(value.sum(), leaf)
         return found
