@@ -15,6 +15,7 @@ from signal_store.ledger import (
     MANIFEST,
     PLAN,
     STAGING,
+    UNITS,
     Document,
     UnitRecord,
     commit,
@@ -23,6 +24,7 @@ from signal_store.ledger import (
     seal_key,
     staging_prefix,
     unit_key,
+    unit_key_of,
 )
 from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
@@ -78,13 +80,14 @@ def repair(recipe: CacheRecipe) -> Repaired:
 
 
 def _broken_documents(objects: Objects) -> list[str]:
-    """Ledger documents that do not parse; a newest seal among them hides a generation, so all are looked at."""
+    """Ledger documents that do not parse, or lie where another belongs."""
     keys = [PLAN, CALIBRATION, MANIFEST]
     keys += [key for folder in ("ledger/seals", "ledger/extensions", "ledger/units") for key in objects.list(folder)]
     broken = []
     for key in keys:
         try:
-            if read_document(objects, key).to_bytes() != objects.read(key):
+            document = read_document(objects, key)
+            if document.to_bytes() != objects.read(key) or (key.startswith(UNITS) and key != unit_key_of(document)):
                 broken.append(key)
         except SignalStoreError:
             broken.append(key)
