@@ -108,7 +108,7 @@ def compute_unit(
 ) -> UnitRecord:
     """Run the teacher over a unit and write its shards below `prefix`."""
     work = UnitWork(calibrated.manifest, unit, calibrated.plan.unit(objects, unit))
-    with _Writers(objects, prefix, calibrated.manifest.specs, unit) as writers:
+    with UnitWriters(objects, prefix, calibrated.manifest.specs, unit) as writers:
         writers.append(plan_rows(work))
         for batch in batches_of(calibrated, work.plan):
             writers.append_later(extract_batch(calibrated, work, batch))
@@ -137,7 +137,7 @@ def _refuse_another_cache(record: Document, calibrated: Calibrated) -> None:
         )
 
 
-class _Writers:
+class UnitWriters:
     """The open arrays of one unit. `append_later` hands rows to one background thread, at most one batch ahead."""
 
     def __init__(self, objects: Objects, prefix: str, specs: tuple[ArraySpec, ...], unit: int) -> None:
@@ -147,17 +147,19 @@ class _Writers:
         self._pending: Future[None] | None = None
         self._saturated: dict[str, tuple[int, int]] = {}
 
-    def __enter__(self) -> "_Writers":
+    def __enter__(self) -> "UnitWriters":
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
     def append(self, rows: Rows) -> None:
+        """Add rows to their arrays."""
         for path, array in rows.items():
             self._writers[path].append(array)
 
     def append_later(self, extracted: Extracted) -> None:
+        """Hand rows to the background thread; waits for the batch before."""
         for signal, (hit, of) in extracted.saturated.items():
             before = self._saturated.get(signal, (0, 0))
             self._saturated[signal] = (before[0] + hit, before[1] + of)
@@ -165,6 +167,7 @@ class _Writers:
         self._pending = self._thread.submit(self.append, extracted.rows)
 
     def finish(self, cache_id: str, unit: int, revision: int) -> UnitRecord:
+        """Close all arrays; MismatchError if too many codes hit their limit."""
         self._wait()
         saturation = {signal: hit / max(1, of) for signal, (hit, of) in self._saturated.items()}
         for signal, share in saturation.items():
