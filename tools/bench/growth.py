@@ -1,0 +1,189 @@
+"""What grows with a cache and what does not, for synthetic plans of 10⁶ to 10¹⁰ tokens: opening, memory, objects, ledger.
+
+Each plan is sealed for real but for its shards: manifest, packed records of every shard, metadata. Opening must be flat. Also the
+memory of `plan` on real text, by token.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from signal_store import layout
+from signal_store.cache import SealedPart, open_cache, sealed_metadata
+from signal_store.canonical import sha256
+from signal_store.command_line import guarded
+from signal_store.ledger import MANIFEST, commit, seal_key
+from signal_store.local_objects import LocalObjects
+from signal_store.manifest import (
+    FORMAT_VERSION,
+    CalibrationIdentity,
+    Capacities,
+    HiddenLayout,
+    Manifest,
+    PlanIdentity,
+    SourceIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from signal_store.seal_record import Seal, constant_spec, group_of, units_group
+from signal_store.shard_writer import write_unit_array
+from signal_store.signals import DistributionSignal, EveryNth, HiddenSignal, Signals
+
+UNIT_TOKENS = 65_536
+SEGMENTS_PER_UNIT = 160
+
+
+def synthetic_manifest(tokens: int) -> Manifest:
+    """A cache with distribution and hidden states."""
+    capacities = Capacities(segments=256, hidden_rows=16_384, attention_rows=1, attention_entries=1, replay_rows=1)
+    distribution = DistributionSignal.model_validate({})
+    hidden = HiddenSignal(positions=EveryNth(every=4))
+    stored = HiddenLayout(tap="block_output", layer=12, width=1024, rank=64, explained_variance=0.9)
+    specs = [
+        *layout.token_arrays(UNIT_TOKENS),
+        *layout.segment_arrays(256),
+        *layout.distribution_arrays(distribution, 128, UNIT_TOKENS),
+    ]
+    specs += [*layout.row_range_arrays("hidden", 256), layout.position_array("hidden", 16_384)]
+    specs += layout.hidden_arrays(stored, hidden, UNIT_TOKENS, capacities)
+    digest = "sha256:" + "0" * 64
+    teacher = TeacherIdentity(
+        name="synthetic", revision=None, model_type="qwen3", config_digest=digest, weights_digest=digest, dtype="bfloat16",
+        attn_implementation="sdpa", hidden_size=1024, num_layers=24, num_heads=16, max_positions=2048, logit_softcap=None,
+    )  # fmt: skip
+    source = SourceIdentity(
+        name="synthetic",
+        split="train",
+        fingerprint=digest,
+        num_documents=1,
+        num_empty_documents=0,
+        num_segments=1,
+        num_tokens=tokens,
+    )
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        teacher=teacher,
+        tokenizer=TokenizerIdentity(digest=digest, vocab_size=32_768),
+        sources=(source,),
+        plan=PlanIdentity(
+            digest=digest, text_digest=digest, overlay=False, context=1024, overlap=0, unit_tokens=UNIT_TOKENS, batch_tokens=8192,
+            forward="packed", capacities=capacities,
+        ),
+        calibration=CalibrationIdentity(
+            digest=digest, tail_rank=128, coverage=(0.9,) * 4, hidden=(stored,), attention=(), stats=None, replay_layers=()
+        ),
+        signals=Signals(distribution=distribution, hidden=hidden),
+        arrays=tuple(spec.to_json() for spec in specs),
+    )  # fmt: skip
+
+
+def seal_synthetic(root: Path, tokens: int) -> int:
+    """Everything of a sealed cache but its shards; returns the number of objects that the shards would be."""
+    objects, manifest = LocalObjects(root), synthetic_manifest(tokens)
+    units = max(1, tokens // UNIT_TOKENS)
+    rng = np.random.default_rng(0)
+    rows: dict[str, NDArray[np.generic]] = {f"{units_group(0)}/plan/revision": np.zeros(units, np.uint32)}
+    rows[f"{units_group(0)}/plan/segments"] = np.full(units, SEGMENTS_PER_UNIT, np.uint32)
+    rows[f"{units_group(0)}/plan/tokens"] = np.full(units, UNIT_TOKENS, np.uint32)
+    rows[f"{units_group(0)}/plan/is_validation"] = np.zeros(units, np.uint8)
+    shards = 0
+    for spec in manifest.specs:
+        count = units * spec.shards_per_unit
+        shards += count
+        group = group_of(spec.path, 0)
+        rows[f"{group}/length"] = rng.integers(10**5, 10**6, count).astype(np.uint64)
+        rows[f"{group}/index_crc32c"] = rng.integers(0, 2**32, count).astype(np.uint64)
+        rows[f"{group}/chunk_crc32c"] = rng.integers(0, 2**32, (count, spec.chunks_per_shard)).astype(np.uint64)
+        rows[f"{group}/sha256"] = rng.integers(0, 256, (count, 32)).astype(np.uint8)
+    arrays, digests = [], {}
+    for path, values in rows.items():
+        spec = constant_spec(path, values)
+        for shard, record in enumerate(write_unit_array(objects, "", spec, 0, values)):
+            digests[spec.shard_key(shard)] = record.sha256
+        arrays.append({**spec.to_json(), "rows": len(values)})
+    commit(objects, MANIFEST, manifest.model_dump(mode="json"), "0")
+    seal = Seal(
+        cache_id=manifest.cache_id, generation=0, parent=None, num_units=units, num_segments=units * SEGMENTS_PER_UNIT,
+        content_digest="sha256:0", metadata={}, constant_arrays=tuple(arrays), constants=digests, tokenizer={}, ledger={}, sources=(),
+    )  # fmt: skip
+    metadata = sealed_metadata(manifest, seal)
+    for key, data in metadata.items():
+        objects.put(key, data)
+    commit(objects, seal_key(0), {**seal.to_body(), "metadata": {k: sha256(d) for k, d in metadata.items()}}, "0")
+    return shards
+
+
+def seconds_to_open(root: Path) -> tuple[float, float]:
+    """(open and say how long it is, then find the checks of a shard in the middle), best of three, metadata not remembered."""
+    from signal_store import arrays
+
+    opened, located = [], []
+    for _ in range(3):
+        arrays._hierarchy_metadata.cache_clear()  # noqa: SLF001
+        started = time.perf_counter()
+        cache = open_cache(root)
+        assert len(cache)
+        between = time.perf_counter()
+        part: SealedPart = cache.base
+        group = part.group
+        middle = int(group[f"{units_group(0)}/plan/segments"].shape[0]) // 2  # type: ignore[union-attr]
+        _ = group[f"{group_of('distribution/scalars', 0)}/length"][middle : middle + 1]  # type: ignore[index]
+        opened.append(between - started)
+        located.append(time.perf_counter() - between)
+    return min(opened), min(located)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    table = Table(title="a cache grows")
+    for column in (
+        "tokens",
+        "units",
+        "shards",
+        "objects per 10⁹ tokens",
+        "open, ms",
+        "first checks, ms",
+        "ledger and metadata, MiB",
+    ):
+        table.add_column(column, justify="right")
+    for exponent in (6, 7, 8, 9, 10):
+        with tempfile.TemporaryDirectory() as name:
+            root = Path(name) / "cache.zarr"
+            shards = seal_synthetic(root, 10**exponent)
+            opened, located = seconds_to_open(root)
+            size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+        units = max(1, 10**exponent // UNIT_TOKENS)
+        per_billion = (shards + 2 * units) / 10**exponent * 1e9
+        row = {"tokens": 10**exponent, "units": units, "shards": shards, "objects_per_1e9_tokens": per_billion}
+        rows.append({**row, "open_seconds": opened, "first_checks_seconds": located, "packed_bytes": size})
+        cells = (
+            f"1e{exponent}",
+            f"{units:,}",
+            f"{shards:,}",
+            f"{per_billion:,.0f}",
+            f"{1000 * opened:.0f}",
+            f"{1000 * located:.0f}",
+        )
+        table.add_row(*cells, f"{size / 2**20:.1f}")
+    Console(width=140).print(table)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    summary = {"machine": platform.machine(), "rows": rows, "peak_bytes": peak}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "growth.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    guarded(main)
