@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from signal_store.cache import open_cache
+from signal_store.cache import Cache, open_cache
 from signal_store.canonical import digest
 from signal_store.errors import InputError, MismatchError
 from signal_store.local_objects import LocalObjects
@@ -27,7 +27,7 @@ RESULT = "result.json"
 
 def run(recipe: RunRecipe) -> dict[str, Any]:
     """Train and export; returns what `result.json` says. A finished run is not repeated."""
-    cache = open_cache(recipe.cache)
+    cache = open_cache(recipe.cache, generation=_begun_generation(recipe))
     identity = {"recipe": recipe.model_dump(mode="json", exclude={"out", "cache"}), "cache_id": cache.manifest.cache_id}
     recipe_digest = digest(identity)
     _refuse_another_run(recipe, recipe_digest)
@@ -41,7 +41,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     objective = resolve(recipe.objective, cache, student)
     torch.manual_seed(recipe.seed)
     distiller = Distiller(student, objective, cache)
-    _describe(recipe, recipe_digest, cache.manifest.cache_id)
+    _describe(recipe, recipe_digest, cache)
     progress = Trainer(recipe, cache, objective, distiller, recipe_digest).train()
     if recipe.export == "best":
         checkpoint.restore_best(recipe.out / "best", distiller)
@@ -70,11 +70,18 @@ def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
             )
 
 
-def _describe(recipe: RunRecipe, recipe_digest: str, cache_id: str) -> None:
+def _begun_generation(recipe: RunRecipe) -> int | None:
+    """The generation of the cache that this run began with: it goes on with that, however the cache has grown since."""
+    described = recipe.out / "run.json"
+    return int(json.loads(described.read_text())["generation"]) if described.is_file() else None
+
+
+def _describe(recipe: RunRecipe, recipe_digest: str, cache: Cache) -> None:
     about = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_digest": recipe_digest,
-        "cache_id": cache_id,
+        "cache_id": cache.manifest.cache_id,
+        "generation": cache.seal.generation,
         "command": sys.argv,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "zarr", "teacher-cache")},
         "python": platform.python_version(),

@@ -13,6 +13,8 @@ import pytest
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, InputError, MismatchError
 from signal_store.local_objects import LocalObjects
+from student_train.recipe import RunRecipe
+from student_train.run import run
 from teacher_cache.build import build
 from teacher_cache.extend import extend
 from teacher_cache.fill import fill
@@ -53,6 +55,12 @@ def test_extending_leaves_old_readers_alone(grown: tuple[CacheRecipe, Path], rec
     recipe, file = grown
     old = open_cache(recipe.cache)
     before = {path: old.read(path) for path in old.capacity_rows}
+    student = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    content = {"cache": recipe.cache, "out": tmp_path / "run", "student": {"config": {**student, "max_position_embeddings": 64}}}
+    begun = RunRecipe.model_validate(
+        {**content, "losses": {"cross_entropy": {}}, "steps": 1, "stream": {"row_tokens": 48, "rows_per_step": 2}}
+    )
+    run(begun)
     late = open_cache(recipe.cache)  # opened before, reads its first byte after
     with file.open("a") as f:
         f.write(json.dumps({"text": CODE[1] + "# new"}) + "\n")
@@ -71,6 +79,9 @@ def test_extending_leaves_old_readers_alone(grown: tuple[CacheRecipe, Path], rec
     assert new[len(old)].document == 12
     assert not verify(recipe.cache).damages
     assert len(open_cache(recipe.cache, generation=0)) == len(old)
+    (begun.out / "result.json").unlink()
+    run(begun)  # a run goes on with the generation that it began with
+    assert json.loads((begun.out / "run.json").read_text())["generation"] == 0
     with pytest.raises(InputError, match="nothing to extend"):
         extend(wider)
     with pytest.raises(MismatchError, match="no such generation"):

@@ -66,7 +66,7 @@ def test_taps_of_a_family(family: str) -> None:
         for layer in range(1, 5):
             residual = states["block_input", layer] + states["attention_output", layer]
             block = decoder_blocks(model)[layer - 1]
-            norm = block.ln_2 if family == "gpt2" else block.post_attention_layernorm
+            norm = block.get_submodule("ln_2" if family == "gpt2" else "post_attention_layernorm")
             assert (norm(residual) - states["ffn_input", layer]).abs().max() <= 1e-5
     absent = {(tap, layer) for layer, tap, place in table if isinstance(place, Absent)}
     experts = {("ffn_gate", n) for n in range(1, 5)} | {("ffn_activation", n) for n in range(1, 5)}
@@ -102,7 +102,7 @@ def test_compressed_keys_and_sinks_keep_the_mass_that_eager_gives() -> None:
         return hook
 
     for number, block in enumerate(decoder_blocks(model), start=1):
-        block.self_attn.register_forward_hook(keep(number))
+        block.get_submodule("self_attn").register_forward_hook(keep(number))
     enable_row_capture(model)
     places = torch.tensor([5, 17, 29])
     query = RowQuery(torch.zeros(3, dtype=torch.long), places, torch.zeros(3, dtype=torch.long))
