@@ -108,7 +108,7 @@ def seal_synthetic(root: Path, tokens: int) -> int:
     arrays, digests = [], {}
     for path, values in rows.items():
         spec = constant_spec(path, values)
-        for shard, record in enumerate(write_unit_array(objects, "", spec, 0, values)):
+        for shard, record in enumerate(write_unit_array(objects, ".", spec, 0, values)):
             digests[spec.shard_key(shard)] = record.sha256
         arrays.append({**spec.to_json(), "rows": len(values)})
     commit(objects, MANIFEST, manifest.model_dump(mode="json"), "0")
