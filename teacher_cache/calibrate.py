@@ -219,7 +219,7 @@ def _specs(recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdenti
     if recipe.base is None:
         specs += [*layout.token_arrays(unit_tokens), *layout.segment_arrays(capacities.segments)]
     if signals.distribution is not None:
-        specs += layout.distribution_arrays(signals.distribution, calibration.tail_rank, unit_tokens)
+        specs += layout.distribution_arrays(signals.distribution, calibration.tail_rank, unit_tokens, planned.vocab_size)
     if signals.hidden is not None:
         if signals.hidden.positions != "all":
             specs += layout.row_range_arrays("hidden", capacities.segments)

@@ -58,6 +58,11 @@ class Plan:
         return self.document.digest
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer: rows of the distribution."""
+        return int(self.document.body["tokenizer"]["vocab_size"])
+
+    @property
     def text_digest(self) -> str:
         """Identity of its tokens and segments alone: overlays share it."""
         recipe = self.document.body["recipe"]

@@ -21,6 +21,9 @@ from zarr.storage import MemoryStore
 
 MAX_SHARD_BYTES = 64 * 2**20
 TARGET_CHUNK_BYTES = 2**20
+LEVEL, CODE_LEVEL = 6, 1
+"""zstd's. Bytes of codes are noise but for their histogram: what a higher level searches for is not there, and looking for it costs
+ten times the time and some per cent of the size (tools/bench/LOG.md)."""
 Shuffle = Literal["noshuffle", "shuffle", "bitshuffle"]
 
 FILL: dict[str, int | float] = {
@@ -54,7 +57,7 @@ class ArraySpec:
     shuffle: Shuffle
     transposed: bool = False
     """Inner chunks are stored column by column: alike values lie together, and zstd finds them."""
-    level: int = 6
+    level: int
     attributes: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -83,6 +86,7 @@ class ArraySpec:
             shard_rows=shard,
             shuffle=shuffle,
             transposed=transposed,
+            level=CODE_LEVEL if np.dtype(dtype).itemsize == 1 else LEVEL,
             attributes=tuple(sorted(attributes.items())),
         )
 

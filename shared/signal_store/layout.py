@@ -48,7 +48,12 @@ def segment_arrays(capacity: int) -> tuple[ArraySpec, ...]:
     )
 
 
-def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int) -> tuple[ArraySpec, ...]:
+def id_dtype(vocab_size: int) -> str:
+    """Of token ids: 16 bits where the fill value stays free."""
+    return "uint16" if vocab_size < 2**16 else "uint32"
+
+
+def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int, vocab_size: int) -> tuple[ArraySpec, ...]:
     """Head ids ascending; head codes below the row's maximum; tail codes; scalars per token (half precision).
 
     The `temperatures` attribute names the columns of `scalars` after those of SCALARS: log(head mass / tail mass) at each.
@@ -68,7 +73,7 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int)
     head = (
         ArraySpec.of(
             "distribution/head_ids",
-            "uint32",
+            id_dtype(vocab_size),
             unit_tokens,
             "token",
             "rank",
@@ -95,7 +100,7 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int)
         transposed=True,
         min_chunk_rows=DISTRIBUTION_CHUNK_TOKENS,
     )
-    return (scalars, *(head if signal.head else ()), *((tail,) if rank else ()), *sampled_arrays(signal, unit_tokens))
+    return (scalars, *(head if signal.head else ()), *((tail,) if rank else ()), *sampled_arrays(signal, unit_tokens, vocab_size))
 
 
 def row_range_arrays(signal: str, capacity: int) -> tuple[ArraySpec, ...]:
@@ -112,11 +117,17 @@ def position_array(signal: str, capacity: int) -> ArraySpec:
     return ArraySpec.of(f"{signal}/rows/position", "int64", rounded_capacity(capacity), "row", shuffle="shuffle")
 
 
-def sampled_arrays(signal: DistributionSignal, unit_tokens: int) -> tuple[ArraySpec, ...]:
+def sampled_arrays(signal: DistributionSignal, unit_tokens: int, vocab_size: int) -> tuple[ArraySpec, ...]:
     """Ids drawn from the softened distribution at each temperature, ascending; an id drawn twice stands twice."""
     return tuple(
         ArraySpec.of(
-            sampled_path(temperature), "uint32", unit_tokens, "token", "draw", row_shape=(signal.samples,), shuffle="shuffle"
+            sampled_path(temperature),
+            id_dtype(vocab_size),
+            unit_tokens,
+            "token",
+            "draw",
+            row_shape=(signal.samples,),
+            shuffle="shuffle",
         )
         for temperature in (signal.temperatures if signal.samples else ())
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodec
-from signal_store.layout import sampled_path
+from signal_store.layout import id_dtype, sampled_path
 from teacher_cache.extract.rows import Extracted, numpy_of
 
 LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -40,12 +40,12 @@ def extract_distribution(
     tail_type = "int8" if codec.tail_bits == 8 else "int16"
     rows = {
         "distribution/scalars": numpy_of(torch.cat([p.scalars for p in parts]), "float16"),
-        "distribution/head_ids": numpy_of(torch.cat([p.head_ids for p in parts]), "uint32"),
+        "distribution/head_ids": numpy_of(torch.cat([p.head_ids for p in parts]), id_dtype(codec.vocab_size)),
         "distribution/head_codes": numpy_of(
             torch.cat([p.head_codes for p in parts]), "uint8" if codec.head_bits == 8 else "uint16"
         ),
         "distribution/tail_codes": numpy_of(torch.cat([p.tail_codes for p in parts]), tail_type),
-        **{sampled_path(temperature): numpy_of(torch.cat(ids), "uint32") for temperature, ids in drawn.items()},
+        **{sampled_path(temperature): numpy_of(torch.cat(ids), id_dtype(codec.vocab_size)) for temperature, ids in drawn.items()},
     }
     codes_per_row = codec.head + codec.rank
     rows = {path: array for path, array in rows.items() if array.shape[1]}

@@ -45,7 +45,8 @@ def test_shards_are_zarrs_own_bytes(
 ) -> None:
     row_shape = (width,) if width else ()
     spec = ArraySpec(
-        path="a/b", dtype=dtype, row_shape=row_shape, dimension_names=("row", "c")[: 1 + len(row_shape)], shuffle=shuffle,  # type: ignore[arg-type]
+        path="a/b", dtype=dtype, row_shape=row_shape, dimension_names=("row", "c")[: 1 + len(row_shape)], level=6,
+        shuffle=shuffle,  # type: ignore[arg-type]
         capacity_rows=-(-capacity // 64) * 64, chunk_rows=16, shard_rows=64, transposed=transposed and bool(row_shape),
     )  # fmt: skip
     rng = np.random.default_rng(seed)

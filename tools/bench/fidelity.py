@@ -81,11 +81,11 @@ def encode(codec: DistributionCodec, held: HeldOut) -> DistributionCodes:
     )
 
 
-def code_bytes(codes: DistributionCodes, signal: DistributionSignal, rank: int) -> float:
+def code_bytes(codes: DistributionCodes, signal: DistributionSignal, rank: int, vocab_size: int) -> float:
     """Stored bytes of a token, each array in one inner chunk as fill writes it."""
     total = 0
     names = {"scalars": codes.scalars, "head_ids": codes.head_ids, "head_codes": codes.head_codes, "tail_codes": codes.tail_codes}
-    for spec in distribution_arrays(signal, rank, 65_536):
+    for spec in distribution_arrays(signal, rank, 65_536, vocab_size):
         rows = names[spec.path.split("/")[1]].numpy().astype(spec.dtype, copy=False)
         total += len(encode_chunk(rows, spec)[0])
     return total / len(codes)
@@ -104,13 +104,15 @@ def our_rows(cache: Cache, held: HeldOut) -> list[Row]:
         codec = fit.codec_of_step(step * factor, held.head_teacher, signal)
         codes = encode(codec, held)
         found = measure(held, cached_logprobs(held, codec, codes), TEMPERATURES)
-        rows.append(Row("head 16 + tail", f"step x{factor:g}, rank {codec.rank}", code_bytes(codes, signal, codec.rank), found))
+        rows.append(
+            Row("head 16 + tail", f"step x{factor:g}, rank {codec.rank}", code_bytes(codes, signal, codec.rank, held.vocab), found)
+        )
     for head in HEADS:
         pure = signal.model_copy(update={"head": head, "rank": 0})
         codec = fit.codec(0, 1.0, held.head_teacher, pure)
         codes = encode(codec, held)
         found = measure(held, cached_logprobs(held, codec, codes), TEMPERATURES)
-        rows.append(Row("head + bucket", f"head {head}", code_bytes(codes, pure, 0), found))
+        rows.append(Row("head + bucket", f"head {head}", code_bytes(codes, pure, 0, held.vocab), found))
     return rows
 
 

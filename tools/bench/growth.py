@@ -52,7 +52,7 @@ def synthetic_manifest(tokens: int) -> Manifest:
     specs = [
         *layout.token_arrays(UNIT_TOKENS),
         *layout.segment_arrays(256),
-        *layout.distribution_arrays(distribution, 128, UNIT_TOKENS),
+        *layout.distribution_arrays(distribution, 128, UNIT_TOKENS, 32_768),
     ]
     specs += [*layout.row_range_arrays("hidden", 256), layout.position_array("hidden", 16_384)]
     specs += layout.hidden_arrays(stored, hidden, UNIT_TOKENS, capacities)
