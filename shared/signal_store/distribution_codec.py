@@ -23,6 +23,29 @@ from signal_store.signals import DistributionSignal
 PADDED_LOGIT = -1e30
 
 
+_DOUBLES = (1.0, 2.0, 4.0, 8.0)
+GROUPS = 512
+"""Columns of the first look for the largest logits; each holds every 512th of them."""
+
+
+def top_k(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their ids, in falling order, as `torch.topk`; which of equal ones is not said.
+
+    On a CPU three times as fast: the largest k lie in the k columns with the largest maxima.
+    """
+    rows = logits_NV.shape[1] // GROUPS
+    if logits_NV.device.type != "cpu" or rows < 8 or not 0 < k <= GROUPS // 4:
+        return logits_NV.topk(k, dim=1)
+    grid_NRG = logits_NV[:, : rows * GROUPS].unflatten(1, (rows, GROUPS))
+    column_Nk = grid_NRG.amax(1).topk(k, dim=1, sorted=False).indices
+    inside_NRk = grid_NRG.gather(2, column_Nk[:, None].expand(-1, rows, -1))
+    ids_NRk = torch.arange(rows, device=logits_NV.device)[:, None] * GROUPS + column_Nk[:, None]
+    rest = torch.arange(rows * GROUPS, logits_NV.shape[1], device=logits_NV.device).expand(len(logits_NV), -1)
+    candidates = torch.cat([inside_NRk.flatten(1), logits_NV[:, rows * GROUPS :]], 1)
+    values_Nk, place_Nk = candidates.topk(k, dim=1)
+    return values_Nk, torch.cat([ids_NRk.flatten(1), rest], 1).gather(1, place_Nk)
+
+
 def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
     """cap · tanh(logits / cap), or the logits where there is no cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -107,9 +130,9 @@ class DistributionCodec:
         """Codes of N rows, and how many of the codes hit their limit (int64 scalar).
 
         `hidden_ND`: what the output head reads. `logits_NV`: float32, soft-capped. `labels_N`: int64, -1 where the next token
-        is not known. Ties in the head go to the lower id, so equal input gives equal codes.
+        is not known. Equal input gives equal codes.
         """
-        values_Nk, ids_Nk = logits_NV.topk(self.head, dim=1)
+        values_Nk, ids_Nk = top_k(logits_NV, self.head)
         ids_Nk, order_Nk = ids_Nk.sort(dim=1)
         values_Nk = values_Nk.gather(1, order_Nk)
         top_N1 = values_Nk.amax(1, keepdim=True) if self.head else logits_NV.amax(1, keepdim=True)
@@ -117,15 +140,7 @@ class DistributionCodec:
         head_codes = (distance_Nk / self.head_range).sqrt().mul(self.head_levels).round().clamp(0, self.head_levels)
         head_codes = head_codes.to(torch.uint8 if self.head_bits == 8 else torch.int32)
         below_NV = logits_NV - top_N1
-        power_NV = torch.empty_like(below_NV)
-        head_sums, tail_sums, weighted_N = [], [], logits_NV.new_zeros(len(logits_NV))
-        for temperature in self.temperatures:
-            torch.mul(below_NV, 1 / temperature, out=power_NV).exp_()
-            head_sums.append(power_NV.gather(1, ids_Nk).sum(1))
-            if temperature == 1:
-                weighted_N = torch.linalg.vecdot(power_NV, below_NV)
-            tail_sums.append(power_NV.scatter_(1, ids_Nk, 0).sum(1))
-        head_NT, tail_NT = torch.stack(head_sums, 1), torch.stack(tail_sums, 1)
+        head_NT, tail_NT, weighted_N = self._masses(below_NV, ids_Nk, distance_Nk)
         one = self.temperatures.index(1.0)
         total_N = head_NT[:, one] + tail_NT[:, one]
         label_N = below_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0] - total_N.log()
@@ -137,6 +152,31 @@ class DistributionCodec:
         saturated = (tail.abs() > limit).sum() + (distance_Nk > self.head_range * 1.01).sum()
         tail_codes = tail.clamp(-limit, limit).to(torch.int8 if self.tail_bits == 8 else torch.int16)
         return DistributionCodes(ids_Nk.to(torch.int32), head_codes, tail_codes, scalars.to(torch.float16)), saturated
+
+    def _masses(self, below_NV: Tensor, ids_Nk: Tensor, distance_Nk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(head, tail) [N, T] masses relative to the row's maximum, and Σ exp(z) z [N] of the whole row at temperature 1.
+
+        Where a temperature is twice the one before, its powers are their square roots: one pass over [N, V] less. What underflows
+        on the way weighs less than 1e-9 of the maximum.
+        """
+        head_NT = torch.stack([(-distance_Nk / t).exp().sum(1) for t in self.temperatures], 1)
+        tails = {}
+        power_NV = torch.empty_like(below_NV)
+        weighted_N = below_NV.new_zeros(len(below_NV))
+        done: list[float] = []
+        pending = sorted(self.temperatures, key=lambda t: (t not in _DOUBLES, t))
+        for temperature in pending:
+            if done and temperature == 2 * done[-1]:
+                power_NV.sqrt_()
+            else:
+                torch.mul(below_NV, 1 / temperature, out=power_NV) if temperature != 1 else power_NV.copy_(below_NV)
+                power_NV.exp_()
+                if temperature == 1:
+                    weighted_N = torch.linalg.vecdot(power_NV, below_NV)
+                power_NV.scatter_(1, ids_Nk, 0)
+            tails[temperature] = power_NV.sum(1)
+            done.append(temperature)
+        return head_NT, torch.stack([tails[t] for t in self.temperatures], 1), weighted_N
 
     def mass_column(self, temperature: float) -> int:
         """Column of `scalars` with log(head mass / tail mass) at a temperature; MismatchError if it was not cached."""

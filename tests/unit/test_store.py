@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray
 import zarr
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from zarr.storage import MemoryStore
 
 from signal_store.arrays import FILL, ArraySpec, create_array, grid, hierarchy_metadata
 from signal_store.cache import Cache, open_cache
+from signal_store.distribution_codec import DistributionCodec, top_k
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
 from signal_store.ledger import MANIFEST, commit, parse_document, read_document, seal_key
 from signal_store.local_objects import LocalObjects
@@ -249,3 +251,40 @@ def test_an_interrupt_after_the_commit_loses_nothing(
     read_all(Path(cache.uri))
     tree = xarray.open_datatree(cache.uri, engine="zarr", zarr_format=3, mask_and_scale=False)
     assert tree["hidden/rows/position"].shape == tree["hidden/block_output/2/scale"].shape
+
+
+@settings(max_examples=30, deadline=None)
+@given(vocab=st.integers(1, 9000), k=st.integers(0, 140), seed=st.integers(0, 99), equal=st.booleans())
+def test_top_k_is_torchs(vocab: int, k: int, seed: int, equal: bool) -> None:
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
+    logits = logits.round() if equal else logits
+    k = min(k, vocab)
+    values, ids = top_k(logits, k)
+    expected, _ = logits.topk(k, dim=1)
+    assert torch.equal(values, expected)
+    assert torch.equal(logits.gather(1, ids), values)
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    temperatures=st.sampled_from([(1.0, 2.0, 3.0, 4.0), (1.0,), (3.0, 1.0), (1.0, 8.0, 4.0, 2.0), (1.0, 1.5, 3.0)]),
+    scale=st.floats(0.1, 60),
+    seed=st.integers(0, 99),
+)
+def test_masses_are_those_of_the_plain_sum(temperatures: tuple[float, ...], scale: float, seed: int) -> None:
+    logits = scale * torch.randn(4, 600, generator=torch.Generator().manual_seed(seed))
+    codec = DistributionCodec(
+        temperatures, 8, 8, 8, 100.0, None, torch.zeros(2), torch.zeros(2, 0), torch.zeros(0), torch.zeros(600, 0), torch.zeros(600)
+    )
+    codes, _ = codec.encode(torch.zeros(4, 2), logits, torch.tensor([0, 5, -1, 599]))
+    for temperature in temperatures:
+        p = (logits.double() / temperature).softmax(1)
+        head = p.gather(1, codes.head_ids.long()).sum(1)
+        tail = p.scatter(1, codes.head_ids.long(), 0).sum(1)
+        found = codes.scalars[:, codec.mass_column(temperature)].double()
+        expected = head.log() - tail.log()
+        close = (found - expected).abs() <= 2e-3 * expected.abs().clamp(min=1) + 1e-3
+        assert (close | (tail < 1e-8)).all()
+    entropy = torch.distributions.Categorical(logits=logits.double()).entropy()
+    assert torch.allclose(codes.scalars[:, 2].double(), entropy, rtol=2e-3, atol=2e-3)
