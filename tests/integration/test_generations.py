@@ -1,5 +1,6 @@
 """A cache grows, is damaged, and is mended: extend, verify, repair; and many workers fill one."""
 
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -190,7 +191,11 @@ def test_three_workers_fill_one_cache(cache: Cache, recipe_for: RecipeMaker, tmp
     assert not LocalObjects(recipe.cache).list("ledger/claims")
 
 
-def test_workers_take_over_what_others_left(recipe_for: RecipeMaker, tmp_path: Path, cache: Cache) -> None:
+def test_workers_take_over_what_others_left(
+    recipe_for: RecipeMaker, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backwards = itertools.count(10**9, -3600)
+    monkeypatch.setattr("signal_store.ledger.time.time", lambda: next(backwards))  # a clock that jumps back changes nothing
     recipe = recipe_for(tmp_path / "cache.zarr")
     objects = LocalObjects(recipe.cache)
     fill(recipe, Worker(1, 2))  # the only one of two that ever ran

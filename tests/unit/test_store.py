@@ -115,12 +115,13 @@ def test_publish_is_idempotent(tmp_path: Path) -> None:
         objects.publish("staging/y", "final/y")
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_fd: int) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(("number", "words"), [(28, "disk is full"), (30, "cannot be written"), (13, "cannot be written")])
+def test_a_full_or_forbidden_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    def fails(_fd: int) -> None:
+        raise OSError(number, "as the kernel says")
 
-    monkeypatch.setattr("signal_store.local_objects.os.fsync", full)
-    with pytest.raises(StorageError, match="disk is full"):
+    monkeypatch.setattr("signal_store.local_objects.os.fsync", fails)
+    with pytest.raises(StorageError, match=words):
         LocalObjects(tmp_path).put("a", b"1")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

@@ -21,7 +21,7 @@ from signal_store.command_line import guarded
 
 ARRAYS = ("distribution/tail_codes", "distribution/head_ids", "distribution/head_codes", "distribution/scalars")
 SHUFFLES = {"none": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
-CHUNK_TOKENS = (1024, 4096, 16_384, 65_536)
+CHUNK_TOKENS = (1024, 4096, 16_384, 32_768)
 LEVELS = (1, 3, 6, 9)
 
 
