@@ -16,19 +16,10 @@ from signal_store.objects import Objects, objects_at
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.sources import documents
 from teacher_cache.fill import fill
-from teacher_cache.plan import (
-    Plan,
-    Tally,
-    load_recipe_tokenizer,
-    planned_part,
-    publish_units,
-    read_plan,
-    refuse_another_recipe,
-    rounded,
-    stage_units,
-)
+from teacher_cache.plan import Plan, planned_part, read_plan, refuse_another_recipe
 from teacher_cache.recipe import CacheRecipe, Source
 from teacher_cache.seal import seal
+from teacher_cache.unit_staging import Tally, load_recipe_tokenizer, publish_units, rounded, stage_units
 from teacher_cache.workers import ALONE, Worker
 
 

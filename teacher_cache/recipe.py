@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from signal_store.manifest import Split
-from signal_store.signals import Section, Signals
+from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals
 
 
 class TeacherSection(Section):
@@ -140,6 +140,12 @@ class CacheRecipe(Section):
     def resolved_unit_tokens(self) -> int:
         """Tokens of a unit."""
         return self.unit_tokens or 2 ** (max(65_536, 16 * self.context) - 1).bit_length()
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """What counts as a keyword: the attention signal's, or the default, so that an overlay can add the signal."""
+        attention = self.signals.attention
+        return attention.keywords if attention is not None else DEFAULT_KEYWORDS
 
     @property
     def resolved_max_columns(self) -> int | None:

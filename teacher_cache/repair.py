@@ -31,7 +31,7 @@ from signal_store.progress import progress_bar
 from signal_store.seal_record import Seal
 from teacher_cache.calibrate import Calibrated, calibrate, restore_calibration_copies
 from teacher_cache.fill import compute_unit
-from teacher_cache.plan import restore_plan
+from teacher_cache.plan_restore import restore_plan
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.seal import newest_records, seal, write_generation
 from teacher_cache.verify import Damage, verify

@@ -60,7 +60,14 @@ def test_rows_carry_gradients_to_queries_and_keys() -> None:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("gpt2", {}), ("gemma2", {}), ("phi", {}), ("cohere", {"logit_scale": 0.3}), ("granite", {"logits_scaling": 4.0})],
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("gemma2", {}),
+        ("phi", {}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 4.0}),
+    ],
 )
 def test_head_gives_the_models_own_logits(family: str, changes: dict[str, Any]) -> None:
     from tests.tiny import COMMON, FAMILIES
