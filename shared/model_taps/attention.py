@@ -149,11 +149,17 @@ def _scores(
 ) -> Tensor:
     """Scaled, capped and masked scores [R, H, L] of the wanted rows with the keys of each."""
     scaling = options.get("scaling") or query_BHSd.shape[-1] ** -0.5
-    query_RHd = query_BHSd[rows.batch, :, rows.query].float()
-    key_RLGd = key_BGSd[rows.batch[:, None], :, keys_RL].float()
-    groups = query_RHd.shape[1] // key_RLGd.shape[2]
-    query_RGgd = query_RHd.reshape(len(rows), key_RLGd.shape[2], groups, query_RHd.shape[2])
-    scores_RHL: Tensor = torch.einsum("rghd,rlgd->rghl", query_RGgd, key_RLGd).flatten(1, 2) * scaling
+    heads = query_BHSd.shape[1]
+    parts, order = [query_BHSd.new_zeros(0, heads, keys_RL.shape[1], dtype=torch.float32)], []
+    for b in rows.batch.unique().tolist():  # all rows of one batch row share its keys: one product, nothing gathered before it
+        mine = (rows.batch == b).nonzero()[:, 0]
+        key_GKd = key_BGSd[b].float()
+        query_Gnd = query_BHSd[b][:, rows.query[mine]].float().unflatten(0, (key_GKd.shape[0], -1)).flatten(1, 2)
+        scores_rHK = (query_Gnd @ key_GKd.mT).unflatten(1, (-1, len(mine))).flatten(0, 1).transpose(0, 1)
+        parts.append(scores_rHK.gather(2, keys_RL[mine][:, None].expand(-1, heads, -1)))
+        order.append(mine)
+    back = torch.cat(order).argsort() if order else rows.batch
+    scores_RHL: Tensor = torch.cat(parts)[back] * scaling
     softcap = options.get("softcap")
     if softcap is not None:
         scores_RHL = softcap * torch.tanh(scores_RHL / softcap)

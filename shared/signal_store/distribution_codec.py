@@ -169,8 +169,8 @@ class DistributionCodec:
             if done and temperature == 2 * done[-1]:
                 power_NV.sqrt_()
             else:
-                torch.mul(below_NV, 1 / temperature, out=power_NV) if temperature != 1 else power_NV.copy_(below_NV)
-                power_NV.exp_()
+                scaled_NV = below_NV if temperature == 1 else torch.mul(below_NV, 1 / temperature, out=power_NV)
+                torch.exp(scaled_NV, out=power_NV)
                 if temperature == 1:
                     weighted_N = torch.linalg.vecdot(power_NV, below_NV)
                 power_NV.scatter_(1, ids_Nk, 0)

@@ -281,11 +281,11 @@ def test_large_vocabularies_and_softcapped_untied_heads() -> None:
     bias = torch.randn(150_000, generator=generator)
     head = OutputHead(weight, bias, 1.0, 5.0)
     hidden = torch.randn(600, WIDTH, generator=generator)
-    signal = DistributionSignal(rank=WIDTH, tail_bits=16)
+    signal = DistributionSignal(rank=WIDTH, tail_bits=16, samples=4)
     codec, fidelity = choose_codec(TailFit.of(hidden, head, signal), head, signal, hidden[:64])
     assert max(fidelity.scaled_kl_nats) <= 1e-3
     rows = extract_distribution(
-        codec, lambda r: head.logits(hidden[r]), hidden[:64], torch.zeros(64, dtype=torch.long), 4, (0, 0)
+        codec, lambda r: head.logits(hidden[:64][r]), hidden[:64], torch.zeros(64, dtype=torch.long), 4, (0, 0)
     ).rows
     assert (id_dtype(65_535), id_dtype(65_536), id_dtype(150_000)) == ("uint16", "uint32", "uint32")
     for path in ("distribution/head_ids", "distribution/sampled_ids_4"):

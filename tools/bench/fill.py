@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--memory", action="store_true", help="also fill three small caches and compare peak memory")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
