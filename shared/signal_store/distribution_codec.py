@@ -156,26 +156,26 @@ class DistributionCodec:
     def _masses(self, below_NV: Tensor, ids_Nk: Tensor, distance_Nk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(head, tail) [N, T] masses relative to the row's maximum, and Σ exp(z) z [N] of the whole row at temperature 1.
 
-        Where a temperature is twice the one before, its powers are their square roots: one pass over [N, V] less. What underflows
-        on the way weighs less than 1e-9 of the maximum.
+        Where a temperature is twice the one before, its powers are their square roots: one pass over [N, V] less. Twice in a row at
+        most: what underflowed at the first then weighs less than 1e-9 of the maximum.
         """
         head_NT = torch.stack([(-distance_Nk / t).exp().sum(1) for t in self.temperatures], 1)
         tails = {}
         power_NV = torch.empty_like(below_NV)
         weighted_N = below_NV.new_zeros(len(below_NV))
-        done: list[float] = []
-        pending = sorted(self.temperatures, key=lambda t: (t not in _DOUBLES, t))
-        for temperature in pending:
-            if done and temperature == 2 * done[-1]:
+        before, exact = 0.0, 0.0
+        for temperature in sorted(self.temperatures, key=lambda t: (t not in _DOUBLES, t)):
+            if temperature == 2 * before and temperature <= 4 * exact:
                 power_NV.sqrt_()
             else:
                 scaled_NV = below_NV if temperature == 1 else torch.mul(below_NV, 1 / temperature, out=power_NV)
                 torch.exp(scaled_NV, out=power_NV)
+                exact = temperature
                 if temperature == 1:
                     weighted_N = torch.linalg.vecdot(power_NV, below_NV)
                 power_NV.scatter_(1, ids_Nk, 0)
             tails[temperature] = power_NV.sum(1)
-            done.append(temperature)
+            before = temperature
         return head_NT, torch.stack([tails[t] for t in self.temperatures], 1), weighted_N
 
     def mass_column(self, temperature: float) -> int:
