@@ -26,7 +26,7 @@ from signal_store.ledger import (
     unit_key,
 )
 from signal_store.manifest import Manifest, parse_manifest
-from signal_store.objects import Objects, objects_at
+from signal_store.objects import Objects, join_uri, objects_at
 from signal_store.progress import progress_bar
 from signal_store.seal_record import Seal
 from teacher_cache.calibrate import calibration_keys
@@ -89,7 +89,8 @@ def verify(uri: str) -> Verified:
     reader = _Reader(objects)
     newest = newest_generation(objects)
     if newest is None:
-        raise NotFoundError("the cache is not sealed", where=uri, remedy="Run teacher-cache build to finish it.")
+        where = join_uri(uri, seal_key(0))
+        raise NotFoundError("the cache is not sealed", where=where, remedy="Run teacher-cache build to finish it, or repair.")
     manifest = parse_manifest(reader.document(MANIFEST).body, MANIFEST)
     seal_document = reader.document(seal_key(newest))
     seal = Seal.from_body(seal_document.body)
