@@ -66,7 +66,7 @@ def picks(planned: Plan, objects: Objects, tokens_per_source: int) -> list[Pick]
 def _spread_units(planned: Plan) -> list[int]:
     """Units spread evenly over the plan, and one in the middle of each source's own range, so that a small one is not missed."""
     count = planned.num_units
-    chosen = set(np.linspace(0, count - 1, min(count, MAX_UNITS_READ)).round().astype(int).tolist())
+    chosen = set(planned.spread_units(MAX_UNITS_READ))
     ends = np.cumsum([unit["tokens"] for unit in planned.units])
     for split in ("train", "validation"):
         start = 0 if split == "train" else int(sum(u["tokens"] for u in planned.units if u["split"] == "train"))

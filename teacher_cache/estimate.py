@@ -25,7 +25,7 @@ from signal_store.progress import progress_bar
 from signal_store.shard_writer import encode_chunk
 from teacher_cache.calibrate import Calibrated, batches_of, calibrate, calibration_keys
 from teacher_cache.extract.batch import UnitWork, extract_batch, plan_rows
-from teacher_cache.plan import plan, settled
+from teacher_cache.plan import Plan, plan, settled
 from teacher_cache.positions import capacities_of
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher import TeacherBatch
@@ -91,7 +91,7 @@ def _encoded(recipe: CacheRecipe) -> Estimate:
         for number in sorted({number for number, _, _ in chosen}):
             for path, array in plan_rows(UnitWork(manifest, number, calibrated.plan.unit(objects, number))).items():
                 rows[path].append(array)
-    needs = _whole_needs(recipe, calibrated, objects)
+    needs = _whole_needs(settled(recipe), calibrated.plan, objects)
     sizes: dict[str, float] = defaultdict(float)
     encode_seconds = 0.0
     for spec in manifest.specs:
@@ -131,9 +131,7 @@ def _tokens(unit: UnitPlan, batch: TeacherBatch) -> int:
 
 def _spread_batches(calibrated: Calibrated, objects: Objects) -> Iterator[tuple[int, UnitPlan, TeacherBatch]]:
     """Batches spread evenly over the plan: at least MIN_SEGMENTS segments and MIN_TOKENS tokens, or all there is."""
-    count = calibrated.plan.num_units
-    numbers = np.unique(np.linspace(0, count - 1, min(count, MAX_UNITS_READ)).round().astype(int)).tolist()
-    loaded = {n: calibrated.plan.unit(objects, n) for n in numbers}
+    loaded = {n: calibrated.plan.unit(objects, n) for n in calibrated.plan.spread_units(MAX_UNITS_READ)}
     batches = [(n, unit, batch) for n, unit in loaded.items() for batch in batches_of(calibrated, unit)]
     tokens = np.asarray([_tokens(unit, batch) for _, unit, batch in batches])
     segments = np.asarray([batch.last - batch.first for _, _, batch in batches])
@@ -153,19 +151,16 @@ def _bytes_per_row(spec: ArraySpec, rows: list[NDArray[np.generic]]) -> tuple[fl
     return size / max(1, len(joined)), len(joined)
 
 
-def _whole_needs(recipe: CacheRecipe, calibrated: Calibrated, objects: Objects) -> Capacities:
-    """Rows of the sampled signals in all units together, from the units that were read."""
-    settled_recipe = settled(recipe)
-    count = calibrated.plan.num_units
-    numbers = np.unique(np.linspace(0, count - 1, min(count, MAX_UNITS_READ)).round().astype(int)).tolist()
+def _whole_needs(recipe: CacheRecipe, planned: Plan, objects: Objects) -> Capacities:
+    """Rows of the sampled signals in all units together, from the units that were read; `recipe` is settled."""
     total = dict.fromkeys(Capacities.model_fields, 0)
     tokens = 0
-    for number in numbers:
-        unit = calibrated.plan.unit(objects, number)
-        needs = capacities_of(unit, settled_recipe.signals, settled_recipe.resolved_max_columns)
+    for number in planned.spread_units(MAX_UNITS_READ):
+        unit = planned.unit(objects, number)
+        needs = capacities_of(unit, recipe.signals, recipe.resolved_max_columns)
         total = {name: total[name] + getattr(needs, name) for name in total}
         tokens += unit.num_tokens
-    share = sum(u["tokens"] for u in calibrated.plan.units) / max(1, tokens)
+    share = sum(u["tokens"] for u in planned.units) / max(1, tokens)
     return Capacities(**{name: round(rows * share) for name, rows in total.items()})
 
 
@@ -230,23 +225,15 @@ def _quick(recipe: CacheRecipe) -> Estimate:
     ranges = {name: BYTES_PER_TOKEN[name] for name in ("tokens", "ledger")}
     if signals.distribution is not None:
         ranges["distribution"] = BYTES_PER_TOKEN["distribution"]
-    needs = dict.fromkeys(Capacities.model_fields, 0)
-    seen = 0
-    for number in np.unique(
-        np.linspace(0, planned.num_units - 1, min(planned.num_units, MAX_UNITS_READ)).round().astype(int)
-    ).tolist():
-        unit = planned.unit(objects, number)
-        found = capacities_of(unit, signals, recipe.resolved_max_columns)
-        needs = {name: needs[name] + getattr(found, name) for name in needs}
-        seen += unit.num_tokens
+    needs = _whole_needs(recipe, planned, objects)
     if signals.hidden is not None:
         groups = len(signals.hidden.taps) * len(signals.hidden.layers or signals.hidden.depths)
         row = groups * ((signals.hidden.rank or config.hidden_size) * (1 if signals.hidden.values == "int8" else 2) + 4)
-        ranges["hidden"] = (0.4 * row * needs["hidden_rows"] / seen, 1.05 * row * needs["hidden_rows"] / seen)
+        ranges["hidden"] = (0.4 * row * needs.hidden_rows / tokens, 1.05 * row * needs.hidden_rows / tokens)
     if signals.attention is not None:
         layers = 1 if signals.attention.layers == "last" else len(signals.attention.layers)
         heads = signals.attention.heads if isinstance(signals.attention.heads, int) else len(signals.attention.heads)
-        entries = layers * heads * needs["attention_entries"] / seen
+        entries = layers * heads * needs.attention_entries / tokens
         ranges["attention"] = (0.15 * entries, 1.1 * entries)
     return Estimate(
         tokens=tokens,

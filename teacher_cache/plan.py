@@ -87,6 +87,10 @@ class Plan:
         part: dict[str, Any] = self.document.body["recipe"]
         return part
 
+    def spread_units(self, limit: int) -> list[int]:
+        """At most `limit` units, spread evenly."""
+        return sorted({round(i * (self.num_units - 1) / max(1, limit - 1)) for i in range(limit)})
+
     def unit(self, objects: Objects, unit: int) -> UnitPlan:
         """The plan of one unit."""
         content = self.units[unit]["digest"]

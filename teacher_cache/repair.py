@@ -19,6 +19,7 @@ from signal_store.ledger import (
     Document,
     UnitRecord,
     commit,
+    find_document,
     new_attempt,
     read_document,
     seal_key,
@@ -134,7 +135,7 @@ def _mend_unit(calibrated: Calibrated, objects: Objects, unit: int) -> bool:
     prefix = staging_prefix(f"{unit:07d}", attempt)
     try:
         record = compute_unit(calibrated, objects, unit, revision, prefix)
-        standing = _standing_record(objects, unit, revision)
+        standing = find_document(objects, unit_key(unit, revision))
         same = standing is None or digest(standing.body["shards"]) == digest(record.to_body()["shards"])
         if not same:
             record = UnitRecord(record.cache_id, unit, revision + 1, record.shards, record.saturation)
@@ -149,17 +150,13 @@ def _mend_unit(calibrated: Calibrated, objects: Objects, unit: int) -> bool:
     return same
 
 
-def _standing_record(objects: Objects, unit: int, revision: int) -> Document | None:
-    return read_document(objects, unit_key(unit, revision)) if objects.exists(unit_key(unit, revision)) else None
-
-
 def _rewrite_generations(calibrated: Calibrated, objects: Objects, records: Sequence[Document]) -> None:
     """Write constants and metadata of every generation again: they follow from the records and come out the same."""
     newest = newest_generation(objects)
     assert newest is not None
     for generation in range(newest + 1):
         sealed = Seal.from_body(read_document(objects, seal_key(generation)).body)
-        planned = calibrated.plan.at_generation(sum(key.startswith("ledger/extensions/") for key in sealed.ledger))
+        planned = calibrated.plan.at_generation(sealed.num_extensions)
         if sealed.num_units != planned.num_units:
             raise CorruptError(
                 "a seal and its plan differ", expected=sealed.num_units, found=planned.num_units, where=seal_key(generation)

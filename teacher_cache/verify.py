@@ -120,7 +120,7 @@ def _ledger(reader: _Reader, manifest: Manifest, seal: Seal) -> Iterator[Damage]
             yield Damage(key, "does not follow the seal before it")
         parent = None if isinstance(found, Damage) else found.digest
     units = []
-    for key in [PLAN, *(extension_key(g) for g in range(1, 1 + sum(k.startswith("ledger/extensions/") for k in seal.ledger)))]:
+    for key in [PLAN, *(extension_key(g) for g in range(1, 1 + seal.num_extensions))]:
         found = _document(reader, key, seal.ledger[key])
         if isinstance(found, Damage):
             yield found

@@ -28,6 +28,7 @@ SEALS = "ledger/seals"
 UNITS = "ledger/units"
 STAGING = "ledger/staging"
 TOKENIZER = "ledger/tokenizer"
+EXTENSIONS = "ledger/extensions"
 
 
 def plan_unit_key(unit: int, content: str) -> str:
@@ -37,7 +38,7 @@ def plan_unit_key(unit: int, content: str) -> str:
 
 def extension_key(generation: int) -> str:
     """Where the plan of the units that a generation added is kept."""
-    return f"ledger/extensions/{generation:06d}.json"
+    return f"{EXTENSIONS}/{generation:06d}.json"
 
 
 def tokenizer_key(name: str) -> str:

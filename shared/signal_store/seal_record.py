@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from signal_store.arrays import ArraySpec
-from signal_store.ledger import UnitRecord
+from signal_store.ledger import EXTENSIONS, UnitRecord
 from signal_store.manifest import SourceIdentity
 from signal_store.shard_writer import ShardRecord
 
@@ -46,6 +46,11 @@ class Seal:
     def from_body(cls, body: dict[str, Any]) -> Self:
         """The inverse of `to_body`."""
         return cls(**{**body, "constant_arrays": tuple(body["constant_arrays"]), "sources": tuple(body["sources"])})
+
+    @property
+    def num_extensions(self) -> int:
+        """Extensions of the plan that this generation covers."""
+        return sum(key.startswith(EXTENSIONS) for key in self.ledger)
 
     @property
     def added_sources(self) -> tuple[SourceIdentity, ...]:
