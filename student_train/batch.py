@@ -77,7 +77,7 @@ class CodedBatch:
         """By term, how many of its own things are in this batch."""
         return {
             "cross_entropy": int((self.labels >= 0).sum()),
-            "tla": len(self.flat),
+            **dict.fromkeys(("tla", "reverse_kl", "jsd", "total_variation"), len(self.flat)),
             "lhsm": len(self.hidden_flat),
             "apc": len(self.row_batch),
             "asr": int(self.real.sum()),

@@ -24,7 +24,7 @@ from signal_store.distribution_codec import DistributionCodec
 from signal_store.hidden_codec import HiddenCodec
 from student_train.batch import AttentionCodes, CodedBatch
 from student_train.losses.apc import TeacherRows, apc_rows, match_heads
-from student_train.losses.chunked import OutputScales, OutputTargets, output_loss
+from student_train.losses.chunked import OutputTargets, output_loss
 from student_train.losses.lhsm import lhsm_sum, make_projection
 from student_train.losses.objective import Objective
 
@@ -111,17 +111,10 @@ class Distiller(nn.Module):
             blocks = taps.enter_context(tap_states(self.student, states))
             rows = taps.enter_context(tap_attention_rows(query, [p.student for p in objective.attention_pairs]))
             hidden_BSD = final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None)
-        targets = OutputTargets(
-            batch.labels,
-            batch.distribution,
-            self.codecs.distribution,
-            objective.losses.tla.temperature if objective.losses.tla else 1.0,
-        )
-        output_scales = OutputScales(scales.get("cross_entropy", 0.0), scales.get("tla", 0.0))
-        total, cross_entropy, tla = output_loss(
-            hidden_BSD.flatten(0, 1)[batch.flat], output_head(self.student), targets, output_scales
-        )
-        sums = {"cross_entropy": cross_entropy, "tla": tla}
+        targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution)
+        terms = objective.output_terms(scales)
+        total, row_sums = output_loss(hidden_BSD.flatten(0, 1)[batch.flat], output_head(self.student), targets, terms)
+        sums = dict(zip((term.kind for term in terms), row_sums, strict=True))
         if objective.losses.lhsm is not None:
             sums["lhsm"] = self._lhsm(batch, blocks)
         if objective.losses.apc is not None:
@@ -134,7 +127,7 @@ class Distiller(nn.Module):
         for name in ("lhsm", "apc", "asr"):
             if name in sums:
                 total = total + scales[name] * sums[name]
-        return StepLosses(total, {name: value.detach() for name, value in sums.items() if name in objective.terms})
+        return StepLosses(total, {name: value.detach() for name, value in sums.items()})
 
     def _lhsm(self, batch: CodedBatch, states: dict[State, Tensor]) -> Tensor:
         parts = []

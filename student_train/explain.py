@@ -15,14 +15,14 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     objective = resolve(recipe.objective, cache, student)
     reads = {
         "cross_entropy": ["tokens"],
-        "tla": ["distribution"],
+        **{name: ["distribution"] for name in objective.losses.divergences},
         "lhsm": [f"hidden/block_output/{p.teacher}" for p in objective.hidden_pairs],
         "apc": [f"attention/{p.teacher}" for p in objective.attention_pairs],
         "asr": [],
     }
     taps = {
         "cross_entropy": ["output head"],
-        "tla": ["output head"],
+        **{name: ["output head"] for name in objective.losses.divergences},
         "lhsm": [f"output of block {p.student}" for p in objective.hidden_pairs],
         "apc": [f"attention rows of block {p.student}" for p in objective.attention_pairs],
         "asr": ["input of every FFN down-projection"],

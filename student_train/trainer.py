@@ -20,7 +20,7 @@ from student_train import checkpoint
 from student_train.batch import CodedBatch, Cursor
 from student_train.checkpoint import Progress
 from student_train.distiller import Codecs, Distiller
-from student_train.losses.chunked import OutputScales, OutputTargets, output_loss
+from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.objective import Objective
 from student_train.metrics import MetricsLog
 from student_train.recipe import OptimizerSection, RunRecipe
@@ -158,11 +158,12 @@ class Trainer:
             with unsynchronised, accelerator.autocast():
                 losses = model(batch.to(accelerator.device), scales)
                 accelerator.backward(losses.total)
-            sums += torch.stack([losses.sums[name].double() for name in terms])
+            sums += torch.stack([losses.sums[name].double() if name in losses.sums else sums.new_zeros(()) for name in terms])
         sums = accelerator.reduce(sums, reduction="sum")
         norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm or math.inf)
-        means = {name: float(value) / max(1.0, count_of[name]) for name, value in zip(terms, sums.tolist(), strict=True)}
-        loss = sum(weights[name] * means[name] for name in terms)
+        found = {name: float(value) for name, value in zip(terms, sums.tolist(), strict=True) if name in losses.sums}
+        means = {name: value / max(1.0, count_of[name]) for name, value in found.items()}
+        loss = sum(weights[name] * mean for name, mean in means.items())
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
             segments = sorted({segment for batch in micro for segment in batch.segments})
             raise SignalStoreError(
@@ -173,9 +174,8 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         lr = recipe.optimizer.learning_rate * factor
-        parts = {
-            f"{name}_{what}": by[name] for name in terms for what, by in (("loss", means), ("weight", weights), ("count", count_of))
-        }
+        by_column = (("loss", means), ("weight", weights), ("count", count_of))
+        parts = {f"{name}_{what}": by[name] for name in terms for what, by in by_column if name in by}
         return {"loss": loss, "learning_rate": lr, "gradient_norm": float(norm), "tokens": float(counts[-1]), **parts}
 
     def _validate(self, accelerator: Accelerator, stream: Stream, progress: Progress, log: MetricsLog) -> Progress:
@@ -205,8 +205,8 @@ def validation_loss(accelerator: Accelerator, distiller: Distiller, batches: Ite
         batch = coded.to(accelerator.device)
         with accelerator.autocast():
             hidden = final_hidden(student, batch.input_ids, batch.position_ids if batch.packed else None)
-            targets = OutputTargets(batch.labels, None, None, 1.0)
-            _, loss, _ = output_loss(hidden.flatten(0, 1)[batch.flat], output_head(student), targets, OutputScales(1.0, 0.0))
+            targets, term = OutputTargets(batch.labels), OutputTerm("cross_entropy", 1.0)
+            loss, _ = output_loss(hidden.flatten(0, 1)[batch.flat], output_head(student), targets, [term])
         sums += torch.stack([loss.double(), (batch.labels >= 0).sum().double()])
     student.train()
     loss_sum, count = accelerator.reduce(sums, reduction="sum").tolist()

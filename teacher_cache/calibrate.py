@@ -37,6 +37,7 @@ from teacher_cache.plan import Plan, plan, refuse_another_recipe, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, think
 from teacher_cache.unit_plan import UnitPlan
+from teacher_cache.unit_staging import load_plan_tokenizer
 from teacher_cache.workers import ALONE, Worker
 
 CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
@@ -87,25 +88,25 @@ class Calibrated:
 def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
     planned = plan(recipe, worker)
+    load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
+    return calibrate_planned(recipe, planned, worker)
+
+
+def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE) -> Calibrated:
+    """`calibrate`, with a plan that is there."""
     recipe = settled(recipe)
     objects = objects_at(recipe.cache)
-    files = planned.document.body["tokenizer"]
-    tokenizer = TokenizerIdentity(digest=files["digest"], vocab_size=files["vocab_size"])
-    teacher = load_recipe_teacher(recipe, tokenizer.vocab_size, worker)
+    teacher = load_recipe_teacher(recipe, planned.vocab_size, worker)
     if worker.should_make(objects, "calibration", CALIBRATION):
-        body, arrays = measure(recipe, planned, teacher, objects)
-        body |= {"teacher": teacher.identity.model_dump(mode="json"), "recipe": calibrated_part(recipe, planned)}
-        attempt = new_attempt()
-        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})  # it would write views wrongly
-        body["arrays_digest"] = sha256(data)
+        body, data = calibration_body(recipe, planned, teacher, objects)
         for copy in calibration_keys(body["arrays_digest"]):
             objects.put(copy, data)
-        commit(objects, CALIBRATION, body, attempt)
+        commit(objects, CALIBRATION, body, new_attempt())
     body = read_document(objects, CALIBRATION).body
     _refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
     refuse_another_recipe("calibrated", body["recipe"], calibrated_part(recipe, planned), recipe)
     arrays = read_calibration_arrays(objects, body["arrays_digest"])
-    manifest = _manifest(recipe, planned, tokenizer, body)
+    manifest = manifest_of(recipe, planned, body)
     frozen, _ = commit(objects, MANIFEST, manifest.model_dump(mode="json"), new_attempt())
     found = parse_manifest(frozen.body, MANIFEST)
     if found.cache_id != manifest.cache_id:
@@ -113,6 +114,14 @@ def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     calibrated = Calibrated(found, arrays, planned, teacher)
     _check_teacher(calibrated, objects)
     return calibrated
+
+
+def calibration_body(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objects) -> tuple[dict[str, Any], bytes]:
+    """What the calibration document says, and the file of the matrices that it names."""
+    body, arrays = measure(recipe, planned, teacher, objects)
+    data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})  # it would write views wrongly
+    identity = teacher.identity.model_dump(mode="json")
+    return {**body, "teacher": identity, "recipe": calibrated_part(recipe, planned), "arrays_digest": sha256(data)}, data
 
 
 def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = ALONE) -> Teacher:
@@ -152,16 +161,6 @@ def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:
     raise CorruptError("both copies of the calibration are damaged", expected=arrays_digest, where=", ".join(keys))
 
 
-def restore_calibration_copies(objects: Objects) -> None:
-    """Write a damaged copy of the calibrated matrices again from the whole one."""
-    if objects.exists(CALIBRATION):
-        expected = read_document(objects, CALIBRATION).body["arrays_digest"]
-        data = save(read_calibration_arrays(objects, expected))
-        for key in calibration_keys(expected):
-            if not objects.exists(key) or sha256(objects.read(key)) != expected:
-                objects.put(key, data)
-
-
 def _refuse_another_teacher(made: TeacherIdentity, found: TeacherIdentity, recipe: CacheRecipe) -> None:
     names = [n for n in TeacherIdentity.model_fields if n not in {"name", "revision"} and getattr(made, n) != getattr(found, n)]
     if names:
@@ -174,7 +173,10 @@ def _refuse_another_teacher(made: TeacherIdentity, found: TeacherIdentity, recip
         )
 
 
-def _manifest(recipe: CacheRecipe, planned: Plan, tokenizer: TokenizerIdentity, body: dict[str, Any]) -> Manifest:
+def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Manifest:
+    """The manifest of a settled recipe, its plan and the body of its calibration."""
+    files = planned.document.body["tokenizer"]
+    tokenizer = TokenizerIdentity(digest=files["digest"], vocab_size=files["vocab_size"])
     signals = recipe.signals
     if signals.distribution is not None:
         signal = signals.distribution.model_copy(update={"head": min(signals.distribution.head, tokenizer.vocab_size)})
@@ -243,7 +245,7 @@ def _check_teacher(calibrated: Calibrated, objects: Objects) -> None:
     first = calibrated.plan.unit(objects, 0)
     pick = TeacherBatch(0, 1, ((0,),))
     expected = torch.from_numpy(calibrated.arrays["check/hidden"])
-    thoughts = think(calibrated.teacher, first, pick)
+    thoughts = think(calibrated.teacher, first, pick, calibrated.listening)  # and a tap that does not fire is found here
     found = checked_values(thoughts.hidden, thoughts.logits)
     error = float((found - expected).abs().max() / expected.std().clamp(min=1e-6))
     tolerance = CHECK_TOLERANCE[calibrated.manifest.teacher.dtype]

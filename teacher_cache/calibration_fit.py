@@ -23,6 +23,7 @@ from teacher_cache.recipe import CacheRecipe
 from teacher_cache.tail_basis import TailFit, choose_codec, headless_codec
 from teacher_cache.teacher import Listening, Teacher, TeacherBatch, attention_layers, resolve_forward, think
 from teacher_cache.unit_plan import UnitPlan
+from teacher_cache.unit_staging import SPLITS
 
 TOKENS_PER_CHANNEL = 16
 HEADLESS_TOKENS = 2048
@@ -68,14 +69,29 @@ def _spread_units(planned: Plan) -> list[int]:
     count = planned.num_units
     chosen = set(planned.spread_units(MAX_UNITS_READ))
     ends = np.cumsum([unit["tokens"] for unit in planned.units])
-    for split in ("train", "validation"):
-        start = 0 if split == "train" else int(sum(u["tokens"] for u in planned.units if u["split"] == "train"))
+    in_units = {split: sum(u["tokens"] for u in planned.units if u["split"] == split) for split in SPLITS}
+    own = {split: sum(s.num_tokens for s in planned.sources if s.split == split) for split in SPLITS}
+    with_context = {split: in_units[split] / max(1, own[split]) for split in SPLITS}  # overlap shows tokens twice
+    for split in SPLITS:
+        start = 0 if split == "train" else in_units["train"]
         for source in planned.sources:
             if source.split == split:
-                middle = start + source.num_tokens // 2
-                chosen.add(min(count - 1, int(np.searchsorted(ends, middle, side="right"))))
-                start += source.num_tokens
+                tokens = round(source.num_tokens * with_context[split])
+                chosen.add(min(count - 1, int(np.searchsorted(ends, start + tokens // 2, side="right"))))
+                start += tokens
     return sorted(int(unit) for unit in chosen)
+
+
+def _refuse_too_many(signals: Signals, teacher: Teacher) -> None:
+    """InputError where the recipe asks for more of a thing than the teacher has."""
+    width, heads = teacher.identity.hidden_size, teacher.identity.num_heads
+    asked = {
+        "distribution.rank": (signals.distribution.rank if signals.distribution else None, width),
+        "attention.heads": (signals.attention.heads if signals.attention else None, heads),
+    }
+    for name, (wanted, most) in asked.items():
+        if isinstance(wanted, int) and wanted > most:
+            raise InputError("more than the teacher has", expected=f"at most {most}", found=wanted, where=f"signals.{name}")
 
 
 def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objects) -> tuple[dict[str, Any], Arrays]:
@@ -83,6 +99,7 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     signals = recipe.signals
     states = hidden_states(signals, teacher)
     attention = signals.attention
+    _refuse_too_many(signals, teacher)
     row_layers = attention_layers(teacher, attention.layers) if attention else ()
     tokens = recipe.calibration.tokens_per_source or TOKENS_PER_CHANNEL * teacher.identity.hidden_size
     if teacher.head is None:
@@ -196,7 +213,11 @@ def fit_hidden(states_ND: Tensor, rank: int | None) -> tuple[HiddenCodec, float]
     mean = states_ND.double().mean(0)
     centred = states_ND.double() - mean
     spread = centred.square().mean(0).sqrt().clamp(min=1e-6)
-    if rank is None or rank >= states_ND.shape[1]:
+    if rank is not None and rank > states_ND.shape[1]:
+        raise InputError(
+            "more directions than the state has", expected=f"at most {states_ND.shape[1]}", found=rank, where="signals.hidden.rank"
+        )
+    if rank is None or rank == states_ND.shape[1]:
         return HiddenCodec(mean.float(), spread.float(), None), 1.0
     divisor = (spread / (MASSIVE * spread.median())).clamp(min=1)
     centred /= divisor

@@ -1,6 +1,8 @@
 """The command line `teacher-cache`. Verbs import what they need when they run, so that `--help` does not import torch."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +10,7 @@ from typing import Annotated
 import typer
 
 from signal_store.command_line import run_app
+from signal_store.manifest import SourceIdentity
 from signal_store.recipe_file import load_recipe
 from teacher_cache.recipe import CacheRecipe
 
@@ -33,8 +36,9 @@ def build(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
     """Plan, calibrate, fill and seal; go on where it stopped."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.build import build as run
+    from teacher_cache.workers import Worker
 
-    cache = run(loaded)
+    cache = run(loaded, Worker.from_environment())
     _say(
         {"cache": cache.uri, "cache_id": cache.manifest.cache_id, "segments": len(cache), "units": cache.seal.num_units},
         as_json,
@@ -48,8 +52,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = 
     from teacher_cache.plan import plan as run
 
     made = run(loaded)
-    tokens = {source.name: source.num_tokens for source in made.sources}
-    _say({"plan": made.digest, "units": made.num_units, "tokens": tokens}, as_json)
+    _say({"plan": made.digest, "units": made.num_units, "tokens": tokens_by_name(made.sources)}, as_json)
 
 
 @app.command()
@@ -153,6 +156,7 @@ def repair(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson 
     done = run(loaded)
     facts: dict[str, object] = {
         "restored": len(done.restored),
+        "computed_units": list(done.computed_units),
         "revised_units": list(done.revised_units),
         "removed": len(done.removed),
     }
@@ -191,13 +195,21 @@ def inspect(cache: CacheAddress, as_json: AsJson = False) -> None:
             "units": opened.seal.num_units,
             "segments": len(opened),
             "generation": opened.seal.generation,
-            "tokens": {source.name: source.num_tokens for source in opened.sources},
+            "tokens": tokens_by_name(opened.sources),
             "tail_rank": manifest.calibration.tail_rank,
             "coverage": dict(zip(temperatures, manifest.calibration.coverage, strict=True)),
             "arrays": sorted(opened.capacity_rows),
         },
         as_json,
     )
+
+
+def tokens_by_name(sources: Sequence[SourceIdentity]) -> dict[str, int]:
+    """Tokens of each source, over all generations."""
+    found: Counter[str] = Counter()
+    for source in sources:
+        found[source.name] += source.num_tokens
+    return dict(found)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PretrainedConfig
 
 from model_taps.loading import load_config
 from signal_store.arrays import ArraySpec
@@ -78,6 +79,7 @@ def _encoded(recipe: CacheRecipe) -> Estimate:
     chosen = list(_spread_batches(calibrated, objects))
     rows: dict[str, list[NDArray[np.generic]]] = defaultdict(list)
     tokens, segments, seconds = 0, 0, 0.0
+    extracted: set[str] = set()
     with progress_bar() as progress:
         bar = progress.add_task("probe", total=sum(_tokens(unit, batch) for _, unit, batch in chosen), unit="tokens")
         for number, unit, batch in chosen:
@@ -85,6 +87,7 @@ def _encoded(recipe: CacheRecipe) -> Estimate:
             for path, array in extract_batch(calibrated, UnitWork(manifest, number, unit), batch).rows.items():
                 rows[path].append(array)
             seconds += time.perf_counter() - started
+            extracted.update(rows)
             tokens += _tokens(unit, batch)
             segments += batch.last - batch.first
             progress.advance(bar, _tokens(unit, batch))
@@ -96,8 +99,8 @@ def _encoded(recipe: CacheRecipe) -> Estimate:
     encode_seconds = 0.0
     for spec in manifest.specs:
         started = time.perf_counter()
-        per_row, seen = _bytes_per_row(spec, rows.get(spec.path, []))
-        encode_seconds += (time.perf_counter() - started) * tokens / max(1, seen) if spec.path in rows else 0.0
+        per_row = _bytes_per_row(spec, rows.get(spec.path, []))
+        encode_seconds += time.perf_counter() - started if spec.path in extracted else 0.0
         total_rows = _rows_of(spec, needs, sum(u["tokens"] for u in units))
         chunks = len(units) * spec.capacity_rows // spec.chunk_rows
         sizes[_signal(spec.path)] += per_row * total_rows + chunks * INDEX_ENTRY_BYTES + len(units) * spec.shards_per_unit * 4
@@ -140,15 +143,15 @@ def _spread_batches(calibrated: Calibrated, objects: Objects) -> Iterator[tuple[
         yield batches[place]
 
 
-def _bytes_per_row(spec: ArraySpec, rows: list[NDArray[np.generic]]) -> tuple[float, int]:
-    """Stored bytes of a row, and how many rows were encoded: chunk by chunk as fill writes them."""
+def _bytes_per_row(spec: ArraySpec, rows: list[NDArray[np.generic]]) -> float:
+    """Stored bytes of a row, encoded chunk by chunk as fill writes them."""
     if not rows:
-        return 0.0, 0
+        return 0.0
     joined = np.concatenate(rows)
     size = 0
     for start in range(0, len(joined), spec.chunk_rows):
         size += len(encode_chunk(joined[start : start + spec.chunk_rows], spec)[0])
-    return size / max(1, len(joined)), len(joined)
+    return size / max(1, len(joined))
 
 
 def _whole_needs(recipe: CacheRecipe, planned: Plan, objects: Objects) -> Capacities:
@@ -173,10 +176,7 @@ def _rows_of(spec: ArraySpec, needs: Capacities, tokens: int) -> int:
         return needs.segments
     if axis == "entry":
         return needs.attention_entries
-    signal = spec.path.split("/")[0]
-    if signal == "hidden" and needs.hidden_rows == 0:
-        return tokens
-    return int(getattr(needs, f"{signal}_rows"))
+    return int(getattr(needs, f"{_signal(spec.path)}_rows"))
 
 
 def _signal(path: str) -> str:
@@ -189,7 +189,7 @@ def _tokenizer_bytes(objects: Objects) -> int:
 
 def _flops(recipe: CacheRecipe, tokens: int) -> float:
     """Of the forward passes: 2 for each weight that a token meets, the output head too, and 4·L·context·D/2 for attention."""
-    config = load_config(recipe.teacher.model, what="teacher", revision=recipe.teacher.revision).get_text_config()
+    config = _teacher_config(recipe)
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width
     heads = config.num_attention_heads
@@ -201,6 +201,12 @@ def _flops(recipe: CacheRecipe, tokens: int) -> float:
     ffn = 3 * width * (experts * moe if moe else inner)
     per_token = 2 * (layers * (attention + ffn) + width * config.vocab_size) + 2 * layers * recipe.context * heads * head_dim
     return float(per_token) * tokens
+
+
+def _teacher_config(recipe: CacheRecipe) -> PretrainedConfig:
+    teacher = recipe.teacher
+    config = load_config(teacher.model, what="teacher", revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    return config.get_text_config()
 
 
 def _free(objects: Objects) -> int | None:
@@ -220,7 +226,7 @@ def _quick(recipe: CacheRecipe) -> Estimate:
     recipe = settled(recipe)
     objects = objects_at(recipe.cache)
     signals = recipe.signals
-    config = load_config(recipe.teacher.model, what="teacher", revision=recipe.teacher.revision).get_text_config()
+    config = _teacher_config(recipe)
     tokens = sum(source.num_tokens for source in planned.sources)
     ranges = {name: BYTES_PER_TOKEN[name] for name in ("tokens", "ledger")}
     if signals.distribution is not None:
@@ -230,6 +236,17 @@ def _quick(recipe: CacheRecipe) -> Estimate:
         groups = len(signals.hidden.taps) * len(signals.hidden.layers or signals.hidden.depths)
         row = groups * ((signals.hidden.rank or config.hidden_size) * (1 if signals.hidden.values == "int8" else 2) + 4)
         ranges["hidden"] = (0.4 * row * needs.hidden_rows / tokens, 1.05 * row * needs.hidden_rows / tokens)
+    if signals.distribution is not None and signals.distribution.samples:
+        drawn = signals.distribution.samples * len(signals.distribution.temperatures)
+        low, high = ranges["distribution"]
+        ranges["distribution"] = (low + 0.5 * drawn, high + 4 * drawn)
+    per_segment = needs.segments * config.num_hidden_layers / tokens
+    if signals.stats is not None:
+        ranges["stats"] = (0.0, per_segment * (8 * config.num_attention_heads + 6))
+    if signals.replay is not None:
+        paths = signals.replay.steps + 1 + (len(signals.replay.layers or signals.replay.depths) if signals.replay.gradient else 0)
+        row = 2 * config.hidden_size * paths * needs.replay_rows / tokens
+        ranges["replay"] = (0.5 * row, 1.1 * row)
     if signals.attention is not None:
         layers = 1 if signals.attention.layers == "last" else len(signals.attention.layers)
         heads = signals.attention.heads if isinstance(signals.attention.heads, int) else len(signals.attention.heads)

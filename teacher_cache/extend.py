@@ -1,25 +1,28 @@
 """extend: append new documents to a sealed cache as new units. The cache id stays; readers of an older generation never notice.
 
-New are sources that the recipe names beside the old ones, and documents at the end of an old source. The order of commits: the
-extension's plan, its units, the metadata that shows them, the next seal.
+New are sources that the recipe names beside the old ones, and documents at the end of an old source. Recipe and teacher are checked
+before anything is committed; then the extension's plan, its units, the metadata that shows them, the next seal. An extension that
+was begun is finished first, and only by a recipe that holds its documents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
+from typing import Any
 
 from signal_store.cache import Cache, newest_generation, open_cache
 from signal_store.canonical import digest
-from signal_store.errors import IncompleteError, InputError, MismatchError
+from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError
 from signal_store.ledger import attempt_folder, commit, extension_key, read_document, seal_key
 from signal_store.manifest import SourceIdentity
 from signal_store.objects import Objects, objects_at
+from teacher_cache.calibrate import Calibrated, calibrate_planned
 from teacher_cache.corpus.document import Document as Text
-from teacher_cache.corpus.sources import documents
-from teacher_cache.fill import fill
-from teacher_cache.plan import Plan, planned_part, read_plan, refuse_another_recipe
-from teacher_cache.recipe import CacheRecipe, Source
+from teacher_cache.fill import fill_units, finished_units
+from teacher_cache.plan import Plan, planned_part, read_plan, refuse_another_recipe, texts_after
+from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
 from teacher_cache.seal import seal
-from teacher_cache.unit_staging import Tally, load_recipe_tokenizer, publish_units, rounded, stage_units
+from teacher_cache.unit_staging import Tally, load_plan_tokenizer, publish_units, rounded, stage_units
 from teacher_cache.workers import ALONE, Worker
 
 
@@ -32,57 +35,105 @@ def extend(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
     if newest is None:
         raise IncompleteError("the cache is not sealed", where=recipe.cache, remedy="Run teacher-cache build first.")
     planned = read_plan(objects)
-    sealed_units = read_document(objects, seal_key(newest)).body["num_units"]
-    if sealed_units == planned.num_units and worker.should_make(objects, "extension", extension_key(len(planned.extensions) + 1)):
-        plan_extension(recipe, objects, planned)
-    fill(recipe, worker)
-    seal(recipe.cache)
+    refuse_another_recipe("planned", planned.recipe, planned_part(recipe), recipe, ignore="sources")
+    _refuse_changed_sources(recipe, planned)
+    new = list(_new_texts(recipe, planned))
+    pending = planned.num_units > int(read_document(objects, seal_key(newest)).body["num_units"])
+    if not new and not pending:
+        raise InputError("nothing to extend with", expected="new documents or sources", found="none", where=recipe.cache)
+    calibrated = calibrate_planned(recipe, planned, worker)
+    if pending:
+        fill_units(calibrated, objects, worker)
+        seal(recipe.cache)
+    if new:
+        key = extension_key(len(planned.extensions) + 1)
+        if worker.should_make(objects, "extension", key):
+            plan_extension(recipe, objects, planned, new)
+        fill_units(_with_plan(calibrated, read_plan(objects)), objects, worker)
+        seal(recipe.cache)
     return open_cache(recipe.cache)
 
 
-def plan_extension(recipe: CacheRecipe, objects: Objects, planned: Plan) -> None:
-    """Commit the plan of the new documents; InputError if there are none, MismatchError if old ones are not what they were."""
-    refuse_another_recipe("planned", planned.recipe, planned_part(recipe), recipe, ignore="sources")
-    tokenizer = load_recipe_tokenizer(recipe)
-    if missing := {source.name for source in planned.sources} - {source.name for source in recipe.sources}:
+def _with_plan(calibrated: Calibrated, planned: Plan) -> Calibrated:
+    return replace(calibrated, plan=planned)
+
+
+def _refuse_changed_sources(recipe: CacheRecipe, planned: Plan) -> None:
+    """MismatchError where a source of the cache is gone from the recipe, or is read in another way than it was."""
+    by_name = {source.name: source for source in recipe.sources}
+    if missing := {source.name for source in planned.sources} - by_name.keys():
         raise MismatchError("the recipe lacks a source of the cache", expected=", ".join(sorted(missing)), where=recipe.cache)
-    tallies: list[Tally] = []
+    parts = [*planned.recipe["sources"], *(part for document in planned.extensions for part in document.body["recipe_sources"])]
+    for part in parts:
+        now = by_name[part["name"]].model_dump(mode="json", exclude=set(LOCAL_PLACES))
+        changed = sorted(key for key in now.keys() | part.keys() if key != "max_documents" and now.get(key) != part.get(key))
+        if changed:
+            raise MismatchError(
+                f"the source {part['name']} is read otherwise than before",
+                expected={key: part.get(key) for key in changed},
+                found={key: now.get(key) for key in changed},
+                where=recipe.cache,
+                remedy="Restore its section, or give the new documents a source of their own.",
+            )
+
+
+def _new_texts(recipe: CacheRecipe, planned: Plan) -> Iterator[Tally]:
+    """The sources with documents that no plan holds yet; MismatchError where planned ones are not what they were."""
+    tokenizer = load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
+    number = len(planned.sources)
     for source in recipe.sources:
-        texts = documents(source, tokenizer)
         old = [identity for identity in planned.sources if identity.name == source.name]
-        for identity in old:
-            _read_again(source, identity, texts, recipe)
-        for text in texts:
-            number = len(planned.sources) + len(tallies)
-            first = sum(identity.num_documents for identity in old)
-            tallies.append(Tally(source, number, chain([text], texts), first_document=first))
-            break
-    if not tallies:
-        raise InputError("nothing to extend with", expected="new documents or sources", found="none", where=recipe.cache)
+        texts = texts_after(source, old, tokenizer, recipe)
+        for text in islice(texts, 1):
+            yield Tally(source, number, chain([text], texts), first_document=sum(identity.num_documents for identity in old))
+            number += 1
+
+
+def plan_extension(recipe: CacheRecipe, objects: Objects, planned: Plan, tallies: Sequence[Tally]) -> None:
+    """Commit the plan of the new documents; MismatchError if another process extends by others at the same time."""
+    if stray := sorted(unit for unit in finished_units(objects) if unit >= planned.num_units):
+        raise CorruptError(
+            "units are recorded that no plan knows", found=stray[:5], where=recipe.cache, remedy="Run teacher-cache repair."
+        )
     with attempt_folder(objects, "plan") as (attempt, prefix):
-        staged = stage_units(recipe, objects, prefix, tokenizer, tallies, rounded(planned.capacities))
-        body = {
-            "parent": (planned.extensions[-1] if planned.extensions else planned.document).digest,
-            "sources": [tally.identity().model_dump(mode="json") for tally in tallies],
-            "units": staged.units,
-        }
-        publish_units(objects, prefix, staged.units, first=planned.num_units)
+        body = extension_body(recipe, objects, prefix, planned, tallies)
         document, _ = commit(objects, extension_key(len(planned.extensions) + 1), body, attempt)
     objects.delete_tree(prefix)
     if document.digest != digest(body):
-        raise MismatchError("another worker extended by other text", expected=digest(body), found=document.digest)
-
-
-def _read_again(source: Source, identity: SourceIdentity, texts: Iterator[Text], recipe: CacheRecipe) -> None:
-    """Pass over a source's old documents; MismatchError if they are not what they were."""
-    old = Tally(source, 0, texts)
-    for text in islice(texts, identity.num_documents):
-        old.see(text)
-    if old.identity().fingerprint != identity.fingerprint:
         raise MismatchError(
-            f"documents of the source {source.name} are not what they were",
-            expected=identity.fingerprint,
-            found=old.identity().fingerprint,
-            where=recipe.cache,
-            remedy="Give new documents a source of their own, or put them at the end.",
+            "another process extended by other text", expected=digest(body), found=document.digest, remedy="Run extend again."
         )
+
+
+def extension_body(recipe: CacheRecipe, objects: Objects, prefix: str, planned: Plan, tallies: Sequence[Tally]) -> dict[str, Any]:
+    """The body of the extension that follows `planned`; its units are published."""
+    tokenizer = load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
+    staged = stage_units(recipe, objects, prefix, tokenizer, list(tallies), rounded(planned.capacities))
+    publish_units(objects, prefix, staged.units, first=planned.num_units)
+    return {
+        "parent": (planned.extensions[-1] if planned.extensions else planned.document).digest,
+        "recipe_sources": [_part(tally.source) for tally in tallies],
+        "sources": [tally.identity().model_dump(mode="json") for tally in tallies],
+        "units": staged.units,
+    }
+
+
+def _part(source: Source) -> dict[str, Any]:
+    part: dict[str, Any] = source.model_dump(mode="json", exclude={*LOCAL_PLACES, "max_documents"})
+    return part
+
+
+def tallies_of(recipe: CacheRecipe, planned: Plan, identities: Sequence[SourceIdentity]) -> list[Tally]:
+    """The sources of an extension that follows `planned`, each reading exactly its own documents."""
+    by_name = {source.name: source for source in recipe.sources}
+    tokenizer = load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
+    tallies: list[Tally] = []
+    for identity in identities:
+        if identity.name not in by_name:
+            raise MismatchError("the recipe lacks a source of the cache", expected=identity.name, found=", ".join(by_name))
+        old = [known for known in planned.sources if known.name == identity.name]
+        texts: Iterator[Text] = texts_after(by_name[identity.name], old, tokenizer, recipe)
+        number = len(planned.sources) + len(tallies)
+        first = sum(known.num_documents for known in old)
+        tallies.append(Tally(by_name[identity.name], number, islice(texts, identity.num_documents), first_document=first))
+    return tallies

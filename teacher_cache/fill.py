@@ -14,7 +14,7 @@ import torch
 
 from signal_store.arrays import ArraySpec
 from signal_store.errors import MismatchError
-from signal_store.ledger import UNITS, Document, UnitRecord, commit, find_document, new_attempt, staging_prefix, unit_key
+from signal_store.ledger import Document, UnitRecord, commit, listed_records, new_attempt, newest_record, staging_prefix, unit_key
 from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
 from signal_store.shard_writer import UnitArrayWriter
@@ -30,13 +30,18 @@ MAX_SATURATION = 1e-3
 def fill(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     """Finish every unit; what is committed already is not computed again."""
     calibrated = calibrate(recipe, worker)
-    objects = objects_at(recipe.cache)
+    fill_units(calibrated, objects_at(recipe.cache), worker)
+    return calibrated
+
+
+def fill_units(calibrated: Calibrated, objects: Objects, worker: Worker) -> None:
+    """Finish every unit of the plan."""
     units = calibrated.plan.units
     with progress_bar() as progress:
         bar = progress.add_task("fill", total=sum(u["tokens"] for u in units), unit="tokens")
         seen: set[int] = set()
         for unit in _turns(objects, worker, len(units)):
-            record = find_document(objects, unit_key(unit))
+            record = newest_record(objects, unit)
             if record is None:
                 record = fill_unit(calibrated, objects, unit, on_tokens=lambda n: progress.advance(bar, n))
                 _refuse_another_cache(record, calibrated)
@@ -45,7 +50,6 @@ def fill(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
                 _refuse_another_cache(record, calibrated)
                 progress.advance(bar, units[unit]["tokens"])
             seen.add(unit)
-    return calibrated
 
 
 def _turns(objects: Objects, worker: Worker, num_units: int) -> Iterator[int]:
@@ -68,7 +72,7 @@ def _turns(objects: Objects, worker: Worker, num_units: int) -> Iterator[int]:
 
 def finished_units(objects: Objects) -> set[int]:
     """Units that have a record."""
-    return {int(key.rsplit("/", 1)[1].split(".")[0]) for key in objects.list(UNITS)}
+    return {unit for unit, _ in listed_records(objects)}
 
 
 def fill_unit(
@@ -86,7 +90,7 @@ def fill_unit(
         record = compute_unit(calibrated, objects, unit, revision, prefix, on_tokens)
     except BaseException as error:
         objects.delete_tree(prefix)
-        standing = find_document(objects, unit_key(unit, revision)) if isinstance(error, FileNotFoundError) else None
+        standing = newest_record(objects, unit) if isinstance(error, FileNotFoundError) else None
         if standing is None:
             raise
         return standing  # another attempt was first, and a seal swept what this one had staged

@@ -3,13 +3,18 @@
 An overlay stands on another cache's plan: same units, same tokens, its own signals. An extension appends units for new documents.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from model_taps.loading import load_config, tokenizer_digest
 from signal_store.canonical import digest, sha256
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.ledger import (
+    MANIFEST,
     PLAN,
     Document,
     attempt_folder,
@@ -20,12 +25,14 @@ from signal_store.ledger import (
     read_document,
     tokenizer_key,
 )
-from signal_store.manifest import Capacities, SourceIdentity
+from signal_store.local_objects import LocalObjects
+from signal_store.manifest import Capacities, SourceIdentity, parse_manifest
 from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
+from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.sources import documents
 from teacher_cache.positions import capacities_of
-from teacher_cache.recipe import CacheRecipe
+from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import NO_ROOM, Tally, load_recipe_tokenizer, publish_units, stage_units, tokenizer_files
 from teacher_cache.workers import ALONE, Worker
@@ -111,6 +118,7 @@ def plan(recipe: CacheRecipe, worker: Worker = ALONE) -> Plan:
     planned = read_plan(objects)
     changed_sources = "sources" if planned.extensions else None
     refuse_another_recipe("planned", planned.recipe, planned_part(recipe), recipe, ignore=changed_sources)
+    _refuse_moved_text(recipe, planned)
     return planned
 
 
@@ -144,8 +152,47 @@ def planned_part(recipe: CacheRecipe) -> dict[str, Any]:
     }
     if recipe.base is not None:
         return {"keywords": list(signals.attention.keywords), **positions} if signals.attention else positions
-    part = recipe.model_dump(mode="json", include={"sources", "context", "overlap", "append_eos"})
+    part = recipe.model_dump(mode="json", include={"context", "overlap", "append_eos"})
+    part["sources"] = [source.model_dump(mode="json", exclude=set(LOCAL_PLACES)) for source in recipe.sources]
     return {**part, "unit_tokens": recipe.resolved_unit_tokens, "keywords": list(recipe.keywords), **positions}
+
+
+def places_of(recipe: CacheRecipe) -> dict[str, str]:
+    """By source, where it lies on this machine, if it does."""
+    places = {source.name: [getattr(source, name) for name in LOCAL_PLACES] for source in recipe.sources}
+    return {name: str(next(p for p in found if p is not None)) for name, found in places.items() if any(found)}
+
+
+def _refuse_moved_text(recipe: CacheRecipe, planned: Plan) -> None:
+    """Read a source again that lies elsewhere than when it was planned; MismatchError if its text is another."""
+    then = planned.document.about.get("places", {})
+    moved = {name for name, place in places_of(recipe).items() if name in then and then[name] != place}
+    if moved:
+        tokenizer = load_recipe_tokenizer(recipe)
+        for source in recipe.sources:
+            if source.name in moved:
+                old = [identity for identity in planned.document.body["sources"] if identity["name"] == source.name]
+                texts_after(source, [SourceIdentity.model_validate(i) for i in old], tokenizer, recipe)
+
+
+def texts_after(
+    source: Source, identities: Sequence[SourceIdentity], tokenizer: PreTrainedTokenizerFast, recipe: CacheRecipe
+) -> Iterator[Text]:
+    """The documents of a source that follow those that were planned; MismatchError if those are not what they were."""
+    texts = documents(source, tokenizer)
+    for identity in identities:
+        old = Tally(source, 0, texts)
+        for text in islice(texts, identity.num_documents):
+            old.see(text)
+        if old.identity().fingerprint != identity.fingerprint:
+            raise MismatchError(
+                f"documents of the source {source.name} are not what they were",
+                expected=identity.fingerprint,
+                found=old.identity().fingerprint,
+                where=recipe.cache,
+                remedy="Give new documents a source of their own, or put them at the end.",
+            )
+    return texts
 
 
 def refuse_another_recipe(
@@ -155,67 +202,169 @@ def refuse_another_recipe(
     names = wanted.keys() if recipe.base is not None else made.keys() | wanted.keys()
     changed = sorted(key for key in names if key != ignore and made.get(key) != wanted.get(key))
     if changed:
+        leaves = [leaf for key in changed for leaf in _differences(key, made.get(key), wanted.get(key))]
         raise MismatchError(
             f"the cache was {done} by another recipe ({', '.join(changed)} differ)",
-            expected={key: made.get(key) for key in changed},
-            found={key: wanted.get(key) for key in changed},
+            expected=", ".join(f"{place}: {a!r}" for place, a, _ in leaves),
+            found=", ".join(f"{place}: {b!r}" for place, _, b in leaves),
             where=recipe.cache,
-            remedy="Restore the recipe, or build into another folder; `teacher-cache extend` adds documents.",
+            remedy="Restore the recipe, or build into another folder"
+            + ("; `teacher-cache extend` adds documents." if "sources" in changed else "."),
         )
 
 
+def _differences(place: str, made: Any, wanted: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(place, value, other value) of every leaf that differs between two JSON values."""
+    if isinstance(made, dict) and isinstance(wanted, dict):
+        for key in sorted(made.keys() | wanted.keys()):
+            yield from _differences(f"{place}.{key}", made.get(key), wanted.get(key))
+    elif isinstance(made, list) and isinstance(wanted, list) and len(made) == len(wanted):
+        for number, (a, b) in enumerate(zip(made, wanted, strict=True)):
+            yield from _differences(f"{place}.{number}", a, b)
+    elif isinstance(made, list) and isinstance(wanted, list) and all(isinstance(item, dict) for item in made + wanted):
+        names = [[str(item.get("name")) for item in items] for items in (made, wanted)]
+        yield place, names[0], names[1]
+    elif made != wanted:
+        yield place, made, wanted
+
+
 def make_plan(recipe: CacheRecipe, objects: Objects) -> None:
-    """Make and commit the plan of a settled recipe."""
-    _make_overlay(recipe, objects) if recipe.base is not None else _make(recipe, objects)
-
-
-def _make(recipe: CacheRecipe, objects: Objects) -> None:
-    tokenizer = load_recipe_tokenizer(recipe)
-    _check_context(recipe)
-    tallies = [Tally(source, number, documents(source, tokenizer)) for number, source in enumerate(recipe.sources)]
+    """Make and commit the plan of a settled recipe; where a manifest is left of one that is gone, the same plan."""
+    known = find_document(objects, MANIFEST)
+    manifest = None if known is None else parse_manifest(known.body, MANIFEST)
+    if manifest is None:
+        _refuse_occupied(objects)
     with attempt_folder(objects, "plan") as (attempt, prefix):
-        staged = stage_units(recipe, objects, prefix, tokenizer, tallies, room=None)
-        for tally in tallies:
-            if not tally.num_tokens:
-                raise InputError(
-                    "a source has no text",
-                    expected="at least one document that is not empty",
-                    found=f"{tally.num_documents} documents, {tally.num_empty_documents} empty",
-                    where=f"source {tally.source.name}",
-                )
-        _refuse_without_keywords(recipe, staged.needs)
-        files = tokenizer_files(tokenizer)
-        body = {
-            "recipe": planned_part(recipe),
-            "base": None,
-            "tokenizer": {
-                "digest": tokenizer_digest(tokenizer),
-                "vocab_size": len(tokenizer),
-                "files": {name: sha256(data) for name, data in files.items()},
-            },
-            "sources": [tally.identity().model_dump(mode="json") for tally in tallies],
-            "capacities": staged.needs.model_dump(mode="json"),
-            "units": staged.units,
-        }
-        for name, data in files.items():
-            objects.put(f"{prefix}/tokenizer/{name}", data)
-            objects.publish(f"{prefix}/tokenizer/{name}", tokenizer_key(name))
-        publish_units(objects, prefix, staged.units, first=0)
-        document, _ = commit(objects, PLAN, body, attempt)
+        body = plan_body(recipe, objects, prefix, None if manifest is None else manifest.sources)
+        if manifest is not None and digest(body) != manifest.plan.digest:
+            raise other_texts(manifest.plan.digest, digest(body), recipe)
+        document, _ = commit(objects, PLAN, body, attempt, places=places_of(recipe))
     objects.delete_tree(prefix)
     if document.digest != digest(body):
         raise MismatchError("another worker planned other text", expected=digest(body), found=document.digest, where=PLAN)
 
 
-def _make_overlay(recipe: CacheRecipe, objects: Objects) -> None:
-    """Copy the base's plan; only the room for its own signals is this cache's."""
+def other_texts(expected: str, found: str, recipe: CacheRecipe) -> MismatchError:
+    """The error for a plan that is made again and comes out otherwise."""
+    return MismatchError(
+        "the texts or the recipe are not what they were when the cache was planned",
+        expected=expected,
+        found=found,
+        where=recipe.cache,
+        remedy="Restore them, or build into another folder.",
+    )
+
+
+def _refuse_occupied(objects: Objects) -> None:
+    """A new cache takes a folder of its own: `repair` and `seal` remove what they do not know there."""
+    if isinstance(objects, LocalObjects) and objects.root.is_dir():
+        found = sorted(path.name for path in objects.root.iterdir() if path.name != "ledger")
+        if found:
+            raise InputError(
+                "the folder holds something else", expected="an empty or new one", found=", ".join(found[:5]), where=objects.uri
+            )
+
+
+def plan_body(recipe: CacheRecipe, objects: Objects, prefix: str, known: Sequence[SourceIdentity] | None) -> dict[str, Any]:
+    """The body of the plan of a settled recipe; its units and tokenizer files are published. `known`: plan exactly these sources'
+    documents, of which the recipe may have more by now."""
+    if recipe.base is not None:
+        return _overlay_body(recipe, objects)
+    if known is not None:
+        recipe = _only(recipe, known)
+    limits = {} if known is None else {source.name: source.num_documents for source in known}
+    tokenizer = load_recipe_tokenizer(recipe)
+    _check_context(recipe)
+    if recipe.append_eos and tokenizer.eos_token_id is None and any(source.messages is None for source in recipe.sources):
+        raise InputError(
+            "the tokenizer has no end-of-text token", expected="one, or append_eos: false", found="none", where="append_eos"
+        )
+    tallies = [
+        Tally(source, number, islice(documents(source, tokenizer), limits.get(source.name)))
+        for number, source in enumerate(recipe.sources)
+    ]
+    staged = stage_units(recipe, objects, prefix, tokenizer, tallies, room=None)
+    for tally in tallies:
+        if not tally.num_tokens:
+            raise InputError(
+                "a source has no text",
+                expected="at least one document that is not empty",
+                found=f"{tally.num_documents} documents, {tally.num_empty_documents} empty",
+                where=f"source {tally.source.name}",
+            )
+    _refuse_empty_signals(recipe, staged.needs)
+    files = _kept_tokenizer_files(objects, tokenizer)
+    publish_units(objects, prefix, staged.units, first=0)
+    return {
+        "recipe": planned_part(recipe),
+        "base": None,
+        "tokenizer": {
+            "digest": tokenizer_digest(tokenizer),
+            "vocab_size": len(tokenizer),
+            "files": {name: sha256(data) for name, data in files.items()},
+        },
+        "sources": [tally.identity().model_dump(mode="json") for tally in tallies],
+        "capacities": staged.needs.model_dump(mode="json"),
+        "units": staged.units,
+    }
+
+
+def _only(recipe: CacheRecipe, known: Sequence[SourceIdentity]) -> CacheRecipe:
+    by_name = {source.name: source for source in recipe.sources}
+    if missing := [source.name for source in known if source.name not in by_name]:
+        raise MismatchError("the recipe lacks a source of the cache", expected=", ".join(missing), where=recipe.cache)
+    return recipe.model_copy(update={"sources": tuple(by_name[source.name] for source in known)})
+
+
+def _kept_tokenizer_files(objects: Objects, tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """The tokenizer's files as the cache keeps them: who comes first writes them, whoever's plan is taken names those."""
+    kept = {}
+    for name, data in tokenizer_files(tokenizer).items():
+        objects.create(tokenizer_key(name), data)
+        kept[name] = objects.read(tokenizer_key(name))
+    return kept
+
+
+def _overlay_body(recipe: CacheRecipe, objects: Objects) -> dict[str, Any]:
+    """The base's plan, copied; only the room for its own signals is this cache's."""
     assert recipe.base is not None
     below = objects_at(recipe.base)
     base = read_plan(below)
+    _refuse_base(recipe, base, below)
+    needs = NO_ROOM
+    max_columns = recipe.resolved_max_columns
+    with progress_bar() as progress:
+        bar = progress.add_task("plan", total=base.num_units, unit="units")
+        for number, unit in enumerate(base.units):
+            data = below.read(plan_unit_key(number, unit["digest"]))
+            needs = needs.union(capacities_of(UnitPlan.from_bytes(data, unit["digest"], recipe.base), recipe.signals, max_columns))
+            objects.put(plan_unit_key(number, unit["digest"]), data)
+            progress.advance(bar)
+    _refuse_empty_signals(recipe, needs)
+    for name in base.document.body["tokenizer"]["files"]:
+        objects.put(tokenizer_key(name), below.read(tokenizer_key(name)))
+    return {
+        **base.document.body,
+        "recipe": {**base.recipe, **planned_part(recipe)},
+        "base": base.digest,
+        "capacities": needs.model_dump(mode="json"),
+    }
+
+
+def _refuse_base(recipe: CacheRecipe, base: Plan, below: Objects) -> None:
+    """What could only be refused when the overlay is opened, after all its work."""
+    if base.document.body["base"] is not None:
+        raise InputError("an overlay stands on a cache with text", expected="a base that is no overlay", found=recipe.base)
     if base.extensions:
         raise InputError(
             "an overlay stands on a cache that was not extended", found=f"{len(base.extensions)} extensions", where=recipe.base
         )
+    frozen = find_document(below, MANIFEST)
+    if frozen is not None:
+        held = {name for name, signal in parse_manifest(frozen.body, MANIFEST).signals if signal is not None}
+        twice = sorted(held & {name for name, signal in recipe.signals if signal is not None})
+        if twice:
+            raise InputError("the base holds this signal", expected="others", found=", ".join(twice), where=recipe.base)
     attention = recipe.signals.attention
     if attention is not None and list(attention.keywords) != base.recipe["keywords"]:
         raise MismatchError(
@@ -224,34 +373,30 @@ def _make_overlay(recipe: CacheRecipe, objects: Objects) -> None:
             found=list(attention.keywords),
             where="signals.attention",
         )
-    needs = NO_ROOM
-    max_columns = recipe.resolved_max_columns
-    with attempt_folder(objects, "plan") as (attempt, _), progress_bar() as progress:
-        bar = progress.add_task("plan", total=base.num_units, unit="units")
-        for number, unit in enumerate(base.units):
-            data = below.read(plan_unit_key(number, unit["digest"]))
-            needs = needs.union(capacities_of(UnitPlan.from_bytes(data, unit["digest"], recipe.base), recipe.signals, max_columns))
-            objects.put(plan_unit_key(number, unit["digest"]), data)
-            progress.advance(bar)
-        _refuse_without_keywords(recipe, needs)
-        for name in base.document.body["tokenizer"]["files"]:
-            objects.put(tokenizer_key(name), below.read(tokenizer_key(name)))
-        body = {
-            **base.document.body,
-            "recipe": {**base.recipe, **planned_part(recipe)},
-            "base": base.digest,
-            "capacities": needs.model_dump(mode="json"),
-        }
-        commit(objects, PLAN, body, attempt)
 
 
-def _refuse_without_keywords(recipe: CacheRecipe, needs: Capacities) -> None:
-    if recipe.signals.attention is not None and needs.attention_entries <= 1:
+def _refuse_empty_signals(recipe: CacheRecipe, needs: Capacities) -> None:
+    signals = recipe.signals
+    if signals.attention is not None and needs.attention_entries <= 1:
         raise InputError(
             "no keyword was found for the attention signal",
             expected="a source with a lexer, and its keywords in the text",
             found="none",
             remedy="Give sources a lexer, or leave signals.attention out.",
+        )
+    if signals.hidden is not None and signals.hidden.positions == "keywords" and needs.hidden_rows <= 1:
+        raise InputError(
+            "no keyword was found for the hidden signal's positions",
+            expected="a source with a lexer, and its keywords in the text",
+            found="none",
+            remedy="Give sources a lexer, or take other positions.",
+        )
+    if signals.replay is not None and needs.replay_rows <= 1:
+        raise InputError(
+            "no text ends as the model would end it, so the replay signal has no position",
+            expected="append_eos, or chats that end with the assistant",
+            found="none",
+            where="signals.replay",
         )
 
 

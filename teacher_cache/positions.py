@@ -107,5 +107,5 @@ def _key(unit: UnitPlan, segment: int, seed: int) -> tuple[int, int]:
 
 def _drawn(places: Places, count: int, key: tuple[int, int]) -> Places:
     """`count` of the places without replacement, ascending."""
-    generator = np.random.Generator(np.random.Philox(key=list(key)))
+    generator = np.random.Generator(np.random.Philox(key=np.asarray(key, dtype=np.uint64)))
     return np.sort(generator.permutation(places)[:count])

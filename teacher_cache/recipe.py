@@ -60,7 +60,7 @@ class Source(Section):
     messages: str | None = None
     lexer: str | None = None
     """Name of the Pygments lexer that finds keywords; None guesses from the file's name in a folder, else finds none."""
-    max_documents: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(None, ge=1, lt=2**53)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,10 +77,14 @@ class Source(Section):
         return self
 
 
+LOCAL_PLACES = ("folder", "jsonl", "parquet")
+"""Fields of a source that say where it lies on this machine: no part of a cache's identity."""
+
+
 class CalibrationSection(Section):
     """How much text calibration reads; None is 16 tokens per channel of the teacher's width, from every source."""
 
-    tokens_per_source: int | None = Field(None, ge=64)
+    tokens_per_source: int | None = Field(None, ge=64, lt=2**31)
 
 
 class CacheRecipe(Section):
@@ -93,13 +97,13 @@ class CacheRecipe(Section):
     decides the text (sources, context, overlap, append_eos, unit_tokens) is not given then."""
     teacher: TeacherSection
     sources: tuple[Source, ...] = ()
-    context: int = Field(1024, ge=2)
-    overlap: int = Field(0, ge=0)
+    context: int = Field(1024, ge=2, le=2**24)
+    overlap: int = Field(0, ge=0, le=2**24)
     append_eos: bool = True
     """Close each text document with the tokenizer's end-of-text token (chats are closed by their template)."""
-    unit_tokens: int | None = Field(None, ge=64)
+    unit_tokens: int | None = Field(None, ge=64, le=2**26)
     """A power of two; None is max(65,536, 16 × context), rounded up to one."""
-    batch_tokens: int = Field(8192, ge=1)
+    batch_tokens: int = Field(8192, ge=1, le=2**26)
     """Tokens of one forward pass, filler included. Part of the cache's identity."""
     forward: Literal["auto", "packed", "padded"] = "auto"
     """Several segments a row, or one; auto packs where a probe shows that the teacher keeps them apart."""

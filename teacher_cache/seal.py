@@ -4,6 +4,7 @@ After it, the cache is complete and readable by any zarr reader. Everything here
 sealing twice, or after a kill, gives the same bytes.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +20,15 @@ from signal_store.ledger import (
     CALIBRATION,
     MANIFEST,
     PLAN,
+    SEALS,
     STAGING,
-    UNITS,
     Document,
     UnitRecord,
     commit,
     extension_key,
     find_document,
     is_record_of,
+    listed_records,
     new_attempt,
     read_document,
     seal_key,
@@ -70,6 +72,7 @@ def seal(uri: str) -> Seal:
     records = [UnitRecord.from_body(document.body) for document in documents]
     content = digest([record.to_body() for record in records])
     newest = newest_generation(objects)
+    refuse_seal_gap(objects, uri)
     standing = None if newest is None else Seal.from_body(read_document(objects, seal_key(newest)).body)
     if standing is not None and standing.content_digest == content:
         _sweep(objects)
@@ -84,47 +87,97 @@ def seal(uri: str) -> Seal:
             )
         publish_unit(objects, document, manifest.specs)
     _check_lengths(objects, manifest, records)
-    sealed = write_generation(objects, planned, manifest, records, 0 if standing is None else standing.generation + 1)
+    generation = 0 if standing is None else standing.generation + 1
+    sealed = _commit_draft(objects, draft_generation(objects, planned, manifest, records, generation))
     _sweep(objects)
     return sealed
+
+
+def listed_seals(objects: Objects) -> list[int]:
+    """Numbers of the generations that have a seal, ascending."""
+    return sorted(int(found[1]) for key in objects.list(SEALS) if (found := re.fullmatch(r"(\d+)\.json", key.rsplit("/", 1)[1])))
+
+
+def refuse_seal_gap(objects: Objects, uri: str) -> None:
+    """CorruptError where the seal of an older generation is gone: the next would take its number."""
+    numbers = listed_seals(objects)
+    if numbers != list(range(len(numbers))):
+        raise CorruptError(
+            "the seal of an older generation is gone",
+            expected=f"seals 0 to {numbers[-1]}",
+            found=numbers,
+            where=uri,
+            remedy="Run teacher-cache repair with its recipe.",
+        )
 
 
 def newest_records(objects: Objects, num_units: int) -> list[Document | None]:
     """The newest record of each unit, or None."""
     revisions: dict[int, int] = {}
-    for key in objects.list(UNITS):
-        unit, revision, _ = key.rsplit("/", 1)[1].split(".")
-        revisions[int(unit)] = max(int(revision), revisions.get(int(unit), 0))
+    for unit, revision in listed_records(objects):
+        revisions[unit] = max(revision, revisions.get(unit, 0))
     return [read_document(objects, unit_key(unit, revisions[unit])) if unit in revisions else None for unit in range(num_units)]
 
 
-def write_generation(objects: Objects, planned: Plan, manifest: Manifest, records: Sequence[UnitRecord], generation: int) -> Seal:
-    """Packed records, constants, metadata and the seal itself. Safe to repeat: whoever seals a generation writes the same bytes."""
-    constants = write_constants(objects, planned, manifest, records, generation)
-    first = len(manifest.sources)
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A generation that is worked out and not published: the seal's `body`, every zarr.json, and the constant objects, staged below
+    `prefix`, by key with their sha256."""
+
+    body: dict[str, Any]
+    metadata: dict[str, bytes]
+    prefix: str
+    staged: dict[str, str]
+
+
+def draft_generation(objects: Objects, planned: Plan, manifest: Manifest, records: Sequence[UnitRecord], generation: int) -> Draft:
+    """Packed records, constants and metadata of a generation, a function of committed documents. What calibration made is of
+    generation 0 for ever: a later one names the same objects."""
+    prefix = f"{STAGING}/seal.{new_attempt()}"
+    parent = None if generation == 0 else read_document(objects, seal_key(generation - 1))
+    arrays: dict[ArraySpec, int] = {}
+    digests: dict[str, str] = {}
+    if parent is not None:
+        before = Seal.from_body(parent.body)
+        arrays |= {spec: rows for spec, rows in before.constant_specs.items() if spec.path.startswith("calibration/")}
+        digests |= {key: content for key, content in before.constants.items() if key.startswith("calibration/")}
+    staged = {}
+    for path, rows in sorted(_constant_rows(objects, planned, manifest, records, generation).items()):
+        spec = constant_spec(path, rows)
+        arrays[spec] = len(rows)
+        for shard, record in enumerate(write_unit_array(objects, prefix, spec, 0, rows)):
+            staged[spec.shard_key(shard)] = record.sha256
     draft = Seal(
         cache_id=manifest.cache_id,
         generation=generation,
-        parent=None if generation == 0 else read_document(objects, seal_key(generation - 1)).digest,
+        parent=None if parent is None else parent.digest,
         num_units=planned.num_units,
         num_segments=sum(unit["segments"] for unit in planned.units),
         content_digest=digest([record.to_body() for record in records]),
         metadata={},
-        constant_arrays=tuple({**spec.to_json(), "rows": rows} for spec, rows in constants.arrays.items()),
-        constants=constants.digests,
+        constant_arrays=tuple({**spec.to_json(), "rows": rows} for spec, rows in arrays.items()),
+        constants=digests | staged,
         tokenizer=planned.document.body["tokenizer"]["files"],
         ledger=_ledger_digests(objects, planned),
-        sources=tuple(source.model_dump(mode="json") for source in planned.sources[first:]),
+        sources=tuple(source.model_dump(mode="json") for source in planned.sources[len(manifest.sources) :]),
     )
     metadata = sealed_metadata(manifest, draft)
-    write_metadata(objects, metadata)
-    body = {**draft.to_body(), "metadata": {key: sha256(data) for key, data in metadata.items()}}
-    document, _ = commit(objects, seal_key(generation), body, new_attempt())
-    if document.digest != digest(body):
-        raise MismatchError(
-            "another worker sealed other units", expected=digest(body), found=document.digest, where=seal_key(generation)
-        )
-    return Seal.from_body(document.body)
+    return Draft({**draft.to_body(), "metadata": {key: sha256(data) for key, data in metadata.items()}}, metadata, prefix, staged)
+
+
+def _commit_draft(objects: Objects, draft: Draft) -> Seal:
+    """Publish it and create its seal; MismatchError, and nothing is published, where another seal of this generation stands."""
+    key = seal_key(draft.body["generation"])
+    standing = find_document(objects, key)
+    if standing is None:
+        for constant in draft.staged:
+            objects.publish(f"{draft.prefix}/{constant}", constant)
+        write_metadata(objects, draft.metadata)
+        standing, _ = commit(objects, key, draft.body, new_attempt())
+    objects.delete_tree(draft.prefix)
+    if standing.digest != digest(draft.body):
+        raise MismatchError("another worker sealed other units", expected=digest(draft.body), found=standing.digest, where=key)
+    return Seal.from_body(standing.body)
 
 
 def _ledger_digests(objects: Objects, planned: Plan) -> dict[str, str]:
@@ -132,47 +185,24 @@ def _ledger_digests(objects: Objects, planned: Plan) -> dict[str, str]:
     return found | {extension_key(g): document.digest for g, document in enumerate(planned.extensions, start=1)}
 
 
-@dataclass(frozen=True, slots=True)
-class Constants:
-    """Arrays that no unit owns, with the sha256 of their published objects."""
-
-    arrays: dict[ArraySpec, int]
-    digests: dict[str, str]
-
-
-def constant_rows(
+def _constant_rows(
     objects: Objects, planned: Plan, manifest: Manifest, records: Sequence[UnitRecord], generation: int
 ) -> dict[str, NDArray[np.generic]]:
-    """Rows of every array that no unit owns: calibration, packed records, what the plan says of each unit."""
-    calibration = read_document(objects, CALIBRATION).body
-    arrays: dict[str, NDArray[np.generic]] = {
-        f"calibration/{name.replace('/', '.', name.count('/') - 1)}": array
-        for name, array in read_calibration_arrays(objects, calibration["arrays_digest"]).items()
-        if array.size
-    }
+    """Rows of every array that no unit owns and this generation writes: calibration, packed records, the plan's facts of units."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    if generation == 0:
+        calibration = read_document(objects, CALIBRATION).body
+        arrays |= {
+            f"calibration/{name.replace('/', '.', name.count('/') - 1)}": array
+            for name, array in read_calibration_arrays(objects, calibration["arrays_digest"]).items()
+            if array.size
+        }
     arrays |= pack_records(records, manifest.specs, generation)
     plan = f"{units_group(generation)}/plan"
     for name in ("segments", "tokens"):
         arrays[f"{plan}/{name}"] = np.asarray([unit[name] for unit in planned.units], dtype=np.uint32)
     arrays[f"{plan}/is_validation"] = np.asarray([unit["split"] == "validation" for unit in planned.units], dtype=np.uint8)
     return arrays
-
-
-def write_constants(
-    objects: Objects, planned: Plan, manifest: Manifest, records: Sequence[UnitRecord], generation: int
-) -> Constants:
-    """Write and publish them."""
-    specs: dict[ArraySpec, int] = {}
-    digests = {}
-    prefix = f"{STAGING}/seal.{new_attempt()}"
-    for path, rows in sorted(constant_rows(objects, planned, manifest, records, generation).items()):
-        spec = constant_spec(path, rows)
-        for shard, record in enumerate(write_unit_array(objects, prefix, spec, 0, rows)):
-            key = spec.shard_key(shard)
-            digests[key] = record.sha256
-            objects.publish(f"{prefix}/{key}", key)
-        specs[spec] = len(rows)
-    return Constants(specs, digests)
 
 
 def write_metadata(objects: Objects, metadata: dict[str, bytes]) -> None:

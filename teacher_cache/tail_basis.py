@@ -140,7 +140,7 @@ def measure(codec: DistributionCodec, head: OutputHead, hidden_nD: Tensor, chunk
             logits = head.logits(part)
             codes, _ = codec.encode(part, logits, torch.full((len(part),), -1))
             logp = (logits / temperature).log_softmax(-1)
-            shape = None if codec.rank else unigram.log().expand_as(logp)
+            shape = None if codec.rank else unigram.log().repeat(len(part), 1)
             logq = codec.logprobs(codes, temperature, shape)
             kl += float((logp.exp() * (logp - logq)).sum())
             mass += float(codes.scalars[:, codec.mass_column(temperature)].float().sigmoid().sum())

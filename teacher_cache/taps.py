@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model_taps.attention import softmax_attention_layers
-from model_taps.loading import load_config, load_model
+from model_taps.loading import LOADING_ERRORS, load_config, load_model
 from model_taps.slices import Resolved, tap_table
+from signal_store.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,11 @@ def tap_rows(model: str, *, weights: bool = False) -> list[TapRow]:
         loaded = load_model(model, what="model")
     else:
         config = load_config(model, what="model")
-        with torch.device("meta"):
-            loaded = AutoModelForCausalLM.from_config(config)
+        try:
+            with torch.device("meta"):
+                loaded = AutoModelForCausalLM.from_config(config)
+        except LOADING_ERRORS as error:
+            raise InputError("not a causal LM", found=str(error).splitlines()[0], where=model) from error
     rows = []
     for layer, tap, found in tap_table(loaded):
         if isinstance(found, Resolved):

@@ -1,7 +1,7 @@
 """The teacher in memory: loaded as the recipe says, identified, and run over one composed batch."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from model_taps.head import OutputHead, final_hidden, head_error, output_head
 from model_taps.loading import config_digest, load_model, weights_digest
 from model_taps.packing import Forward, best_fit, position_ids, probe
 from model_taps.slices import State, tap_states
-from signal_store.errors import InputError, MismatchError
+from signal_store.errors import InputError, MismatchError, SignalStoreError
 from signal_store.manifest import TeacherIdentity
 from teacher_cache.recipe import TeacherSection
 from teacher_cache.unit_plan import UnitPlan
@@ -43,7 +43,7 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     """Load and identify the teacher; refuse one whose own logits are not those of its output head, if a head is needed."""
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype), "revision": section.revision}
     options |= {"trust_remote_code": section.trust_remote_code, "attn_implementation": section.attn_implementation}
-    device = torch.device(section.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(section)
     if section.device_map is not None:
         options["device_map"] = section.device_map
     model = load_model(section.model, what="teacher", **options)
@@ -80,6 +80,21 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         logit_softcap=None if head is None else head.softcap,
     )
     return Teacher(model, device, None if head is None else head.float().to(device), identity, vocab_size)
+
+
+def _device(section: TeacherSection) -> torch.device:
+    wanted = section.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            "no such device here", expected="cpu, or cuda", found=f"{wanted}: {reason}", where="teacher.device"
+        ) from error
+    if device.type == "meta":
+        raise InputError("a device without memory", expected="cpu, or cuda", found=wanted, where="teacher.device")
+    return device
 
 
 def _usable_head(model: PreTrainedModel, vocab_size: int, device: torch.device) -> tuple[OutputHead | None, str]:
@@ -245,6 +260,8 @@ def think(
             upstream = _loss_gradient(teacher, hidden.detach().flatten(0, 1), flat_n, labels_n, counted_n).view_as(hidden)
             found = torch.autograd.grad(hidden, inputs, upstream.to(hidden.dtype))
             gradients = dict(zip(listening.gradient_layers, found, strict=True))
+    tapped = {f"{tap} {layer}": state for (tap, layer), state in states.items()}
+    _refuse_not_finite({"final hidden state": hidden, **tapped}, unit, batch)
     return Thoughts(
         laid.tokens,
         in_order(hidden),
@@ -255,6 +272,20 @@ def think(
         query.lengths,
         {layer: in_order(g) for layer, g in gradients.items()},
     )
+
+
+def _refuse_not_finite(states: Mapping[str, Tensor], unit: UnitPlan, batch: TeacherBatch) -> None:
+    """SignalStoreError naming the state and the documents, rather than codes of a number that is none."""
+    for name, state in states.items():
+        if not bool(state.isfinite().all()):
+            documents = sorted({int(d) for d in unit.document[batch.first : batch.last]})
+            raise SignalStoreError(
+                f"the teacher's {name} is not finite",
+                expected="numbers",
+                found="infinity or NaN",
+                where=f"documents {documents[:10]} of source {int(unit.source[batch.first])}",
+                remedy="Run the teacher in bfloat16 or float32, or leave these documents out.",
+            )
 
 
 @contextlib.contextmanager

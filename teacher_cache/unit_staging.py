@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from model_taps.loading import load_tokenizer
+from model_taps.loading import load_tokenizer, tokenizer_digest
 from signal_store.canonical import sha256
-from signal_store.errors import InputError
+from signal_store.errors import InputError, MismatchError
 from signal_store.layout import rounded_capacity
 from signal_store.ledger import plan_unit_key
 from signal_store.manifest import Capacities, SourceIdentity, Split
@@ -25,6 +25,7 @@ from teacher_cache.recipe import CacheRecipe, Source
 from teacher_cache.unit_plan import UnitPlan
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
+NOTHING = Capacities(segments=0, hidden_rows=0, attention_rows=0, attention_entries=0, replay_rows=0)
 NO_ROOM = Capacities(segments=1, hidden_rows=1, attention_rows=1, attention_entries=1, replay_rows=1)
 
 
@@ -76,6 +77,21 @@ def load_recipe_tokenizer(recipe: CacheRecipe) -> PreTrainedTokenizerFast:
     )
 
 
+def load_plan_tokenizer(recipe: CacheRecipe, expected: str) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer; MismatchError where it is not the one that the cache was planned with."""
+    tokenizer = load_recipe_tokenizer(recipe)
+    found = tokenizer_digest(tokenizer)
+    if found != expected:
+        raise MismatchError(
+            "the cache was planned with another tokenizer",
+            expected=expected,
+            found=f"{found} ({recipe.teacher.tokenizer or recipe.teacher.model})",
+            where=recipe.cache,
+            remedy="Restore the tokenizer, or build into another folder.",
+        )
+    return tokenizer
+
+
 def stage_units(
     recipe: CacheRecipe,
     objects: Objects,
@@ -118,28 +134,26 @@ def _units(
 ) -> Iterator[UnitPlan]:
     """Units of one split: whole segments, in order, until the next would not fit."""
     pending: list[PlannedSegment] = []
-    free = recipe.resolved_unit_tokens
+    free, used = recipe.resolved_unit_tokens, NOTHING
     for tally in tallies:
         for segment in _segments(recipe, tokenizer, tally):
-            if len(segment) > free or (pending and room is not None and not _fits([*pending, segment], recipe, room)):
-                yield UnitPlan.of(pending)
-                pending, free = [], recipe.resolved_unit_tokens
-            if room is not None and not _fits([segment], recipe, room):
+            needed = NOTHING if room is None else capacities_of(UnitPlan.of([segment]), recipe.signals, recipe.resolved_max_columns)
+            if room is not None and not room.holds(needed):
                 raise InputError(
                     "a new segment has more rows than the cache has room for",
                     expected=room.model_dump(),
-                    found=capacities_of(UnitPlan.of([segment]), recipe.signals, recipe.resolved_max_columns).model_dump(),
+                    found=needed.model_dump(),
                     where=f"source {tally.source.name}",
                     remedy="Build such documents into a cache of their own.",
                 )
+            if len(segment) > free or (room is not None and not room.holds(used.plus(needed))):
+                yield UnitPlan.of(pending)
+                pending, free, used = [], recipe.resolved_unit_tokens, NOTHING
             pending.append(segment)
             free -= len(segment)
+            used = used.plus(needed)
     if pending:
         yield UnitPlan.of(pending)
-
-
-def _fits(segments: list[PlannedSegment], recipe: CacheRecipe, room: Capacities) -> bool:
-    return room.holds(capacities_of(UnitPlan.of(segments), recipe.signals, recipe.resolved_max_columns))
 
 
 def rounded(capacities: Capacities) -> Capacities:

@@ -3,22 +3,27 @@
 Nothing of the reader is trusted here: every byte of every shard, constant, zarr.json and ledger document is hashed anew.
 """
 
+import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from signal_store.arrays import ArraySpec
-from signal_store.cache import newest_generation, sealed_metadata
+from signal_store.cache import newest_generation
 from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError, NotFoundError, SignalStoreError, StorageError
 from signal_store.ledger import (
     CALIBRATION,
     MANIFEST,
     PLAN,
+    STAGING,
     UNITS,
     Document,
     UnitRecord,
     extension_key,
     is_record_of,
+    newest_revision,
+    parse_document,
     plan_unit_key,
     read_document,
     seal_key,
@@ -29,8 +34,11 @@ from signal_store.manifest import Manifest, parse_manifest
 from signal_store.objects import Objects, join_uri, objects_at
 from signal_store.progress import progress_bar
 from signal_store.seal_record import Seal
+from signal_store.signals import Signals
 from teacher_cache.calibrate import calibration_keys
 from teacher_cache.workers import CLAIMS
+
+OWN_FOLDERS = frozenset(("ledger", "units", "calibration", "tokens", "segments", *Signals.model_fields, "tags"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,7 @@ class _Reader:
     def document(self, key: str) -> Document:
         """A ledger document that is whole to the byte, its `about` too."""
         data = self.read(key)
-        document = read_document(self.objects, key)
+        document = parse_document(data, key)
         if document.to_bytes() != data:
             raise CorruptError("a ledger document is not as it was written", where=key)
         return document
@@ -97,7 +105,8 @@ def verify(uri: str) -> Verified:
     with progress_bar() as progress:
         bar = progress.add_task("verify", total=seal.num_units, unit="units")
         damages = list(_ledger(reader, manifest, seal))
-        damages += _constants_and_metadata(reader, manifest, seal)
+        damages += _pending(reader, manifest, seal)
+        damages += _constants_and_metadata(reader, seal)
         records: list[UnitRecord] = []
         for unit in range(seal.num_units):
             damages += _unit(reader, manifest, unit, records)
@@ -127,9 +136,7 @@ def _ledger(reader: _Reader, manifest: Manifest, seal: Seal) -> Iterator[Damage]
         else:
             units += found.body["units"]
     for number, unit in enumerate(units):
-        key = plan_unit_key(number, unit["digest"])
-        if (what := reader.differs(key, unit["digest"])) is not None:
-            yield Damage(key, what)
+        yield from _planned_unit(reader, number, unit["digest"])
     calibration = _document(reader, CALIBRATION, seal.ledger[CALIBRATION])
     if isinstance(calibration, Damage):
         yield calibration
@@ -151,30 +158,53 @@ def _document(reader: _Reader, key: str, expected: str | None = None) -> Documen
     return document
 
 
-def _constants_and_metadata(reader: _Reader, manifest: Manifest, seal: Seal) -> Iterator[Damage]:
-    generations = [Seal.from_body(read_document(reader.objects, seal_key(g)).body) for g in range(seal.generation)]
+def _constants_and_metadata(reader: _Reader, seal: Seal) -> Iterator[Damage]:
+    """Objects that no unit owns, of all generations whose seals are whole."""
+    generations = []
+    for generation in range(seal.generation):
+        with contextlib.suppress(CorruptError, NotFoundError):  # it was named before
+            generations.append(Seal.from_body(read_document(reader.objects, seal_key(generation)).body))
+    expected: dict[str, str] = {}  # a generation replaces the metadata that it shares with the one before
     for sealed in (*generations, seal):
-        for key, expected in sealed.constants.items():
-            if (what := reader.differs(key, expected)) is not None:
-                yield Damage(key, what)
-    written: dict[str, str] = {}  # a generation replaces what it shares with the one before
-    for sealed in (*generations, seal):
-        written |= sealed.metadata
-    computed = {key: sha256(data) for key, data in sealed_metadata(manifest, seal).items()}
-    for key, expected in written.items():
-        if (what := reader.differs(key, expected)) is not None:
+        expected |= {**sealed.constants, **sealed.metadata}
+    for key, content in expected.items():
+        if (what := reader.differs(key, content)) is not None:
             yield Damage(key, what)
-        elif key in seal.metadata and computed.get(key) != expected:
-            yield Damage(key, "not what this version of zarr writes for the manifest")
+
+
+def _pending(reader: _Reader, manifest: Manifest, seal: Seal) -> Iterator[Damage]:
+    """An extension that is not sealed yet: its plan, and the records of units that are finished already."""
+    number, unit = seal.num_extensions + 1, seal.num_units
+    while reader.objects.exists(extension_key(number)):
+        found = _document(reader, extension_key(number))
+        if isinstance(found, Damage):
+            yield found
+            return
+        for planned in found.body["units"]:
+            yield from _planned_unit(reader, unit, planned["digest"])
+            for revision in range(newest_revision(reader.objects, unit) + 1):
+                if reader.objects.exists(unit_key(unit, revision)):
+                    record = _document(reader, unit_key(unit, revision))
+                    if isinstance(record, Damage):
+                        yield Damage(record.key, record.what, unit)
+            for spec in manifest.specs:
+                reader.seen.update(_shard_keys(spec, unit))  # published or not: the seal will look
+            unit += 1
+        number += 1
+
+
+def _planned_unit(reader: _Reader, unit: int, content: str) -> Iterator[Damage]:
+    key = plan_unit_key(unit, content)
+    if (what := reader.differs(key, content)) is not None:
+        yield Damage(key, what)
 
 
 def _unit(reader: _Reader, manifest: Manifest, unit: int, records: list[UnitRecord]) -> Iterator[Damage]:
     """The newest record of a unit and its shards; older revisions' records are looked at too."""
-    revision = 0
-    while reader.objects.exists(unit_key(unit, revision + 1)):
-        if isinstance(found := _document(reader, unit_key(unit, revision)), Damage):
+    revision = newest_revision(reader.objects, unit)
+    for older in range(revision):
+        if reader.objects.exists(unit_key(unit, older)) and isinstance(found := _document(reader, unit_key(unit, older)), Damage):
             yield Damage(found.key, found.what, unit)
-        revision += 1
     document = _document(reader, unit_key(unit, revision))
     if not isinstance(document, Damage) and not is_record_of(document, manifest.cache_id, unit, revision):
         document = Damage(unit_key(unit, revision), "the record of another unit or cache")
@@ -196,10 +226,23 @@ def _shard_keys(spec: ArraySpec, unit: int) -> list[str]:
 
 
 def _strangers(objects: Objects, seen: set[str]) -> tuple[bool, list[Damage]]:
-    """Objects that do not belong; what workers leave in staging and claims is inert and not counted."""
+    """Objects in the cache's own folders that do not belong. What workers leave in staging and claims is inert, and so are whole
+    plans and calibrations of attempts that lost; files beside the cache's own folders are none of its business."""
     try:
         keys = objects.list("")
     except StorageError:
         return False, []
-    inert = ("ledger/staging/", f"{CLAIMS}/")
-    return True, [Damage(key, "does not belong to the cache") for key in keys if key not in seen and not key.startswith(inert)]
+    strange = [key for key in keys if key not in seen and is_own(key) and not _is_inert(objects, key)]
+    return True, [Damage(key, "does not belong to the cache") for key in strange]
+
+
+def is_own(key: str) -> bool:
+    """Whether a key lies where a cache puts its objects."""
+    return key == "zarr.json" or key.split("/")[0] in OWN_FOLDERS
+
+
+def _is_inert(objects: Objects, key: str) -> bool:
+    if key.startswith((f"{STAGING}/", f"{CLAIMS}/")):
+        return True
+    named = re.fullmatch(r"ledger/(?:plan/\d{7}\.([0-9a-f]{16})|calibration/([0-9a-f]{16})(?:\.copy)?\.safetensors)", key)
+    return named is not None and sha256(objects.read(key)).removeprefix("sha256:").startswith(named[1] or named[2])

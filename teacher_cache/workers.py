@@ -5,6 +5,7 @@ stands, whoever made it.
 """
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Self
@@ -31,25 +32,39 @@ class Worker:
     def parse(cls, text: str) -> Self:
         """From "i/n", i from 0."""
         number, slash, count = text.partition("/")
-        if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        if not slash:
             raise InputError("not a worker", expected="i/n with 0 <= i < n", found=text, where="--worker")
-        return cls(int(number), int(count))
+        return cls._checked(number, count, "0", "--worker")
 
     @classmethod
     def from_environment(cls) -> Self:
         """As torchrun, accelerate or Slurm tells its processes; alone if none did."""
         for rank, size, local in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
             if rank in os.environ and size in os.environ:
-                return cls(int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0")))
+                return cls._checked(os.environ[rank], os.environ[size], os.environ.get(local, "0"), f"{rank}, {size}, {local}")
         return cls()
+
+    @classmethod
+    def _checked(cls, number: str, count: str, local: str, where: str) -> Self:
+        plain = all(re.fullmatch(r"[0-9]{1,9}", part) for part in (number, count, local))
+        if not plain or int(number) >= int(count):
+            raise InputError("not a worker", expected="i/n with 0 <= i < n", found=f"{number}/{count}", where=where)
+        return cls(int(number), int(count), int(local))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
     def claims(self, objects: Objects, what: str) -> bool:
-        """Leave a claim; False if another worker's stands. A worker that was killed finds its own again."""
+        """Leave a claim; False if another worker's stands. A worker that was killed finds its own again; the claim of one among
+        another number of workers is out of date."""
         key = f"{CLAIMS}/{what}"
-        return objects.create(key, str(self).encode()) or objects.read(key).decode() == str(self)
+        if objects.create(key, str(self).encode()):
+            return True
+        standing = objects.read(key).decode()
+        if standing.partition("/")[2] != str(self.count):
+            objects.delete(key)
+            return objects.create(key, str(self).encode())
+        return standing == str(self)
 
     def should_make(self, objects: Objects, what: str, key: str) -> bool:
         """Whether this worker is to make what `key` will hold: yes if it comes first, or alone; else after waiting in vain."""

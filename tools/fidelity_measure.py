@@ -96,7 +96,7 @@ def cached_logprobs(held: HeldOut, codec: DistributionCodec, codes: Distribution
     """What a reader reconstructs."""
 
     def logprobs(rows: slice, temperature: float, scaled_NV: Tensor) -> Tensor:
-        return codec.logprobs(codes[rows], temperature, scaled_NV)[:, : held.vocab]
+        return codec.logprobs(codes[rows], temperature, None if codec.rank else scaled_NV[:, : held.vocab].clone())
 
     return logprobs
 

@@ -6,15 +6,23 @@ Nothing of theirs is executed unless asked for.
 import hashlib
 import math
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from signal_store.canonical import digest
 from signal_store.errors import InputError, NotFoundError
+
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises for a checkpoint or config that is not one."""
 
 
 def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
@@ -24,7 +32,7 @@ def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
         raise NotFoundError(f"no such {what} folder", expected="a folder with config.json", found=name)
     try:
         return auto.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFoundError(
             f"cannot load the {what}", expected="a model folder or a hub name", found=f"{name}: {reason}"
@@ -38,9 +46,14 @@ def load_config(name: str, *, what: str, revision: str | None = None, trust_remo
 
 
 def load_model(name: str, *, what: str, **options: Any) -> PreTrainedModel:
-    """A causal LM in evaluation mode; `options` go to `from_pretrained`."""
+    """A causal LM in evaluation mode; `options` go to `from_pretrained`. InputError where the checkpoint lacks weights, which would
+    be random."""
     quiet()
-    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, name, what, **options)
+    model: PreTrainedModel
+    model, info = _from_pretrained(AutoModelForCausalLM, name, what, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise InputError(f"the {what}'s checkpoint lacks weights", expected="all of them", found=f"no {shown}", where=name)
     model.eval()
     return model
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from signal_store.errors import SignalStoreError, storage_error
+from signal_store.errors import SignalStoreError, path_error, storage_error
 
 EXIT_WRONG_INPUT = 2
 
@@ -37,7 +37,7 @@ def guarded(command: Callable[[], None]) -> None:
     except SignalStoreError as error:
         _stop(str(error))
     except OSError as error:
-        known = storage_error(error, error.filename)
+        known = storage_error(error, error.filename) or path_error(error)
         if known is None:
             raise
         _stop(str(known))

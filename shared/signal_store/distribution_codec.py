@@ -8,6 +8,7 @@ Legend: N tokens, V vocabulary, k head ids, r tail directions, D width of the te
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Self
 
 import numpy as np
@@ -21,9 +22,8 @@ from signal_store.layout import SCALARS
 from signal_store.signals import DistributionSignal
 
 PADDED_LOGIT = -1e30
-
-
-_DOUBLES = (1.0, 2.0, 4.0, 8.0)
+LOG_NOTHING = -1e5
+"""log of a mass of zero, which must stay finite: 0 · log 0 is 0."""
 GROUPS = 512
 """Columns of the first look for the largest logits; each holds every 512th of them."""
 
@@ -139,11 +139,11 @@ class DistributionCodec:
         distance_Nk = top_N1 - values_Nk
         head_codes = (distance_Nk / self.head_range).sqrt().mul(self.head_levels).round().clamp(0, self.head_levels)
         head_codes = head_codes.to(torch.uint8 if self.head_bits == 8 else torch.int32)
-        below_NV = logits_NV - top_N1
-        head_NT, tail_NT, weighted_N = self._masses(below_NV, ids_Nk, distance_Nk)
+        label_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0] - top_N1[:, 0]
+        head_NT, tail_NT, weighted_N = self._masses(logits_NV - top_N1, ids_Nk, distance_Nk)
         one = self.temperatures.index(1.0)
         total_N = head_NT[:, one] + tail_NT[:, one]
-        label_N = below_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0] - total_N.log()
+        label_N -= total_N.log()
         entropy_N = total_N.log() - weighted_N / total_N
         single = [-total_N.log(), label_N.masked_fill(labels_N < 0, torch.nan), entropy_N]
         scalars = torch.cat([torch.stack(single, 1), head_NT.log() - tail_NT.log()], 1)
@@ -156,26 +156,21 @@ class DistributionCodec:
     def _masses(self, below_NV: Tensor, ids_Nk: Tensor, distance_Nk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(head, tail) [N, T] masses relative to the row's maximum, and Σ exp(z) z [N] of the whole row at temperature 1.
 
-        Where a temperature is twice the one before, its powers are their square roots: one pass over [N, V] less. Twice in a row at
-        most: what underflowed at the first then weighs less than 1e-9 of the maximum.
+        `below_NV` is overwritten. The powers at 2 and 4 are square roots of those at 1: what underflowed there
+        weighs less than 1e-9 of the maximum at 4.
         """
         head_NT = torch.stack([(-distance_Nk / t).exp().sum(1) for t in self.temperatures], 1)
+        roots = list(takewhile(lambda t: t in self.temperatures, (1.0, 2.0, 4.0)))
         tails = {}
         power_NV = torch.empty_like(below_NV)
-        weighted_N = below_NV.new_zeros(len(below_NV))
-        before, exact = 0.0, 0.0
-        for temperature in sorted(self.temperatures, key=lambda t: (t not in _DOUBLES, t)):
-            if temperature == 2 * before and temperature <= 4 * exact:
-                power_NV.sqrt_()
-            else:
-                scaled_NV = below_NV if temperature == 1 else torch.mul(below_NV, 1 / temperature, out=power_NV)
-                torch.exp(scaled_NV, out=power_NV)
-                exact = temperature
-                if temperature == 1:
-                    weighted_N = torch.linalg.vecdot(power_NV, below_NV)
-                power_NV.scatter_(1, ids_Nk, 0)
+        for temperature in (t for t in self.temperatures if t not in roots):
+            torch.mul(below_NV, 1 / temperature, out=power_NV).exp_().scatter_(1, ids_Nk, 0)
             tails[temperature] = power_NV.sum(1)
-            before = temperature
+        torch.exp(below_NV, out=power_NV)
+        weighted_N = below_NV.mul_(power_NV).sum(1)
+        power_NV.scatter_(1, ids_Nk, 0)
+        for temperature in roots:
+            tails[temperature] = (power_NV if temperature == 1 else power_NV.sqrt_()).sum(1)
         return head_NT, torch.stack([tails[t] for t in self.temperatures], 1), weighted_N
 
     def mass_column(self, temperature: float) -> int:
@@ -191,55 +186,21 @@ class DistributionCodec:
         coordinates = codes.tail_codes.float() * self.tail_step
         return apply_softcap(torch.addmm(self.tail_bias, coordinates, self.tail_basis.T), self.softcap)
 
-    def logprobs(self, codes: DistributionCodes, temperature: float, shape_NV: Tensor | None = None) -> Tensor:
-        """log p_T [N, V'] float32 of the teacher at a cached temperature.
+    def logprobs(self, codes: DistributionCodes, temperature: float, tail_NV: Tensor | None = None) -> Tensor:
+        """log p_T [N, V] float32 of the teacher at a cached temperature, in nats.
 
-        The tail's shape is the cached one; with rank 0 it is `shape_NV`, scaled logits of the caller (a student's own make the
-        tail one bucket: the divergence then sees its mass only). V' is `shape_NV`'s width: a student's padded rows beyond V get
-        probability 0. The plain form; `probabilities` is the fast one.
+        `tail_NV`: softened logits of the tail's shape, overwritten at the head's ids. None takes the cached ones,
+        `tail_logits(codes) / temperature`. A cache without a tail (rank 0) needs the caller's: a student's own make the tail one
+        bucket, of which a divergence sees the mass only.
         """
-        log_ratio_N1 = codes.scalars[:, self.mass_column(temperature)].float()[:, None]
-        if self.rank:
-            scaled_NV = self.tail_logits(codes) / temperature
-        elif shape_NV is not None:
-            scaled_NV = shape_NV[:, : self.vocab_size].float().clone()
-        else:
-            raise ValueError("a cache without a tail needs the shape of one")
+        if tail_NV is None:
+            if not self.rank:
+                raise ValueError("a cache without a tail needs the shape of one")
+            tail_NV = self.tail_logits(codes).div_(temperature)
+        log_ratio_N1 = codes.scalars[:, self.mass_column(temperature)].to(tail_NV.dtype)[:, None]
         ids_Nk = codes.head_ids.long()
-        scaled_NV.scatter_(1, ids_Nk, -torch.inf)
-        tail_lse_N1 = scaled_NV.logsumexp(1, keepdim=True) if self.head < self.vocab_size else torch.zeros_like(log_ratio_N1)
-        logprobs_NV = scaled_NV + (F.logsigmoid(-log_ratio_N1) - tail_lse_N1)
-        distance_Nk = self.head_range * (codes.head_codes.float() / self.head_levels).square()
-        logprobs_NV.scatter_(1, ids_Nk, F.log_softmax(-distance_Nk / temperature, 1) + F.logsigmoid(log_ratio_N1))
-        padding = 0 if shape_NV is None else shape_NV.shape[1] - self.vocab_size
-        return F.pad(logprobs_NV.clamp(min=PADDED_LOGIT), (0, padding), value=PADDED_LOGIT)
-
-    def probabilities(self, codes: DistributionCodes, temperature: float, shape_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(p_T [N, V'], Σ p log p [N] in nats), float32: the fast form of `logprobs`, with fewer passes over [N, V]."""
-        log_ratio_N = codes.scalars[:, self.mass_column(temperature)].float()
-        if self.rank:
-            scaled_NV = self.tail_logits(codes)
-            if temperature != 1:
-                scaled_NV *= 1 / temperature
-        elif shape_NV is not None:
-            scaled_NV = shape_NV[:, : self.vocab_size].float().clone()
-        else:
-            raise ValueError("a cache without a tail needs the shape of one")
-        ids_Nk = codes.head_ids.long()
-        scaled_NV.scatter_(1, ids_Nk, PADDED_LOGIT)
-        scaled_NV -= scaled_NV.amax(1, keepdim=True)
-        p_NV = scaled_NV.exp()
-        if self.head == self.vocab_size:
-            p_NV.zero_()
-        sum_N = p_NV.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-        log_tail_N = F.logsigmoid(-log_ratio_N)
-        tail_N = log_tail_N.exp()
-        inner_N = torch.linalg.vecdot(p_NV, scaled_NV) / sum_N - sum_N.log() + log_tail_N
-        p_NV *= (tail_N / sum_N)[:, None]
-        distance_Nk = self.head_range * (codes.head_codes.float() / self.head_levels).square()
-        head_logp_Nk = F.log_softmax(-distance_Nk / temperature, 1) + F.logsigmoid(log_ratio_N)[:, None]
-        head_p_Nk = head_logp_Nk.exp()
-        p_NV.scatter_(1, ids_Nk, head_p_Nk)
-        negative_entropy_N = torch.where(tail_N > 0, tail_N * inner_N, 0) + torch.special.xlogy(head_p_Nk, head_p_Nk).sum(1)
-        padding = 0 if shape_NV is None else shape_NV.shape[1] - self.vocab_size
-        return F.pad(p_NV, (0, padding)) if padding else p_NV, negative_entropy_N
+        tail_mass_N1, head_mass_N1 = (F.logsigmoid(sign * log_ratio_N1).clamp(min=LOG_NOTHING) for sign in (-1, 1))
+        logprobs_NV = tail_NV.scatter_(1, ids_Nk, PADDED_LOGIT).log_softmax(1).add_(tail_mass_N1)
+        distance_Nk = self.head_range * (codes.head_codes.to(tail_NV.dtype) / self.head_levels).square()
+        head_Nk = F.log_softmax(-distance_Nk / temperature, 1) + head_mass_N1
+        return logprobs_NV.scatter_(1, ids_Nk, head_Nk)

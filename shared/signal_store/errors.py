@@ -67,9 +67,20 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
+def path_error(error: OSError) -> SignalStoreError | None:
+    """The error to raise for a path that no file system takes, or None."""
+    if error.errno in {errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR}:
+        return InputError("a path cannot be used", found=error.strerror, where=error.filename)
+    return None
+
+
 def storage_error(error: OSError, where: object) -> SignalStoreError | None:
     """The error to raise for a failed write, or None where the failure is none of the disk's."""
     remedy = "Nothing committed is lost: make room and run the same command again."
+    if error.errno == errno.ENOENT:
+        return NotFoundError(
+            "a file or its folder went away", found=error.strerror, where=where, remedy="Run the same command again."
+        )
     if error.errno in _FULL:
         return StorageError("the disk is full", found=error.strerror, where=where, remedy=remedy)
     if error.errno in _REFUSED:

@@ -8,6 +8,7 @@ what differs between machines (attempt, host, times, versions) is in `about`, ou
 import contextlib
 import json
 import platform
+import re
 import socket
 import time
 import uuid
@@ -115,14 +116,43 @@ def find_document(objects: Objects, key: str) -> Document | None:
         return None
 
 
+def listed_records(objects: Objects) -> Iterator[tuple[int, int]]:
+    """(unit, revision) of every unit record; what else lies in their folder is none."""
+    for key in objects.list(UNITS):
+        if found := re.fullmatch(r"(\d{7,})\.(\d+)\.json", key.rsplit("/", 1)[1]):
+            yield int(found[1]), int(found[2])
+
+
+def newest_revision(objects: Objects, unit: int) -> int:
+    """Number of a unit's newest record; 0 where there is none."""
+    revision = 0
+    while objects.exists(unit_key(unit, revision + 1)):
+        revision += 1
+    return revision
+
+
+def newest_record(objects: Objects, unit: int) -> Document | None:
+    """The newest record of a unit, or None."""
+    return find_document(objects, unit_key(unit, newest_revision(objects, unit)))
+
+
+def replace_document(objects: Objects, key: str, body: dict[str, Any], attempt: str) -> None:
+    """Put a document in the place of a damaged one, which nobody can have relied on."""
+    objects.put(key, _document(body, attempt).to_bytes())
+
+
+def _document(body: dict[str, Any], attempt: str, **about: Any) -> Document:
+    versions = {name: version(name) for name in ("torch", "transformers", "zarr", "numcodecs", "tokenizers")}
+    facts = {"attempt": attempt, "host": socket.gethostname(), "time": time.time(), "python": platform.python_version()}
+    return Document(body, {**facts, "versions": versions, **about})
+
+
 def commit(objects: Objects, key: str, body: dict[str, Any], attempt: str, **about: Any) -> tuple[Document, bool]:
     """Create the document unless there is one; return the one that stands, and whether it is this attempt's.
 
     The record is read back after a refusal, for the answer to a create that did succeed may have been lost.
     """
-    versions = {name: version(name) for name in ("torch", "transformers", "zarr", "numcodecs", "tokenizers")}
-    facts = {"attempt": attempt, "host": socket.gethostname(), "time": time.time(), "python": platform.python_version()}
-    mine = Document(body, {**facts, "versions": versions, **about})
+    mine = _document(body, attempt, **about)
     if objects.create(key, mine.to_bytes()):
         return mine, True
     standing = read_document(objects, key)

@@ -1,10 +1,11 @@
 """Objects as files of a folder, on a local disk or a POSIX file system that several machines share."""
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +14,7 @@ from zarr.storage import LocalStore
 
 from signal_store.errors import NotFoundError, storage_error
 
+SWEPT_AT_MOST = 8
 SCRATCH = "ledger/staging/scratch"
 """Where a cache's unfinished files are, which a seal sweeps."""
 
@@ -54,15 +56,12 @@ class LocalObjects:
         """See `Objects.create`: a synced temporary file is hard-linked to the key, which fails if the key exists."""
         target = self._path(key)
         with _storage_errors(target):
-            temporary = self._write_scratch(data)
             _make_folder(target.parent)
             try:
-                target.hardlink_to(temporary)
+                self._move_scratch(data, target.hardlink_to)
             except FileExistsError:
                 return False
-            finally:
-                temporary.unlink()
-                _sync_folder(target.parent)
+            _sync_folder(target.parent)
             return True
 
     def put(self, key: str, data: bytes) -> None:
@@ -70,7 +69,7 @@ class LocalObjects:
         target = self._path(key)
         with _storage_errors(target):
             _make_folder(target.parent)
-            self._write_scratch(data).replace(target)
+            self._move_scratch(data, lambda temporary: temporary.replace(target))
             _sync_folder(target.parent)
 
     @contextlib.contextmanager
@@ -109,12 +108,30 @@ class LocalObjects:
 
     def delete_tree(self, prefix: str) -> None:
         """See `Objects.delete_tree`."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             shutil.rmtree(self._path(prefix))
+        except OSError as error:  # gone, or another process is at work in it
+            if error.errno not in {errno.ENOENT, errno.ENOTEMPTY}:
+                raise
 
     def zarr_store(self) -> Store:
         """See `Objects.zarr_store`."""
         return LocalStore(self.root, read_only=True)
+
+    def _move_scratch(self, data: bytes, move: Callable[[Path], object]) -> None:
+        """Write a scratch file and give it its name; once more where a seal has swept it away in between."""
+        for attempt in range(SWEPT_AT_MOST):
+            temporary = None
+            try:
+                temporary = self._write_scratch(data)
+                move(temporary)
+                return
+            except FileNotFoundError:
+                if attempt == SWEPT_AT_MOST - 1:
+                    raise
+            finally:
+                if temporary is not None:
+                    temporary.unlink(missing_ok=True)
 
     def _write_scratch(self, data: bytes) -> Path:
         """A synced file with `data`, under a name of its own where a seal sweeps what kills left."""

@@ -1,5 +1,6 @@
 """The identity of a cache. Its digest is the cache id, carried by every record; times, paths, hosts and versions are not in it."""
 
+from functools import cached_property
 from typing import Any, Literal
 
 from signal_store.arrays import ArraySpec
@@ -61,6 +62,10 @@ class Capacities(Section):
     def union(self, other: "Capacities") -> "Capacities":
         """Room for both."""
         return Capacities(**{name: max(getattr(self, name), getattr(other, name)) for name in Capacities.model_fields})
+
+    def plus(self, other: "Capacities") -> "Capacities":
+        """Rows of both, one after the other."""
+        return Capacities(**{name: getattr(self, name) + getattr(other, name) for name in Capacities.model_fields})
 
     def holds(self, other: "Capacities") -> bool:
         """Whether the other fits."""
@@ -144,12 +149,12 @@ class Manifest(Section):
     signals: Signals
     arrays: tuple[dict[str, Any], ...]
 
-    @property
+    @cached_property
     def cache_id(self) -> str:
         """Digest of the canonical JSON of this manifest."""
         return digest(self.model_dump(mode="json"))
 
-    @property
+    @cached_property
     def specs(self) -> tuple[ArraySpec, ...]:
         """The arrays that units fill."""
         return tuple(ArraySpec.from_json(dict(array)) for array in self.arrays)

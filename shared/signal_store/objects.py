@@ -5,10 +5,13 @@ an object). `create` tells who won. A key is a relative path with `/`. Stock zar
 """
 
 import contextlib
+import re
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from zarr.abc.store import Store
+
+from signal_store.errors import InputError
 
 
 class Objects(Protocol):
@@ -56,13 +59,18 @@ def objects_at(uri: str | Path) -> Objects:
     """The objects at a path, an `s3://bucket/prefix` (credentials and endpoint as AWS_* variables say), or, read-only, an
     `https://` address."""
     text = str(uri)
+    if not text.strip() or "\0" in text:
+        raise InputError("not an address of a cache", expected="a folder, s3://bucket/prefix or https://…", found=repr(text))
     if text.startswith(("s3://", "http://", "https://")):
         from signal_store.remote_objects import RemoteObjects  # obstore is an extra
 
         return RemoteObjects.at(text)
     from signal_store.local_objects import LocalObjects
 
-    return LocalObjects(text.removeprefix("file://"))
+    path = text.removeprefix("file://")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) or (path != text and not path.startswith("/")):
+        raise InputError("an address of an unknown kind", expected="a folder, file:///…, s3://… or https://…", found=text)
+    return LocalObjects(Path(path).expanduser())
 
 
 def join_uri(uri: str | Path, key: str) -> str:

@@ -19,8 +19,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str], model: type[Recipe])
     if not path.is_file():
         raise NotFoundError("no such recipe", expected="a YAML file", found=path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError("the recipe is not YAML", found=error, where=path) from error
     if not isinstance(content, dict):
         raise InputError("the recipe is not a mapping", expected="key: value lines", found=type(content).__name__, where=path)
@@ -55,9 +55,25 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 def _parsed(value: str, override: str) -> Any:
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return _parse(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError("an override's value is not YAML", found=override) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that is given twice is an error: YAML takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def validate(content: Any, model: type[Recipe], where: str) -> Recipe:

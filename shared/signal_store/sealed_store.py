@@ -23,6 +23,7 @@ from signal_store.seal_record import ABSENT, group_of
 from signal_store.shard_writer import CRC_BYTES, crc32c
 
 CONSTANTS_KEPT = 32
+INDEXES_KEPT = 4096
 RECORDS_PER_BLOCK = 4096
 
 
@@ -57,7 +58,7 @@ class SealedStore(WrapperStore[Store]):
     ) -> None:
         super().__init__(store)
         self._metadata, self._constants, self._records = dict(metadata or {}), dict(constants or {}), records
-        self._extents: dict[str, dict[tuple[int, int], int]] = {}
+        self._extents: OrderedDict[str, dict[tuple[int, int], int]] = OrderedDict()
         self._kept: OrderedDict[str, bytes] = OrderedDict()
 
     def _with_store(self, store: Store) -> "SealedStore":
@@ -127,6 +128,8 @@ class SealedStore(WrapperStore[Store]):
         self._extents[key] = {
             (int(start), int(start + length)): chunk for chunk, (start, length) in enumerate(extents) if length != ABSENT
         }
+        if len(self._extents) > INDEXES_KEPT:
+            self._extents.popitem(last=False)
 
     def _check_chunk(self, key: str, data: bytes, extent: tuple[int, int], checks: ShardChecks) -> None:
         chunk = self._extents.get(key, {}).get(extent)

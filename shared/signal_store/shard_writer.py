@@ -94,11 +94,12 @@ class UnitArrayWriter:
             raise AssertionError(f"{self._spec.path}: {self._rows} rows, capacity {self._spec.capacity_rows}")
         self._pending.append(rows)
         self._pending_rows += len(rows)
-        while self._pending_rows >= self._spec.chunk_rows:
-            joined = np.concatenate(self._pending)
-            self._write_chunk(joined[: self._spec.chunk_rows])
-            self._pending = [joined[self._spec.chunk_rows :]]
-            self._pending_rows = len(self._pending[0])
+        if self._pending_rows >= self._spec.chunk_rows:
+            joined = np.concatenate(self._pending) if len(self._pending) > 1 else rows
+            whole = len(joined) - len(joined) % self._spec.chunk_rows
+            for first in range(0, whole, self._spec.chunk_rows):
+                self._write_chunk(joined[first : first + self._spec.chunk_rows])
+            self._pending, self._pending_rows = [joined[whole:]], len(joined) - whole
 
     def close(self) -> tuple[ShardRecord, ...]:
         """Fill up, write the last index, and return one record per shard of the unit."""

@@ -4,8 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Seed = Annotated[int, Field(ge=0, lt=2**53)]
+"""Whole numbers that JSON carries everywhere."""
 DepthFraction = Annotated[float, Field(gt=0, lt=1)]
-Temperature = Annotated[float, Field(gt=0, le=100)]
+Temperature = Annotated[float, Field(ge=0.05, le=100)]
+Rank = Annotated[int, Field(ge=1, le=2**20)]
 
 DEFAULT_KEYWORDS = ("def", "class", "if", "elif", "else", "for", "while", "return", "try", "except", "with")
 
@@ -38,7 +41,7 @@ class DistributionSignal(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if isinstance(self.rank, int) and self.rank < 0:
+        if isinstance(self.rank, int) and not 0 <= self.rank <= 2**20:
             raise ValueError("rank must be at least 0, or auto")
         if self.head == 0 and self.rank == 0:
             raise ValueError("head and rank are both 0: nothing would be stored")
@@ -55,21 +58,21 @@ input of the FFN, the FFN before its nonlinearity, what its down-projection read
 class EveryNth(Section):
     """Every n-th token of a segment, counted from its first."""
 
-    every: int = Field(ge=1)
+    every: int = Field(ge=1, lt=2**31)
 
 
 class RandomFraction(Section):
     """A seeded random share of each segment's tokens."""
 
     fraction: float = Field(gt=0, le=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Stratified(Section):
     """All keyword tokens, and a seeded random rest up to this share of each segment's tokens."""
 
     stratified: float = Field(gt=0, le=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 Positions = Literal["all", "keywords"] | EveryNth | RandomFraction | Stratified
@@ -79,11 +82,11 @@ class HiddenSignal(Section):
     """Hidden states at one or more taps, at depth fractions of the teacher or at numbered layers (1 is the first block)."""
 
     taps: tuple[Tap, ...] = Field(("block_output",), min_length=1)
-    depths: tuple[DepthFraction, ...] = (0.25, 0.5, 0.75)
-    layers: tuple[int, ...] | None = None
+    depths: tuple[DepthFraction, ...] = Field((0.25, 0.5, 0.75), min_length=1)
+    layers: tuple[int, ...] | None = Field(None, min_length=1)
     positions: Positions = "all"
     """Which tokens, fixed when the plan is made: `all`, `keywords`, `{every: n}`, `{fraction: f}` or `{stratified: f}`."""
-    rank: int | None = Field(None, ge=1)
+    rank: Rank | None = None
     """Principal directions kept; None keeps the full width."""
     values: Literal["int8", "float16"] = "int8"
     """How a coordinate is stored, in units of its row's scale."""
@@ -92,6 +95,7 @@ class HiddenSignal(Section):
     def _check(self) -> Self:
         if len(set(self.taps)) != len(self.taps):
             raise ValueError("a tap is named twice")
+        _refuse_both(self)
         return self
 
 
@@ -105,13 +109,19 @@ class AttentionSignal(Section):
     keywords: tuple[str, ...] = DEFAULT_KEYWORDS
     previous_steps: int = Field(0, ge=0, le=64)
     """Rows of this many tokens before each keyword are stored too (REQUIREMENTS 31)."""
-    max_columns: int | None = Field(None, ge=1)
+    max_columns: int | None = Field(None, ge=1, lt=2**31)
     """Store only the m heaviest columns of a row and its residual mass. None: 64 where the context exceeds 1,024, else all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (isinstance(self.heads, int) and self.heads < 1) or self.heads == ():
             raise ValueError("heads must be at least one")
+        if self.layers == () or not self.keywords:
+            raise ValueError("layers and keywords must name at least one")
+        for name in ("layers", "heads"):
+            chosen = getattr(self, name)
+            if isinstance(chosen, tuple) and len(set(chosen)) != len(chosen):
+                raise ValueError(f"{name} names one twice")
         return self
 
 
@@ -124,8 +134,15 @@ class StatsSignal(Section):
     """Per layer: share of FFN activations below a hundredth of their root mean square, and Hoyer's sparsity."""
     gradient: bool = False
     """Per layer: log10 of the variance of the loss's gradient with respect to the block's output. Needs a backward pass."""
-    depths: tuple[DepthFraction, ...] = (0.25, 0.5, 0.75)
-    layers: tuple[int, ...] | None = None
+    depths: tuple[DepthFraction, ...] = Field((0.25, 0.5, 0.75), min_length=1)
+    layers: tuple[int, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.attention or self.ffn or self.gradient):
+            raise ValueError("attention, ffn and gradient are all off: nothing would be stored")
+        _refuse_both(self)
+        return self
 
 
 class ReplaySignal(Section):
@@ -133,13 +150,25 @@ class ReplaySignal(Section):
     positions of finished texts (REQUIREMENTS 32, 33); with `gradient`, also the loss's gradient at the layers of `hidden`."""
 
     steps: int = Field(4, ge=1, le=64)
-    step_size: float = Field(0.1, gt=0)
+    step_size: float = Field(0.1, gt=0, le=10)
     """Length of a step, as a share of the state's own length."""
-    positions_per_segment: int = Field(4, ge=1)
-    seed: int = 0
+    positions_per_segment: int = Field(4, ge=1, lt=2**31)
+    seed: Seed = 0
     gradient: bool = False
-    depths: tuple[DepthFraction, ...] = (0.25, 0.5, 0.75)
-    layers: tuple[int, ...] | None = None
+    depths: tuple[DepthFraction, ...] = Field((0.25, 0.5, 0.75), min_length=1)
+    layers: tuple[int, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _refuse_both(self)
+        return self
+
+
+def _refuse_both(signal: "HiddenSignal | StatsSignal | ReplaySignal") -> None:
+    if signal.layers is not None and "depths" in signal.model_fields_set:
+        raise ValueError("layers and depths exclude each other")
+    if signal.layers is not None and len(set(signal.layers)) != len(signal.layers):
+        raise ValueError("layers names one twice")
 
 
 class Signals(Section):
@@ -150,3 +179,9 @@ class Signals(Section):
     attention: AttentionSignal | None = None
     stats: StatsSignal | None = None
     replay: ReplaySignal | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if all(signal is None for _, signal in self):
+            raise ValueError("every signal is off: nothing would be stored")
+        return self

@@ -1,127 +1,188 @@
-"""Cross-entropy and forward KL to the cached distribution in one pass over the output head, never holding [tokens, vocabulary].
+"""Cross-entropy and divergences from the cached distribution in one pass over the output head, never holding [tokens, vocabulary].
 
-The pass walks the tokens in chunks: multiply by the head, form the loss of each row and dL/dz in closed form, and add what
-that gives for the hidden state and the head. Its slow twin is `dense.py`.
-Legend: N tokens that count, V vocabulary of the student, D its width.
+The pass walks the tokens in chunks, large enough that reading the head's weights is shared by many tokens, and within a chunk in
+blocks, small enough to stay in a core's cache: the losses of a block and dL/dz in closed form, which takes the logits' place; then
+what the chunk gives for hidden states and head. Its slow twin is `dense.py`.
+Legend: N tokens that count, V vocabulary of the student, D its width, C tokens of a chunk, B tokens of a block.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model_taps.head import OutputHead
-from signal_store.distribution_codec import DistributionCodec, DistributionCodes
+from signal_store.distribution_codec import PADDED_LOGIT, DistributionCodec, DistributionCodes
+from student_train.losses.divergences import Softened, divergence_of
 
-LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Of one chunk of logits: what stays in a core's cache, or what keeps a GPU busy."""
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Of the float32 logits of a chunk."""
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 512 * 2**20}
+"""Of the float32 logits of a block: what stays in a core's cache; a GPU needs no blocks."""
 IGNORE = -100
 
 
 @dataclass(frozen=True, slots=True)
-class OutputTargets:
-    """What the rows are compared with. `labels` int64 [N], IGNORE where none is stored; `codes` of the same rows, or None."""
+class OutputTerm:
+    """`kind`: cross_entropy, tla (forward KL), reverse_kl, jsd or total_variation. `scale`: what the sum over rows is multiplied by
+    in the total, weight / global count (times ranks). A divergence counts T² times."""
 
-    labels: Tensor
-    codes: DistributionCodes | None
-    codec: DistributionCodec | None
-    temperature: float
+    kind: str
+    scale: float
+    temperature: float = 1.0
+    beta: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class OutputScales:
-    """What a row's loss is multiplied by in the total: weight / global count (times ranks). 0 switches a term off."""
+class OutputTargets:
+    """What the rows are compared with. `labels` int64 [N], IGNORE where none is stored; `codes` of the same rows; `codec` decodes
+    them; `weights` float32 [N] multiplies each row's losses, None is 1."""
 
-    cross_entropy: float
-    tla: float
-
-
-def _softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """(softmax [N, V], logsumexp [N])."""
-    top_N1 = logits_NV.amax(1, keepdim=True)
-    power_NV = (logits_NV - top_N1).exp_()
-    sum_N1 = power_NV.sum(1, keepdim=True)
-    return power_NV.mul_(1 / sum_N1), (top_N1 + sum_N1.log())[:, 0]
+    labels: Tensor
+    codes: DistributionCodes | None = None
+    codec: DistributionCodec | None = None
+    weights: Tensor | None = None
 
 
-def cross_entropy_chunk(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ -log q(label) in nats, dL/dz [N, V]) over rows that have a label."""
-    known_N = labels_N != IGNORE
-    target_N1 = labels_N.clamp(min=0)[:, None]
-    grad_NV, logsum_N = _softmax(logits_NV)
-    loss = ((logsum_N - logits_NV.gather(1, target_N1)[:, 0]) * known_N).sum()
-    grad_NV.scatter_add_(1, target_N1, torch.full_like(target_N1, -1, dtype=grad_NV.dtype))
-    return loss, grad_NV if bool(known_N.all()) else grad_NV.mul_(known_N[:, None])
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What the losses of a block's rows are formed from. `tail` [B, V of the cache]: the low-rank logits at T = 1, or None."""
+
+    labels: Tensor
+    codes: DistributionCodes | None
+    tail: Tensor | None
 
 
-def forward_kl_chunk(
-    logits_NV: Tensor, codes: DistributionCodes, codec: DistributionCodec, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(T² Σ KL(p_T ‖ q_T) in nats, dL/dz = T (q - p) [N, V]); p from the cache. KL = Σ p log p - Σ p z/T + logsumexp(z/T)."""
-    scaled_NV = logits_NV if temperature == 1 else logits_NV / temperature
-    p_NV, negative_entropy_N = codec.probabilities(codes, temperature, scaled_NV)
-    q_NV, logsum_N = _softmax(scaled_NV)
-    p_NV = p_NV.to(q_NV.dtype)
-    loss = temperature**2 * (negative_entropy_N - torch.linalg.vecdot(p_NV, scaled_NV) + logsum_N * p_NV.sum(1)).sum()
-    grad_NV = q_NV.sub_(p_NV)
-    return loss, grad_NV if temperature == 1 else grad_NV.mul_(temperature)
+def _block_losses(
+    logits_BV: Tensor, block: _Block, codec: DistributionCodec | None, terms: Sequence[OutputTerm]
+) -> tuple[list[Tensor], Tensor, float]:
+    """(loss of each row by term [B], gradient [B, V], factor): the gradient of Σ scale · loss is factor · gradient."""
+    students: dict[float, Softened] = {}
+    teachers: dict[float, Softened] = {}
+    losses: list[Tensor] = []
+    gradient_BV, factor = None, 1.0
+    for term in terms:
+        temperature = term.temperature
+        if temperature not in students:
+            scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
+            students[temperature] = Softened.of(scaled_BV.log_softmax(1))
+        student = students[temperature]
+        if term.kind == "cross_entropy":
+            known_B = block.labels != IGNORE
+            target_B1 = block.labels.clamp(min=0)[:, None]
+            losses.append(-student.log.gather(1, target_B1)[:, 0] * known_B)
+            found_BV = student.p.scatter_add(1, target_B1, -torch.ones_like(target_B1, dtype=student.p.dtype))
+            found_BV = found_BV.mul_(known_B[:, None])
+        else:
+            assert codec is not None
+            if temperature not in teachers:
+                teachers[temperature] = Softened.of(_teacher_logprobs(block, codec, temperature, student))
+            divergence_B, found_BV = divergence_of(term.kind, term.beta)(teachers[temperature], student)
+            losses.append(temperature**2 * divergence_B)
+        slope = term.scale * temperature
+        if gradient_BV is None:
+            gradient_BV, factor = found_BV, slope
+        else:
+            if factor != 1:
+                gradient_BV, factor = gradient_BV.mul_(factor), 1.0
+            gradient_BV = gradient_BV.add_(found_BV, alpha=slope)
+    assert gradient_BV is not None
+    return losses, gradient_BV, factor
+
+
+def _teacher_logprobs(block: _Block, codec: DistributionCodec, temperature: float, student: Softened) -> Tensor:
+    """log p [B, V]; the rows that pad the student's vocabulary hold nothing. A cache without a tail borrows the student's shape."""
+    assert block.codes is not None
+    if block.tail is None:
+        tail_BV = student.log[:, : codec.vocab_size].clone()
+    else:
+        tail_BV = block.tail if temperature == 1 else block.tail / temperature
+    log_BV = codec.logprobs(block.codes, temperature, tail_BV).to(student.log.dtype)
+    padding = student.log.shape[1] - codec.vocab_size
+    return F.pad(log_BV, (0, padding), value=PADDED_LOGIT) if padding else log_BV
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Everything of a pass that carries no gradient."""
+
+    head: OutputHead
+    targets: OutputTargets
+    terms: tuple[OutputTerm, ...]
+    compute_dtype: torch.dtype
+    compiled: bool
+
+
+def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise: torch.dtype) -> float:
+    """Add the losses of a chunk to `sums`, and put the gradient in the place of its logits; returns the gradient's factor."""
+    head, targets, codec = job.head, job.targets, job.targets.codec
+    codes = None if targets.codes is None else targets.codes[rows]
+    tail_CV = codec.tail_logits(codes) if codec is not None and codes is not None and codec.rank else None
+    labels_C = targets.labels[rows]
+    size = max(1, BLOCK_BYTES.get(logits_CV.device.type, 2**30) // (4 * logits_CV.shape[1]))
+    block_losses = _compiled() if job.compiled else _block_losses
+    factor = 1.0
+    for first in range(0, len(logits_CV), size):
+        part = slice(first, first + size)
+        logits_BV = logits_CV[part].to(precise)
+        if head.scale != 1:
+            logits_BV = logits_BV * head.scale
+        if head.softcap is not None:
+            logits_BV = head.softcap * torch.tanh(logits_BV / head.softcap)
+        block = _Block(labels_C[part], None if codes is None else codes[part], None if tail_CV is None else tail_CV[part])
+        losses, gradient_BV, factor = block_losses(logits_BV, block, codec, job.terms)
+        if head.softcap is not None:
+            gradient_BV = gradient_BV * (1 - (logits_BV / head.softcap).square())
+        weights_B = None if targets.weights is None else targets.weights[rows][part]
+        sums += torch.stack([(loss if weights_B is None else loss * weights_B).sum() for loss in losses])
+        logits_CV[part] = gradient_BV
+    return factor * head.scale
+
+
+@cache
+def _compiled() -> Callable[..., tuple[list[Tensor], Tensor, float]]:
+    return torch.compile(_block_losses, dynamic=False)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        head: OutputHead,
-        targets: OutputTargets,
-        scales: OutputScales,
-        compute_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
         precise = torch.promote_types(hidden_ND.dtype, torch.float32)
-        weight = weight_VD.to(compute_dtype)
+        weight = weight_VD.to(job.compute_dtype)
+        bias = None if bias_V is None else bias_V.to(job.compute_dtype)
         grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=precise) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=precise) if bias_V is not None and ctx.needs_input_grad[2] else None
-        sums = hidden_ND.new_zeros(2, dtype=precise)
-        step = max(1, LOGITS_BYTES.get(hidden_ND.device.type, 2**26) // (4 * len(weight_VD)))
+        sums = hidden_ND.new_zeros(len(job.terms), dtype=precise)
+        step = max(1, CHUNK_BYTES.get(hidden_ND.device.type, 2**26) // (4 * len(weight_VD)))
         for start in range(0, len(hidden_ND), step):
             rows = slice(start, start + step)
-            hidden = hidden_ND[rows].to(compute_dtype)
-            logits = torch.nn.functional.linear(hidden, weight, None if bias_V is None else bias_V.to(compute_dtype)).to(precise)
-            if head.scale != 1:
-                logits = logits * head.scale
-            if head.softcap is not None:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
-            grad_logits = None
-            if scales.cross_entropy or targets.codes is None:
-                sums[0], grad_logits = _add(
-                    sums[0], grad_logits, cross_entropy_chunk(logits, targets.labels[rows]), scales.cross_entropy
-                )
-            if scales.tla and targets.codes is not None and targets.codec is not None:
-                parts = forward_kl_chunk(logits, targets.codes[rows], targets.codec, targets.temperature)
-                sums[1], grad_logits = _add(sums[1], grad_logits, parts, scales.tla)
-            if grad_logits is None:
-                continue
-            if head.softcap is not None:
-                grad_logits = grad_logits * (1 - (logits / head.softcap).square())
-            if head.scale != 1:
-                grad_logits = grad_logits * head.scale
-            low = grad_logits.to(compute_dtype)
+            hidden = hidden_ND[rows].to(job.compute_dtype)
+            logits_CV = F.linear(hidden, weight, bias)
+            factor = _add_chunk(logits_CV, rows, job, sums, precise)
+            gradient_CV = logits_CV
+            factors_C1 = hidden.new_full((len(hidden), 1), factor)
+            if job.targets.weights is not None:
+                factors_C1 = factors_C1 * job.targets.weights[rows, None].to(factors_C1.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = (low @ weight).to(grad_hidden.dtype)
+                grad_hidden[rows] = (gradient_CV @ weight).to(precise).mul_(factors_C1)
             if grad_weight is not None:
-                grad_weight += low.T @ hidden
+                scaled = hidden * factors_C1
+                if grad_weight.dtype == gradient_CV.dtype:
+                    grad_weight.addmm_(gradient_CV.T, scaled)
+                else:
+                    grad_weight += gradient_CV.T @ scaled
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias += (gradient_CV * factors_C1).sum(0)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        total = scales.cross_entropy * sums[0] + scales.tla * sums[1]
-        cross_entropy, tla = sums[0].clone(), sums[1].clone()
-        ctx.mark_non_differentiable(cross_entropy, tla)
-        return total, cross_entropy, tla
+        scales = sums.new_tensor([term.scale for term in job.terms])
+        ctx.mark_non_differentiable(sums)
+        return (scales * sums).sum(), sums
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,24 +193,23 @@ class _ChunkedLoss(torch.autograd.Function):
             None if weight is None else (weight * total).to(ctx.dtypes[0]),
             None if bias is None else (bias * total).to(ctx.dtypes[1]),
         )
-        return (*grads, None, None, None, None)
+        return (*grads, None)
 
 
-def _add(total: Tensor, grad: Tensor | None, parts: tuple[Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    loss, grad_loss = parts
-    grad_loss = grad_loss.mul_(scale)
-    return total + loss, grad_loss if grad is None else grad.add_(grad_loss)
-
-
-def output_loss(hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, scales: OutputScales) -> tuple[Tensor, Tensor, Tensor]:
-    """(scaled total, Σ cross-entropy, Σ T²·KL), scalars in nats; only the total carries a gradient.
+def output_loss(
+    hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, terms: Sequence[OutputTerm], *, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(Σ scale · loss, the plain sums of each term's losses over rows [terms]), in nats; only the first carries a gradient.
 
     The head's matrix products run in the autocast dtype where autocast is on, softmax and sums in float32 (float64 for float64
-    input).
+    input). `compiled`: the blocks' losses through torch.compile.
     """
+    if not terms:  # every parameter takes part in every step all the same
+        used = [tensor.sum() for tensor in (hidden_ND, head.weight, head.bias) if tensor is not None]
+        return 0 * torch.stack(used).sum(), hidden_ND.new_zeros(0)
     device = hidden_ND.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     with torch.autocast(device, enabled=False):
         apply: Any = _ChunkedLoss.apply
-        total, cross_entropy, tla = apply(hidden_ND, head.weight, head.bias, head, targets, scales, compute)
-    return total, cross_entropy, tla
+        total, sums = apply(hidden_ND, head.weight, head.bias, _Job(head, targets, tuple(terms), compute, compiled))
+    return total, sums

@@ -25,6 +25,31 @@ class TlaTerm(Section):
     temperature: float = Field(3.0, gt=0)
 
 
+class ReverseKlTerm(Section):
+    """T² · KL(q_T ‖ p_T), which seeks the teacher's modes; mean over tokens. log p is floored at -40 nats."""
+
+    weight: WeightField = _constant(1.0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class JsdTerm(Section):
+    """T² · (β KL(p_T ‖ m) + (1 - β) KL(q_T ‖ m)), m = β p_T + (1 - β) q_T: generalised Jensen-Shannon; mean over tokens."""
+
+    weight: WeightField = _constant(1.0)
+    temperature: float = Field(1.0, gt=0)
+    beta: float = Field(0.5, gt=0, lt=1)
+
+
+class TotalVariationTerm(Section):
+    """T² · ½ Σ |q_T - p_T|, mean over tokens."""
+
+    weight: WeightField = _constant(1.0)
+    temperature: float = Field(1.0, gt=0)
+
+
+DivergenceTerm = TlaTerm | ReverseKlTerm | JsdTerm | TotalVariationTerm
+
+
 class LhsmTerm(Section):
     """Layer-wise hidden-state matching (67): mean squared difference of LayerNorm(P h_S) and LayerNorm(h_T)."""
 
@@ -49,9 +74,18 @@ class Losses(Section):
 
     cross_entropy: CrossEntropyTerm | None = None
     tla: TlaTerm | None = None
+    reverse_kl: ReverseKlTerm | None = None
+    jsd: JsdTerm | None = None
+    total_variation: TotalVariationTerm | None = None
     lhsm: LhsmTerm | None = None
     apc: ApcTerm | None = None
     asr: AsrTerm | None = None
+
+    @property
+    def divergences(self) -> dict[str, DivergenceTerm]:
+        """Terms that compare with the cached distribution, by name."""
+        found = {name: getattr(self, name) for name in ("tla", "reverse_kl", "jsd", "total_variation")}
+        return {name: term for name, term in found.items() if term is not None}
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 """From a recipe's terms to what they need: refused at start where the cache does not hold it, never at step 1000."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -8,14 +9,15 @@ from model_taps.attention import softmax_attention_layers
 from model_taps.blocks import layer_at_depth, num_layers
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
-from student_train.losses.config import ApcTerm, AsrTerm, CrossEntropyTerm, LhsmTerm, Losses, TlaTerm
+from student_train.losses.chunked import OutputTerm
+from student_train.losses.config import ApcTerm, AsrTerm, CrossEntropyTerm, DivergenceTerm, JsdTerm, LhsmTerm, Losses
 from student_train.losses.schedule import Weight
 from student_train.stream.reader import Needs
 
 MIN_HEAD_MASS = 0.9
 """Least mean mass of the head at which a cache without a tail serves a temperature."""
 
-Term = CrossEntropyTerm | TlaTerm | LhsmTerm | ApcTerm | AsrTerm
+Term = CrossEntropyTerm | DivergenceTerm | LhsmTerm | ApcTerm | AsrTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,18 @@ class Objective:
     def needs(self) -> Needs:
         """What is read of the cache besides tokens."""
         return Needs(
-            distribution=self.losses.tla is not None,
+            distribution=bool(self.losses.divergences),
             hidden=tuple(("block_output", pair.teacher) for pair in self.hidden_pairs),
             attention=tuple(pair.teacher for pair in self.attention_pairs),
         )
+
+    def output_terms(self, scales: Mapping[str, float]) -> list[OutputTerm]:
+        """The terms of the pass over the output head that weigh something, by name in `kind`."""
+        terms = [OutputTerm("cross_entropy", scales["cross_entropy"])] if self.losses.cross_entropy else []
+        for name, term in self.losses.divergences.items():
+            beta = term.beta if isinstance(term, JsdTerm) else 0.5
+            terms.append(OutputTerm(name, scales[name], term.temperature, beta))
+        return [term for term in terms if term.scale]
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each term at a progress in [0, 1]."""
@@ -82,7 +92,8 @@ def check_cache(losses: Losses, cache: Cache) -> None:
     """Refuse what the cache cannot serve."""
     signals = cache.manifest.signals
     held = [name for name, signal in signals if signal is not None]
-    for term, signal in (("tla", "distribution"), ("lhsm", "hidden"), ("apc", "attention")):
+    wanted = dict.fromkeys(losses.divergences, "distribution") | {"lhsm": "hidden", "apc": "attention"}
+    for term, signal in wanted.items():
         if getattr(losses, term) is not None and getattr(signals, signal) is None:
             raise MismatchError(
                 f"{term} needs a signal that the cache does not hold",
@@ -91,23 +102,27 @@ def check_cache(losses: Losses, cache: Cache) -> None:
                 where=cache.uri,
                 remedy=f"Build a cache with signals.{signal}, or switch {term} off.",
             )
-    if losses.tla is not None and signals.distribution is not None:
-        temperatures = signals.distribution.temperatures
-        wanted = losses.tla.temperature
-        if wanted not in temperatures:
-            raise MismatchError(
-                "tla: the cache cannot serve this temperature",
-                expected=f"one of {list(temperatures)}",
-                found=wanted,
-                where=cache.uri,
-                remedy="Train at one of them, or build a cache whose signals.distribution.temperatures hold it.",
-            )
-        mass = cache.manifest.calibration.coverage[temperatures.index(wanted)]
-        if cache.manifest.calibration.tail_rank == 0 and mass < MIN_HEAD_MASS:
-            raise MismatchError(
-                "tla: the cache has no tail and its head holds too little at this temperature",
-                expected=f"a mean mass of {MIN_HEAD_MASS}",
-                found=f"{mass:.3f}",
-                where=cache.uri,
-                remedy="Lower the temperature, or build a cache with a tail.",
-            )
+    for name, divergence in losses.divergences.items():
+        _check_temperature(name, divergence.temperature, cache)
+
+
+def _check_temperature(term: str, wanted: float, cache: Cache) -> None:
+    signal = cache.manifest.signals.distribution
+    assert signal is not None
+    if wanted not in signal.temperatures:
+        raise MismatchError(
+            f"{term}: the cache cannot serve this temperature",
+            expected=f"one of {list(signal.temperatures)}",
+            found=wanted,
+            where=cache.uri,
+            remedy="Train at one of them, or build a cache whose signals.distribution.temperatures hold it.",
+        )
+    mass = cache.manifest.calibration.coverage[signal.temperatures.index(wanted)]
+    if cache.manifest.calibration.tail_rank == 0 and mass < MIN_HEAD_MASS:
+        raise MismatchError(
+            f"{term}: the cache has no tail and its head holds too little at this temperature",
+            expected=f"a mean mass of {MIN_HEAD_MASS}",
+            found=f"{mass:.3f}",
+            where=cache.uri,
+            remedy="Lower the temperature, or build a cache with a tail.",
+        )

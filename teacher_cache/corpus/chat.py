@@ -1,5 +1,9 @@
 """A chat as text, rendered by the tokenizer's own template, and the character spans that the assistant wrote."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -7,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from signal_store.errors import InputError
+
+FIXED_DAY = datetime(2024, 1, 1)
 
 
 def render_chat(
@@ -22,9 +28,12 @@ def render_chat(
         raise InputError("not a chat", expected="a list of messages with role and content", found=str(messages)[:80], where=where)
     if template is None:
         raise InputError("the tokenizer has no chat template", expected="one, for a source with messages", where=where)
-    if "generation %}" in template:
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
         special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        result: Any = render_jinja_template([messages], chat_template=template, return_assistant_tokens_mask=True, **special)
+        with _refusals():
+            result: Any = render_jinja_template(
+                [messages], chat_template=template, return_assistant_tokens_mask=True, strftime_now=_on_a_fixed_day, **special
+            )
         (text,), (spans,) = result
         return str(text), tuple((int(a), int(b)) for a, b in spans)
     text = _render(tokenizer, messages)
@@ -49,7 +58,18 @@ def render_chat(
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:
     if not messages and not options.get("add_generation_prompt"):
         return ""
+    with _refusals():
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=_on_a_fixed_day, **options))
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
+        yield
+    except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
         raise InputError("the chat template refuses a chat", found=error, remedy="Mend the chat, or its roles' order.") from error
+
+
+def _on_a_fixed_day(pattern: str) -> str:
+    """What a template that tells the date is told: the same text every day."""
+    return FIXED_DAY.strftime(pattern)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from teacher_cache.recipe import Source
 def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
     """All documents of a source (empty ones too), up to `max_documents`."""
     found = _files(source) if source.folder is not None else (_document(row, source, tokenizer) for row in _rows(source))
-    for number, document in enumerate(found):
-        if source.max_documents is not None and number >= source.max_documents:
-            return
-        if any("\ud800" <= c <= "\udfff" for c in document.text):
-            raise InputError("a text is not Unicode", found="a lone surrogate", where=f"source {source.name}, document {number}")
+    for number, document in enumerate(islice(found, source.max_documents)):
+        try:
+            document.text.encode()
+        except UnicodeEncodeError as error:
+            where = f"source {source.name}, document {number}"
+            raise InputError("a text is not Unicode", found="a lone surrogate", where=where) from error
         yield document
 
 
@@ -31,9 +33,13 @@ def _files(source: Source) -> Iterator[Document]:
     assert source.folder is not None
     if not source.folder.is_dir():
         raise NotFoundError("no such folder", found=source.folder, where=f"source {source.name}")
-    for path in sorted(p for p in source.folder.glob(source.pattern) if p.is_file()):
+    try:
+        paths = sorted(p for p in source.folder.glob(source.pattern) if p.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise InputError("not a pattern of files", found=f"{source.pattern}: {error}", where=f"source {source.name}") from error
+    for path in paths:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8")  # line ends as they are: byte ends count in the file
         except UnicodeDecodeError as error:
             raise InputError(
                 "a file is not UTF-8 text",
@@ -66,7 +72,7 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
                 continue
             try:
                 row = json.loads(line)  # also refuses what is not UTF-8
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError("a line is not JSON", found=error, where=f"{path}:{number}") from error
             if not isinstance(row, dict):
                 raise InputError("a line is not an object", expected="{...}", found=type(row).__name__, where=f"{path}:{number}")
@@ -80,7 +86,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError("not a Parquet file", found=error, where=path) from error
 
 
@@ -94,7 +100,7 @@ def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
             reference.path,
             reference.name,
             split=reference.split,
-            data_files=None if reference.data_files is None else list(_as_tuple(reference.data_files)),
+            data_files=list(reference.data_files) if isinstance(reference.data_files, tuple) else reference.data_files,
             revision=reference.revision,
             streaming=True,
         )
@@ -104,10 +110,6 @@ def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         raise NotFoundError(
             "cannot load the data set", found=f"{reference.path}: {reason}", where=f"source {source.name}"
         ) from error
-
-
-def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
 
 
 def _document(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast) -> Document:

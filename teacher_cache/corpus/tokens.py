@@ -57,7 +57,7 @@ def _tokenize_batch(
         if document.lexer is not None and keywords:
             last_chars = np.asarray([end - 1 for _, end in keyword_spans(document.text, document.lexer, keywords)], dtype=np.int64)
             keyword[_token_of(spans, last_chars)] = True
-        ended = closed or eos is not None
+        ended = eos is not None
         yield TokenizedDocument(ids, _byte_ends(document.text, char_end), counts, keyword, ended, ended or document.complete)
 
 
@@ -78,5 +78,6 @@ def _token_of(spans: NDArray[np.int64], chars: NDArray[np.int64]) -> NDArray[np.
 def _byte_ends(text: str, char_end: NDArray[np.int64]) -> NDArray[np.uint32]:
     if text.isascii():
         return char_end.astype(np.uint32)
-    widths = np.asarray([len(c.encode()) for c in text], dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate([[0], np.cumsum(widths)])[char_end].astype(np.uint32)

@@ -26,7 +26,7 @@ def extract_distribution(
     """Codes of N rows. `logits_of` gives float32 logits of a slice of rows; `draws` ids a row are drawn at each temperature, by a
     generator of `key`."""
     step = max(1, LOGITS_BYTES.get(hidden_ND.device.type, 2**26) // (4 * codec.vocab_size))
-    uniform = np.random.Generator(np.random.Philox(key=list(key)))
+    uniform = np.random.Generator(np.random.Philox(key=np.asarray(key, dtype=np.uint64)))
     parts, saturated = [], 0
     drawn: dict[float, list[Tensor]] = {t: [] for t in codec.temperatures if draws}
     for start in range(0, len(hidden_ND), step):

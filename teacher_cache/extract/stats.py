@@ -19,6 +19,8 @@ def row_statistics(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
     """[R, H, 4] float32 of rows with more than one key, each in [0, 1]: entropy over log length; mean look-back
     Σ_j a_j (t - j) / (t + 1); largest mass; mass on the first token."""
     rows = rows_RHL.float()
+    if not rows.numel():
+        return rows.new_zeros(*rows.shape[:2], 4)
     length = lengths_R.to(rows)[:, None]
     columns_L = torch.arange(rows.shape[2], device=rows.device)
     back_RL = (lengths_R[:, None] - 1 - columns_L).clamp(min=0)
