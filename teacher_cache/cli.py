@@ -21,6 +21,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, such as signals.distribution.head=32.", metavar="[KEY=VALUE]...")
 ]
 CacheAddress = Annotated[str, typer.Argument(help="Folder, s3:// or https:// address of the cache.", metavar="CACHE")]
+CacheAddresses = Annotated[list[str], typer.Argument(help="The cache; overlays of it may follow.", metavar="CACHE [OVERLAY]...")]
 WorkerOption = Annotated[
     str | None, typer.Option("--worker", help="i/n: this is worker i of n, from 0. Under torchrun or Slurm it is read from there.")
 ]
@@ -181,8 +182,8 @@ def taps(
 
 
 @app.command()
-def inspect(cache: CacheAddress, as_json: AsJson = False) -> None:
-    """Say what a sealed cache holds, without importing torch."""
+def inspect(cache: CacheAddresses, as_json: AsJson = False) -> None:
+    """Say what a sealed cache holds, alone or with its overlays, without importing torch."""
     from signal_store.cache import open_cache
 
     opened = open_cache(cache)

@@ -199,7 +199,7 @@ def _is_whole(objects: Objects, key: str, content: str) -> bool:
 
 def mend_calibration(recipe: CacheRecipe, objects: Objects, known: Known) -> list[str]:
     """Make calibration, its two copies of the matrices, and manifest whole; the keys that were not."""
-    recipe, planned = settled(recipe), read_plan(objects)
+    recipe, planned = settled(recipe), read_plan(objects).at_generation(0)  # what it was calibrated on
     mended = []
     document = whole_document(objects, CALIBRATION)
     data = None if document is None else _matrices(objects, document.body["arrays_digest"])

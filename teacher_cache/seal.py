@@ -55,7 +55,8 @@ def seal(uri: str) -> Seal:
     planned = read_plan(objects)
     frozen = find_document(objects, MANIFEST)
     if frozen is None:
-        raise IncompleteError("the cache is not calibrated", found="a plan", where=uri, remedy="Run teacher-cache build.")
+        remedy = "Run teacher-cache repair." if listed_seals(objects) else "Run teacher-cache build."
+        raise IncompleteError("the cache has no manifest", found="a plan", where=uri, remedy=remedy)
     manifest = parse_manifest(frozen.body, MANIFEST)
     found = newest_records(objects, planned.num_units)
     missing = [unit for unit, record in enumerate(found) if record is None]

@@ -69,9 +69,9 @@ class _Reader:
         self.seen: set[str] = set()
 
     def read(self, key: str) -> bytes:
-        self.seen.add(key)
         data = self.objects.read(key)
-        self.num_bytes += len(data)
+        self.num_bytes += 0 if key in self.seen else len(data)
+        self.seen.add(key)
         return data
 
     def document(self, key: str) -> Document:
@@ -96,6 +96,8 @@ def verify(uri: str) -> Verified:
     objects = objects_at(uri)
     reader = _Reader(objects)
     newest = newest_generation(objects)
+    if newest is None and not objects.exists(PLAN):
+        raise NotFoundError("no cache here", expected="one made by teacher-cache", found=uri)
     if newest is None:
         where = join_uri(uri, seal_key(0))
         raise NotFoundError("the cache is not sealed", where=where, remedy="Run teacher-cache build to finish it, or repair.")

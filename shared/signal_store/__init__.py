@@ -5,6 +5,7 @@ cache = signal_store.open_cache("cache.zarr")
 """
 
 from signal_store.cache import Cache, Segment, open_cache
+from signal_store.disk_cache import DiskCacheOptions
 from signal_store.errors import (
     CorruptError,
     IncompleteError,
@@ -18,6 +19,7 @@ from signal_store.errors import (
 __all__ = [
     "Cache",
     "CorruptError",
+    "DiskCacheOptions",
     "IncompleteError",
     "InputError",
     "MismatchError",

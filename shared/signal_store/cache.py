@@ -259,9 +259,17 @@ def _refuse_other_plan(base: SealedPart, part: SealedPart) -> None:
         "plan": (mine.plan.text_digest, other.plan.text_digest),
         "tokenizer": (mine.tokenizer.digest, other.tokenizer.digest),
         "teacher": (mine.teacher.weights_digest, other.teacher.weights_digest),
-        "generation": (base.seal.num_units, part.seal.num_units),
+        "units": (base.seal.num_units, part.seal.num_units),
     }
     differ = [name for name, (a, b) in pairs.items() if a != b]
+    if differ == ["units"]:
+        raise MismatchError(
+            "the base has grown since the overlay was built",
+            expected=f"{part.seal.num_units} units",
+            found=base.seal.num_units,
+            where=base.uri,
+            remedy="Open both as they were: open_cache([base, overlay], generation=0).",
+        )
     if differ:
         raise MismatchError(
             f"these caches do not belong together ({', '.join(differ)} differ)",
@@ -311,6 +319,10 @@ def _unfinished(objects: Objects) -> NotFoundError | IncompleteError:
     if plan is None:
         return NotFoundError("no cache here", expected="one made by teacher-cache", found=objects.uri)
     units = len(plan.body["units"])
+    if objects.exists(seal_key(0)):
+        return IncompleteError(
+            "the cache has no manifest", expected=MANIFEST, found="a seal", where=objects.uri, remedy="Run teacher-cache repair."
+        )
     done = len({key.split(".")[0] for key in objects.list(UNITS)})
     stage = "calibrated" if objects.exists(CALIBRATION) else "planned"
     return IncompleteError(

@@ -95,7 +95,7 @@ class HiddenSignal(Section):
     def _check(self) -> Self:
         if len(set(self.taps)) != len(self.taps):
             raise ValueError("a tap is named twice")
-        _refuse_both(self)
+        _refuse_twice(self)
         return self
 
 
@@ -141,7 +141,7 @@ class StatsSignal(Section):
     def _check(self) -> Self:
         if not (self.attention or self.ffn or self.gradient):
             raise ValueError("attention, ffn and gradient are all off: nothing would be stored")
-        _refuse_both(self)
+        _refuse_twice(self)
         return self
 
 
@@ -160,13 +160,11 @@ class ReplaySignal(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _refuse_both(self)
+        _refuse_twice(self)
         return self
 
 
-def _refuse_both(signal: "HiddenSignal | StatsSignal | ReplaySignal") -> None:
-    if signal.layers is not None and "depths" in signal.model_fields_set:
-        raise ValueError("layers and depths exclude each other")
+def _refuse_twice(signal: "HiddenSignal | StatsSignal | ReplaySignal") -> None:
     if signal.layers is not None and len(set(signal.layers)) != len(signal.layers):
         raise ValueError("layers names one twice")
 
