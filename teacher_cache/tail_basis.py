@@ -138,8 +138,8 @@ def measure(codec: DistributionCodec, head: OutputHead, hidden_nD: Tensor, chunk
         kl, mass = 0.0, 0.0
         for part in hidden_nD.split(chunk):
             logits = head.logits(part)
-            codes, _ = codec.encode(part, logits, torch.full((len(part),), -1))
             logp = (logits / temperature).log_softmax(-1)
+            codes, _ = codec.encode(part, logits, torch.full((len(part),), -1))
             shape = None if codec.rank else unigram.log().repeat(len(part), 1)
             logq = codec.logprobs(codes, temperature, shape)
             kl += float((logp.exp() * (logp - logq)).sum())

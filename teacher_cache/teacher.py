@@ -277,7 +277,7 @@ def think(
 def _refuse_not_finite(states: Mapping[str, Tensor], unit: UnitPlan, batch: TeacherBatch) -> None:
     """SignalStoreError naming the state and the documents, rather than codes of a number that is none."""
     for name, state in states.items():
-        if not bool(state.isfinite().all()):
+        if not bool(state.sum(dtype=torch.float32).isfinite()):
             documents = sorted({int(d) for d in unit.document[batch.first : batch.last]})
             raise SignalStoreError(
                 f"the teacher's {name} is not finite",

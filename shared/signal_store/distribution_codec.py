@@ -129,8 +129,8 @@ class DistributionCodec:
     def encode(self, hidden_ND: Tensor, logits_NV: Tensor, labels_N: Tensor) -> tuple[DistributionCodes, Tensor]:
         """Codes of N rows, and how many of the codes hit their limit (int64 scalar).
 
-        `hidden_ND`: what the output head reads. `logits_NV`: float32, soft-capped. `labels_N`: int64, -1 where the next token
-        is not known. Equal input gives equal codes.
+        `hidden_ND`: what the output head reads. `logits_NV`: float32, soft-capped; overwritten. `labels_N`: int64, -1 where the next
+        token is not known. Equal input gives equal codes.
         """
         values_Nk, ids_Nk = top_k(logits_NV, self.head)
         ids_Nk, order_Nk = ids_Nk.sort(dim=1)
@@ -140,7 +140,7 @@ class DistributionCodec:
         head_codes = (distance_Nk / self.head_range).sqrt().mul(self.head_levels).round().clamp(0, self.head_levels)
         head_codes = head_codes.to(torch.uint8 if self.head_bits == 8 else torch.int32)
         label_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0] - top_N1[:, 0]
-        head_NT, tail_NT, weighted_N = self._masses(logits_NV - top_N1, ids_Nk, distance_Nk)
+        head_NT, tail_NT, weighted_N = self._masses(logits_NV.sub_(top_N1), ids_Nk, distance_Nk)
         one = self.temperatures.index(1.0)
         total_N = head_NT[:, one] + tail_NT[:, one]
         label_N -= total_N.log()

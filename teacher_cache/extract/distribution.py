@@ -11,7 +11,9 @@ from signal_store.layout import id_dtype, sampled_path
 from teacher_cache.extract.rows import Extracted, numpy_of
 
 LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Of one chunk of logits: what stays in a core's cache, or what keeps a GPU busy."""
+"""Of one chunk of logits, whose tokens share one reading of the output head."""
+ENCODE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+"""Of the logits that are encoded at a time: what stays in a core's cache; a GPU takes the whole chunk."""
 
 
 @torch.inference_mode()
@@ -25,6 +27,7 @@ def extract_distribution(
 ) -> Extracted:
     """Codes of N rows. `logits_of` gives float32 logits of a slice of rows; `draws` ids a row are drawn at each temperature, by a
     generator of `key`."""
+    block = max(1, ENCODE_BYTES.get(hidden_ND.device.type, 2**26) // (4 * codec.vocab_size))
     step = max(1, LOGITS_BYTES.get(hidden_ND.device.type, 2**26) // (4 * codec.vocab_size))
     uniform = np.random.Generator(np.random.Philox(key=np.asarray(key, dtype=np.uint64)))
     parts, saturated = [], 0
@@ -32,11 +35,13 @@ def extract_distribution(
     for start in range(0, len(hidden_ND), step):
         chunk = slice(start, start + step)
         logits_NV = logits_of(chunk)
-        codes, count = codec.encode(hidden_ND[chunk], logits_NV, labels_N[chunk])
-        parts.append(codes)
-        saturated += int(count)
         for temperature, ids in drawn.items():
             ids.append(draw(logits_NV, temperature, torch.from_numpy(uniform.random((len(logits_NV), draws)))))
+        for first in range(0, len(logits_NV), block):
+            part = slice(start + first, min(start + first + block, start + len(logits_NV)))
+            codes, count = codec.encode(hidden_ND[part], logits_NV[first : first + block], labels_N[part])
+            parts.append(codes)
+            saturated += int(count)
     tail_type = "int8" if codec.tail_bits == 8 else "int16"
     rows = {
         "distribution/scalars": numpy_of(torch.cat([p.scalars for p in parts]), "float16"),

@@ -182,7 +182,7 @@ def test_logprobs_by_hand() -> None:
 def test_head_and_masses_are_true_however_sharp(sharpness: float, head: int, seed: int) -> None:
     codec = made_codec(24, RANK, head)
     logits = sharpness * torch.randn(5, 24, generator=torch.Generator().manual_seed(seed))
-    codes, _ = codec.encode(torch.randn(5, WIDTH), logits, torch.full((5,), 3))
+    codes, _ = codec.encode(torch.randn(5, WIDTH), logits.clone(), torch.full((5,), 3))
     assert torch.equal(codes.head_ids.long(), logits.topk(head).indices.sort(1).values)
     for temperature in codec.temperatures:
         p, q = (logits / temperature).softmax(1), codec.logprobs(codes, temperature).exp()

@@ -278,7 +278,7 @@ def test_masses_are_those_of_the_plain_sum(temperatures: tuple[float, ...], scal
     codec = DistributionCodec(
         temperatures, 8, 8, 8, 100.0, None, torch.zeros(2), torch.zeros(2, 0), torch.zeros(0), torch.zeros(600, 0), torch.zeros(600)
     )
-    codes, _ = codec.encode(torch.zeros(4, 2), logits, torch.tensor([0, 5, -1, 599]))
+    codes, _ = codec.encode(torch.zeros(4, 2), logits.clone(), torch.tensor([0, 5, -1, 599]))
     for temperature in temperatures:
         p = (logits.double() / temperature).softmax(1)
         head = p.gather(1, codes.head_ids.long()).sum(1)
