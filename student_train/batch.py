@@ -4,7 +4,8 @@ Legend: B rows, S tokens a row, N rows of the distribution that count, P sampled
 `flat` positions count b * S + s.
 """
 
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -33,9 +34,10 @@ class AttentionCodes:
 
 
 @dataclass(frozen=True, slots=True)
-class Cursor:
-    """A place in the global stream: the next row is row `row` of window `window` of epoch `epoch`."""
+class LaneCursor:
+    """A place in a lane of the stream: `rows` of it were taken; the next is row `row` of window `window` of epoch `epoch`."""
 
+    rows: int = 0
     epoch: int = 0
     window: int = 0
     row: int = 0
@@ -48,7 +50,8 @@ class CodedBatch:
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
     counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None. `hidden_flat` [P] and
     `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries) and
-    `attention` by teacher layer. `segments`: which segments are in it. `cursor`: where the stream goes on after this step.
+    `attention` by teacher layer. `segments`: which segments are in it, `sources` their sources' numbers, `segment_rows` how many of
+    the N rows each has. `cursor`: where the lanes that it drew from go on.
     """
 
     input_ids: Tensor
@@ -65,12 +68,22 @@ class CodedBatch:
     row_length: Tensor
     attention: dict[int, AttentionCodes]
     segments: tuple[int, ...]
+    sources: tuple[int, ...]
+    segment_rows: tuple[int, ...]
     packed: bool
-    cursor: Cursor
+    cursor: dict[int, LaneCursor]
 
     def to(self, device: torch.device) -> Self:
         """The batch on a device, copied without blocking."""
-        return type(self)(**{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return type(self)(**{f.name: _mapped(getattr(self, f.name), move) for f in fields(self)})
+
+    def pin_memory(self) -> Self:
+        """The batch in pinned memory, from where a GPU copies without waiting."""
+        return type(self)(**{f.name: _mapped(getattr(self, f.name), Tensor.pin_memory) for f in fields(self)})
 
     @property
     def counts(self) -> dict[str, int]:
@@ -84,11 +97,12 @@ class CodedBatch:
         }
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor | DistributionCodes):
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
     if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, Cursor | type):
-        return type(value)(**{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, DistributionCodes | HiddenCodes | AttentionCodes):
+        return type(value)(**{f.name: _mapped(getattr(value, f.name), change) for f in fields(value)})
     return value

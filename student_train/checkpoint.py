@@ -1,4 +1,8 @@
-"""Training state on disk: safetensors and JSON, never pickle; a folder that is renamed last, so that it is whole or not there."""
+"""Training state on disk: safetensors and JSON, never pickle; a folder that is renamed last, so that it is whole or not there.
+
+What is written is whole tensors and places of the stream that no number of processes is part of: a run goes on with another number
+of them, replicated or sharded.
+"""
 
 import contextlib
 import json
@@ -15,11 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from signal_store.errors import MismatchError, storage_error
-from student_train.batch import Cursor
+from signal_store.errors import CorruptError, MismatchError, storage_error
+from student_train.batch import LaneCursor
 from student_train.distiller import HeadPairs
+from student_train.sharing import like, whole
+from student_train.stream.rows import Cursor
 
-VERSION = 1
+VERSION = 2
+MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +45,16 @@ class Progress:
     train_seconds: float
 
 
-def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, each shared one once, and persistent buffers."""
+def gathered_state(module: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters, each shared one once, and persistent buffers, on the CPU. Every rank must call this."""
     parameters = dict(module.named_parameters())
     aliases = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in module.state_dict().items() if name not in aliases}
-    return {name: value.detach().cpu().contiguous() for name, value in (parameters | buffers).items()}
+    return {name: whole(value) for name, value in (parameters | buffers).items()}
 
 
 def restore_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of `trainable_state`, in place."""
+    """The inverse of `gathered_state`, in place, before the module is shared."""
     targets = dict(module.named_parameters()) | {n: b for n, b in module.state_dict().items() if n in state}
     with torch.no_grad():
         for name, value in state.items():
@@ -67,16 +74,20 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise known from error
 
 
-def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int) -> None:
-    """Write `folder/step-N`, then remove all but the last `keep`, and what a killed save left behind."""
+def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int, *, writes: bool) -> None:
+    """Write `folder/step-N`, then remove all but the last `keep`, and what a killed save left behind. Every rank must call this;
+    one writes."""
+    state, moments = gathered_state(module), _optimizer_tensors(optimizer)
+    if not writes:
+        return
     target = folder / f"step-{progress.step:08d}"
     temporary = folder / f".{target.name}"
     for stale in folder.glob(".step-*"):
         shutil.rmtree(stale)
     with disk_errors(target):
         temporary.mkdir(parents=True)
-        save_file(trainable_state(module), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+        save_file(state, temporary / MODEL)
+        save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "progress.json").write_text(json.dumps({"version": VERSION, **asdict(progress)}, indent=1))
         _sync_tree(temporary)
         if target.exists():  # the same step again, from an export that failed
@@ -92,29 +103,41 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
-def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Load a checkpoint into module and optimizer."""
-    content: dict[str, Any] = json.loads((path / "progress.json").read_text())
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def restore_module(path: Path, module: nn.Module) -> Progress:
+    """Load a checkpoint's weights into a module that is not shared yet; its progress."""
+    try:
+        content: dict[str, Any] = json.loads((path / "progress.json").read_text())
+        state = load_file(path / MODEL)
+    except (ValueError, SafetensorError) as error:
+        raise CorruptError(
+            "a checkpoint is damaged", found=error, where=path, remedy="Remove it: the one before it stands."
+        ) from error
     if content.pop("version") != VERSION:
         raise MismatchError("another checkpoint version", expected=VERSION, where=path)
-    restore_state(module, load_file(path / "model.safetensors"))
-    _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-    content["cursor"] = Cursor(**content["cursor"])
+    restore_state(module, state)
+    content["cursor"] = {int(lane): LaneCursor(**at) for lane, at in content["cursor"].items()}
     content["head_pairs"] = {int(layer): [(int(a), int(b)) for a, b in pairs] for layer, pairs in content["head_pairs"].items()}
     return Progress(**content)
 
 
+def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Load a checkpoint's moments into the optimizer of the shared module."""
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = like(value, parameters[int(number)])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value.cpu().contiguous() for number, values in state.items() for name, value in values.items()}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {f"{number}.{name}": whole(value) for number, values in state.items() for name, value in values.items()}
 
 
 def _sync_tree(folder: Path) -> None:
@@ -131,17 +154,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_best(folder: Path, module: nn.Module, step: int) -> None:
-    """Keep these weights as the best so far; the file is replaced in one step."""
+def save_best(folder: Path, module: nn.Module, step: int, *, writes: bool) -> None:
+    """Keep these weights as the best so far; the file is replaced in one step. Every rank must call this; one writes."""
+    state = gathered_state(module)
+    if not writes:
+        return
     temporary = folder / ".model"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(module), temporary, metadata={"step": str(step)})
+        save_file(state, temporary, metadata={"step": str(step)})
         _sync(temporary)
-        temporary.rename(folder / "model.safetensors")
+        temporary.rename(folder / MODEL)
         _sync(folder)
 
 
-def restore_best(folder: Path, module: nn.Module) -> None:
-    """Load what `save_best` kept."""
-    restore_state(module, load_file(folder / "model.safetensors"))
+def restore_weights(path: Path, module: nn.Module) -> None:
+    """Load the weights of a checkpoint's folder, or of the best so far."""
+    restore_state(module, load_file(path / MODEL))

@@ -1,16 +1,14 @@
 """The one wrapped module of a training step: student, projections and all losses inside a single forward.
 
-Outside of it DDP would leave gradients unsynchronised in silence. Every trainable parameter takes part in every micro-step: a
-term without tokens sums over nothing, and its gradient is zero.
+Outside of it DDP would leave gradients unsynchronised in silence, and FSDP2 would raise. Every trainable parameter takes part in
+every micro-step: a term without tokens sums over nothing, and its gradient is zero.
 """
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,9 +18,9 @@ from model_taps.head import final_hidden, output_head
 from model_taps.slices import State, tap_states
 from signal_store.attention_codec import decode_attention
 from signal_store.cache import Cache
-from signal_store.distribution_codec import DistributionCodec
-from signal_store.hidden_codec import HiddenCodec
 from student_train.batch import AttentionCodes, CodedBatch
+from student_train.codecs import Codecs
+from student_train.fidelity import measure_rows
 from student_train.losses.apc import TeacherRows, apc_rows, match_heads
 from student_train.losses.chunked import OutputTargets, output_loss
 from student_train.losses.lhsm import lhsm_sum, make_projection
@@ -30,65 +28,25 @@ from student_train.losses.objective import Objective
 
 HeadPairs = dict[int, list[tuple[int, int]]]
 """By teacher layer: (stored head of the teacher, head of the student)."""
-
-
-@dataclass(slots=True)
-class Codecs:
-    """The cache's calibrated constants on the training device."""
-
-    distribution: DistributionCodec | None
-    hidden: dict[State, HiddenCodec] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, cache: Cache, objective: Objective, device: torch.device) -> "Codecs":
-        """Read what the objective needs of `calibration/`."""
-        signal = cache.manifest.signals.distribution
-        distribution = None
-        if objective.needs.distribution and signal is not None:
-            rank = cache.manifest.calibration.tail_rank
-            names = ("head_range", "tail_bias", *(("mean", "encode_matrix", "tail_step", "tail_basis") if rank else ()))
-            arrays = {f"distribution/{name}": _constant(cache, f"distribution/{name}") for name in names}
-            if not rank:  # zarr keeps no array of no columns
-                empty = np.zeros((len(arrays["distribution/tail_bias"]), 0), np.float32)
-                arrays |= {f"distribution/{name}": empty for name in ("mean", "encode_matrix", "tail_basis")}
-                arrays["distribution/tail_step"] = np.zeros(0, np.float32)
-            distribution = DistributionCodec.from_arrays(arrays, signal, cache.manifest.teacher.logit_softcap).to(device)
-        hidden = {}
-        held = cache.manifest.signals.hidden
-        for layout in cache.manifest.calibration.hidden:
-            if (layout.tap, layout.layer) in objective.needs.hidden:
-                names = ("mean", "spread", *(("basis",) if layout.rank is not None else ()))
-                place = layout.group.replace("/", ".")
-                found = {f"{layout.group}/{name}": _constant(cache, f"{place}/{name}") for name in names}
-                bits = 8 if held is None or held.values == "int8" else 16
-                hidden[layout.tap, layout.layer] = HiddenCodec.from_arrays(found, layout.group, bits).to(device)
-        return cls(distribution, hidden)
-
-
-def _constant(cache: Cache, path: str) -> NDArray[np.float32]:
-    return cache.read(f"calibration/{path}").astype(np.float32, copy=False)
-
-
-@dataclass(frozen=True, slots=True)
-class StepLosses:
-    """The scaled `total`, in the graph; and per term the plain sum over this micro-batch, detached."""
-
-    total: Tensor
-    sums: dict[str, Tensor]
+Sums = dict[str, Tensor]
+"""Plain sums over a micro-batch by name, float32 scalars (evaluation: also vectors), detached."""
 
 
 class Distiller(nn.Module):
-    """Student and projections; `forward(batch, scales)` gives the losses of a micro-batch."""
+    """Student and projections. `forward(batch, scales)` gives (scaled total, in the graph; sums by term); `forward(batch)`
+    evaluates."""
 
-    def __init__(self, student: PreTrainedModel, objective: Objective, cache: Cache) -> None:
+    def __init__(self, student: PreTrainedModel, objective: Objective, cache: Cache, *, compiled: bool = False) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
+        self.compiled = compiled
         widths = {h.layer: h.width for h in cache.manifest.calibration.hidden if h.tap == "block_output"}
         own = student.config.get_text_config().hidden_size
         self.projections = nn.ModuleDict({str(p.teacher): make_projection(own, widths[p.teacher]) for p in objective.hidden_pairs})
         self.codecs = Codecs(None)
         self.head_pairs: HeadPairs = {}
+        self._open_taps = contextlib.ExitStack()
         if objective.attention_pairs:
             enable_row_capture(student)
 
@@ -100,20 +58,32 @@ class Distiller(nn.Module):
         """The student's, as accelerate asks for them."""
         return self.student.get_input_embeddings()
 
-    def forward(self, batch: CodedBatch, scales: Mapping[str, float]) -> StepLosses:
-        """Losses of a micro-batch. `scales`: by term, weight times ranks over the global count."""
+    def forward(self, batch: CodedBatch, scales: Mapping[str, float] | None = None, *, matching: bool = False) -> Any:
+        """Losses of a micro-batch. `scales`: by term, weight times ranks over the global count; None measures instead; `matching`
+        matches heads instead (`choose_heads`): whatever runs the student goes through here.
+
+        Taps stay open until `close_taps`: activation checkpointing runs blocks again in the backward pass, and must meet the same.
+        """
+        if matching:
+            return self.choose_heads(batch)
+        return self._measured(batch) if scales is None else self._losses(batch, scales)
+
+    def close_taps(self) -> None:
+        """After the backward pass."""
+        self._open_taps.close()
+
+    def _losses(self, batch: CodedBatch, scales: Mapping[str, float]) -> tuple[Tensor, Sums]:
         objective = self.objective
         query = RowQuery(batch.row_batch, batch.row_query, batch.row_first)
-        with contextlib.ExitStack() as taps:
-            states: list[State] = [("block_output", p.student) for p in objective.hidden_pairs]
-            if objective.losses.asr:
-                states += [("ffn_activation", layer) for layer in range(1, num_layers(self.student) + 1)]
-            blocks = taps.enter_context(tap_states(self.student, states))
-            rows = taps.enter_context(tap_attention_rows(query, [p.student for p in objective.attention_pairs]))
-            hidden_BSD = final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None)
+        states: list[State] = [("block_output", p.student) for p in objective.hidden_pairs]
+        if objective.losses.asr:
+            states += [("ffn_activation", layer) for layer in range(1, num_layers(self.student) + 1)]
+        blocks = self._open_taps.enter_context(tap_states(self.student, states))
+        rows = self._open_taps.enter_context(tap_attention_rows(query, [p.student for p in objective.attention_pairs]))
+        hidden_ND = self._hidden(batch)[batch.flat]
         targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution)
         terms = objective.output_terms(scales)
-        total, row_sums = output_loss(hidden_BSD.flatten(0, 1)[batch.flat], output_head(self.student), targets, terms)
+        total, row_sums = output_loss(hidden_ND, output_head(self.student), targets, terms, compiled=self.compiled)
         sums = dict(zip((term.kind for term in terms), row_sums, strict=True))
         if objective.losses.lhsm is not None:
             sums["lhsm"] = self._lhsm(batch, blocks)
@@ -127,7 +97,20 @@ class Distiller(nn.Module):
         for name in ("lhsm", "apc", "asr"):
             if name in sums:
                 total = total + scales[name] * sums[name]
-        return StepLosses(total, {name: value.detach() for name, value in sums.items()})
+        return total, {name: value.detach() for name, value in sums.items()}
+
+    def _hidden(self, batch: CodedBatch) -> Tensor:
+        return final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None).flatten(0, 1)
+
+    def _measured(self, batch: CodedBatch) -> Sums:
+        """By segment: `segment_loss` in nats and `segment_labels` [segments]; and the sums of `fidelity.measure_rows`."""
+        hidden_ND, head = self._hidden(batch)[batch.flat], output_head(self.student)
+        rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=hidden_ND.device)
+        segment_N = torch.repeat_interleave(torch.arange(len(rows), device=hidden_ND.device), rows)
+        loss_N, sums = measure_rows(hidden_ND, head, batch.labels, batch.distribution, self.codecs.distribution)
+        empty = loss_N.new_zeros(len(rows))
+        by_segment = {"segment_loss": loss_N, "segment_labels": (batch.labels >= 0).to(loss_N)}
+        return sums | {name: empty.index_add(0, segment_N, value_N) for name, value_N in by_segment.items()}
 
     def _lhsm(self, batch: CodedBatch, states: dict[State, Tensor]) -> Tensor:
         parts = []
@@ -162,7 +145,7 @@ class Distiller(nn.Module):
             return False
         query = RowQuery(batch.row_batch, batch.row_query, batch.row_first)
         with tap_attention_rows(query, [p.student for p in self.objective.attention_pairs]) as rows:
-            final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None)
+            self._hidden(batch)
         for pair in self.objective.attention_pairs:
             teacher, has_residual = teacher_rows(batch, pair.teacher)
             assert teacher is not None

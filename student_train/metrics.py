@@ -1,28 +1,64 @@
-"""The run's record: one JSON line a step and a validation. On resume, lines after the checkpoint are cut off."""
+"""The run's record: one JSON line a step and a validation, and TensorBoard where it is wanted. The main process writes.
+
+On resume, lines after the checkpoint are cut off.
+"""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from accelerate import Accelerator
+
+from signal_store.errors import InputError
 from signal_store.local_objects import LocalObjects
 
+METRICS = "metrics.jsonl"
 
-class MetricsLog:
-    """Appends to `path`; every line is flushed."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+class RunLog:
+    """Appends to `metrics.jsonl` of a run's folder; every line is flushed."""
+
+    def __init__(self, out: Path, resume_step: int, accelerator: Accelerator, *, tensorboard: bool) -> None:
+        self._file: TextIO | None = None
+        self._tracker: Any = None
+        if not accelerator.is_main_process:
+            return
+        path = out / METRICS
         kept = [line for line in path.read_text().splitlines() if _whole(line, resume_step)] if path.exists() else []
-        LocalObjects(path.parent, scratch=".").put(path.name, "".join(line + "\n" for line in kept).encode())
+        LocalObjects(out, scratch=".").put(METRICS, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")
+        if tensorboard:
+            self._tracker = _tensorboard(out)
 
-    def write(self, **record: Any) -> None:
+    def write(self, *, step: int, **record: Any) -> None:
         """One line."""
-        self._file.write(json.dumps(record) + "\n")
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
+        if self._tracker is not None:
+            self._tracker.log(record, step=step)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _tensorboard(out: Path) -> Any:
+    from accelerate.tracking import TensorBoardTracker
+
+    tracker = TensorBoardTracker("tensorboard", logging_dir=out)
+    try:
+        if hasattr(tracker, "start"):
+            tracker.start()
+        return tracker
+    except ImportError as error:
+        raise InputError(
+            "tensorboard is not installed", expected='pip install "teacher-cache[tensorboard]"', where="tensorboard"
+        ) from error
 
 
 def _whole(line: str, resume_step: int) -> bool:

@@ -1,12 +1,21 @@
 """The recipe of a run: which cache, which student, which objective, how trained. One frozen model a section."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from signal_store.signals import Section
+from signal_store.signals import Section, Seed
 from student_train.losses.config import PRESETS, Losses
+
+
+class LoraSection(Section):
+    """Train low-rank adapters only (peft, extra `lora`); the result is the adapter's folder."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
 
 
 class StudentSection(Section):
@@ -19,6 +28,7 @@ class StudentSection(Section):
     """Checked against the cache's; None takes the checkpoint's own, or the cache's for a config."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    lora: LoraSection | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -40,6 +50,14 @@ class OptimizerSection(Section):
     clip_norm: float | None = Field(1.0, gt=0)
 
 
+class MixSection(Section):
+    """Train sources in other proportions (REQUIREMENTS 86): a weight for each by name, 0 to leave one out, counted by tokens or
+    by samples (segments)."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    by: Literal["tokens", "samples"] = "tokens"
+
+
 class StreamSection(Section):
     """How the cache is read. A step is `rows_per_step` rows of `row_tokens` tokens over all ranks and micro-steps."""
 
@@ -47,10 +65,14 @@ class StreamSection(Section):
     rows_per_step: int = Field(32, ge=1)
     micro_rows: int | None = Field(None, ge=1)
     """Rows of one forward pass; None is all of a rank's."""
-    window_units: int = Field(4, ge=1)
-    """Units shuffled together and held in memory."""
-    workers: int = Field(1, ge=0, le=1)
-    seed: int = 0
+    lanes: int = Field(4, ge=1)
+    """Rows come from this many places of the order in turn; ranks whose runs lie in different lanes read different units."""
+    window_units: int = Field(1, ge=1)
+    """Units of a lane that are shuffled together. A process holds two windows of each lane that it draws from."""
+    mix: MixSection | None = None
+    workers: int = Field(1, ge=0)
+    """Processes that make micro-batches ahead of the step; 0 makes them in line."""
+    seed: Seed = 0
 
 
 class ValidationSection(Section):
@@ -58,6 +80,8 @@ class ValidationSection(Section):
 
     every: int = Field(500, ge=1)
     max_tokens: int | None = Field(None, ge=1)
+    fidelity: bool = True
+    """Also compare with the cached teacher, where the cache holds the distribution."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many validations in a row without a better one."""
     min_gain: float = Field(0.0, ge=0)
@@ -68,6 +92,23 @@ class CheckpointSection(Section):
 
     every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
+    accept_other_cache: bool = False
+    """Go on from a checkpoint of another cache or recipe, at the beginning of this one's stream."""
+
+
+class SharingSection(Section):
+    """How several processes (started by torchrun or accelerate launch) share the student: each holds all of it, or a shard
+    (FSDP2)."""
+
+    mode: Literal["replicated", "sharded"] = "replicated"
+    cpu_offload: bool = False
+    """Keep the shards in host memory between uses (sharded only)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cpu_offload and self.mode != "sharded":
+            raise ValueError("cpu_offload needs mode: sharded")
+        return self
 
 
 class RunRecipe(Section):
@@ -83,6 +124,12 @@ class RunRecipe(Section):
     steps: int = Field(ge=1)
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast over float32 weights."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+    """Run the losses of the output head through torch.compile (needs a C++ compiler on a CPU)."""
+    sharing: SharingSection = SharingSection.model_validate({})
+    tensorboard: bool = False
     optimizer: OptimizerSection = OptimizerSection()
     stream: StreamSection = StreamSection()
     validation: ValidationSection | None = None

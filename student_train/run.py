@@ -1,14 +1,18 @@
 """run: train a student from a cache, and leave a plain `save_pretrained` folder. Started again, it goes on where it stopped."""
 
 import json
+import os
 import platform
 import resource
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
 from signal_store.canonical import digest
@@ -18,19 +22,21 @@ from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.distiller import Distiller
 from student_train.losses.objective import resolve
+from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
 from student_train.student import build_student
-from student_train.trainer import Trainer
+from student_train.trainer import Trainer, run_settings
 
 RESULT = "result.json"
 
 
 def run(recipe: RunRecipe) -> dict[str, Any]:
-    """Train and export; returns what `result.json` says. A finished run is not repeated."""
+    """Train and export; returns what `result.json` says. A finished run is not repeated. Started by torchrun or accelerate launch,
+    its processes train one student together."""
     cache = open_cache(recipe.cache, generation=_begun_generation(recipe))
-    identity = {"recipe": recipe.model_dump(mode="json", exclude={"out", "cache"}), "cache_id": cache.manifest.cache_id}
-    recipe_digest = digest(identity)
-    _refuse_another_run(recipe, recipe_digest)
+    recipe_digest = digest({"recipe": run_settings(recipe), "cache_id": cache.manifest.cache_id})
+    if not recipe.checkpoint.accept_other_cache:
+        _refuse_another_run(recipe, recipe_digest)
     finished = recipe.out / RESULT
     if finished.is_file():
         result: dict[str, Any] = json.loads(finished.read_text())
@@ -40,20 +46,37 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     student, tokenizer = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student)
     torch.manual_seed(recipe.seed)
-    distiller = Distiller(student, objective, cache)
-    _describe(recipe, recipe_digest, cache)
-    progress = Trainer(recipe, cache, objective, distiller, recipe_digest).train()
-    if recipe.export == "best":
-        checkpoint.restore_best(recipe.out / "best", distiller)
-    implementation = recipe.student.attn_implementation
-    if objective.attention_pairs:  # leave no trace of the row capture in the exported config
-        student.set_attn_implementation(implementation or student.config._attn_implementation.removeprefix("tapped_"))  # noqa: SLF001
+    distiller = Distiller(student, objective, cache, compiled=recipe.compile)
+    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bfloat16" else "no")
+    if accelerator.is_main_process:
+        _describe(recipe, recipe_digest, cache, accelerator)
+    accelerator.wait_for_everyone()
+    try:
+        progress = Trainer(recipe, accelerator, cache, objective, distiller, recipe_digest).train()
+        if accelerator.is_main_process:
+            parameters = sum(p.numel() for p in student.parameters())
+            _export(recipe, cache, tokenizer)
+            result = _result(recipe, progress, parameters, accelerator.num_processes)
+            LocalObjects(recipe.out, scratch=".").put(RESULT, json.dumps(result, indent=1).encode())
+        accelerator.wait_for_everyone()
+    finally:
+        if accelerator.num_processes > 1:
+            accelerator.end_training()
+    return json.loads(finished.read_text())  # type: ignore[no-any-return]
+
+
+def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A plain `save_pretrained` folder of the best or last weights: of a fresh student, which no sharing or capture has touched."""
+    student, _ = build_student(recipe.student, cache)
+    plain = Distiller(student, resolve(recipe.objective, cache, student), cache)
+    last = checkpoint.newest(recipe.out / "checkpoints")
+    assert last is not None
+    checkpoint.restore_weights(recipe.out / "best" if recipe.export == "best" else last, plain)
+    implementation = recipe.student.attn_implementation or student.config._attn_implementation.removeprefix("tapped_")  # noqa: SLF001
+    student.set_attn_implementation(implementation)
     with checkpoint.disk_errors(recipe.out):
         student.save_pretrained(recipe.out / "student")
         tokenizer.save_pretrained(recipe.out / "student")
-    result = _result(recipe, progress, sum(p.numel() for p in student.parameters()))
-    LocalObjects(recipe.out, scratch=".").put(RESULT, json.dumps(result, indent=1).encode())
-    return result
 
 
 def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
@@ -76,29 +99,50 @@ def _begun_generation(recipe: RunRecipe) -> int | None:
     return int(json.loads(described.read_text())["generation"]) if described.is_file() else None
 
 
-def _describe(recipe: RunRecipe, recipe_digest: str, cache: Cache) -> None:
+def _describe(recipe: RunRecipe, recipe_digest: str, cache: Cache, accelerator: Accelerator) -> None:
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     about = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_digest": recipe_digest,
         "cache_id": cache.manifest.cache_id,
         "generation": cache.seal.generation,
         "command": sys.argv,
+        "processes": accelerator.num_processes,
+        "sharing": recipe.sharing.mode if accelerator.num_processes > 1 else "alone",
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "zarr", "teacher-cache")},
+        "commit": _commit(),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "gpus": gpus,
     }
     LocalObjects(recipe.out, scratch=".").put("run.json", json.dumps(about, indent=1).encode())
 
 
-def _result(recipe: RunRecipe, progress: Progress, parameters: int) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
+def _commit() -> str | None:
+    """The commit that this code was run from, if it lies in a git checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
+    return found.stdout.strip() or None
+
+
+def _result(recipe: RunRecipe, progress: Progress, parameters: int, processes: int) -> dict[str, Any]:
+    lines = read_metrics(recipe.out / METRICS)
     validations = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    last: dict[str, Any] = next((line for line in reversed(lines) if "validation_loss" in line), {})
+    fidelity: dict[str, Any] = {
+        name: last[name] for name in ("agreement", "overlap", "kl", "entropy_gap", "calibration_error") if name in last
+    }
     return {
         "student": str(Path(recipe.out) / "student"),
         "parameters": parameters,
         "steps": progress.step,
         "validation_loss": (progress.best_loss if recipe.export == "best" else validations[-1]) if validations else None,
         "best_step": progress.best_step,
+        **fidelity,
+        "processes": processes,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / max(1e-9, progress.train_seconds),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),

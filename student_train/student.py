@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from model_taps.loading import load_config, load_model, load_tokenizer, quiet, tokenizer_digest
+from model_taps.loading import LOADING_ERRORS, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, NotFoundError, SignalStoreError
-from student_train.recipe import StudentSection
+from student_train.recipe import LoraSection, StudentSection
 
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -31,12 +30,28 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
         try:
             config = _config(section, cache)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
-        except (ValueError, TypeError, ImportError, RuntimeError, StrictDataclassError) as error:
+        except LOADING_ERRORS as error:
             if isinstance(error, SignalStoreError):
                 raise
             raise InputError("the student's config is wrong", found=str(error).splitlines()[0], where="student.config") from error
     _check(model, cache)
+    if section.lora is not None:
+        _add_adapters(model, section.lora)
     return model.train(), tokenizer
+
+
+def _add_adapters(model: PreTrainedModel, section: LoraSection) -> None:
+    """Low-rank adapters in place; all else is frozen."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError("peft is not installed", expected='pip install "teacher-cache[lora]"', where="student.lora") from error
+    targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
+    model.add_adapter(
+        LoraConfig(
+            r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        )
+    )
 
 
 def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
@@ -55,11 +70,11 @@ def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
     own = section.tokenizer or section.checkpoint
     try:
-        tokenizer = load_tokenizer(own) if own is not None else _cached_tokenizer(cache)
+        tokenizer = load_tokenizer(own) if own is not None else cached_tokenizer(cache)
     except NotFoundError:
         if section.tokenizer is not None or section.checkpoint is None or not Path(section.checkpoint).is_dir():
             raise
-        tokenizer = _cached_tokenizer(cache)  # a checkpoint folder without a tokenizer
+        tokenizer = cached_tokenizer(cache)  # a checkpoint folder without a tokenizer
     expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     if expected != found:
         raise MismatchError(
@@ -72,7 +87,7 @@ def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-def _cached_tokenizer(cache: Cache) -> PreTrainedTokenizerFast:
+def cached_tokenizer(cache: Cache) -> PreTrainedTokenizerFast:
     """The copy that the cache keeps, which may lie in a bucket."""
     with tempfile.TemporaryDirectory() as folder:
         for name, data in cache.tokenizer_files().items():

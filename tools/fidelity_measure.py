@@ -18,13 +18,9 @@ from model_taps.head import OutputHead, final_hidden, output_head
 from model_taps.loading import load_model
 from signal_store.cache import Cache
 from signal_store.distribution_codec import DistributionCodec, DistributionCodes
-from student_train.batch import Cursor
-from student_train.distiller import Codecs
-from student_train.losses.config import Losses
-from student_train.losses.objective import Objective
+from student_train.codecs import Codecs
 from student_train.stream.collate import collate
-from student_train.stream.reader import Needs, load_window
-from student_train.stream.rows import pack_rows
+from student_train.stream.reader import Needs, load_units
 
 CHUNK = 512
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -69,16 +65,17 @@ def held_out(cache: Cache, teacher_folder: str, student_folder: str, min_tokens:
     teacher = load_model(teacher_folder, what="teacher", dtype=getattr(torch, cache.manifest.teacher.dtype))
     student = load_model(student_folder, what="student", dtype=torch.float32)
     needs = Needs(distribution=True, hidden=(), attention=())
-    codec = Codecs.of(cache, Objective(Losses.model_validate({"tla": {}}), (), ()), torch.device("cpu")).distribution
+    codec = Codecs.of(cache, needs, torch.device("cpu")).distribution
     assert codec is not None
     rows, tokens = [], 0
     for unit in cache.units("validation"):
-        for row in pack_rows(load_window(cache, [int(unit)], needs), cache.manifest.plan.context, packed=False):
-            rows.append(row)
-            tokens += int(row[0][0].segments["length"][row[0][1]])
+        (loaded,) = load_units(cache, [int(unit)], needs)
+        for segment, length in enumerate(loaded.segments["length"]):
+            rows.append([(loaded, segment)])
+            tokens += int(length)
             if tokens >= min_tokens:
                 break
-    batch = collate(rows, cache.manifest.plan.context, needs, packed=False, cursor=Cursor())
+    batch = collate(rows, cache.manifest.plan.context, needs, packed=False, cursor={})
     assert batch.distribution is not None
     hidden = [
         torch.cat([final_hidden(model, ids, None) for ids in batch.input_ids.split(16)]).flatten(0, 1)[batch.flat]

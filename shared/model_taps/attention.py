@@ -9,7 +9,6 @@ student trains on the fast kernel too. Legend: B rows of the batch, S positions,
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +48,8 @@ class _Tap:
     taken: dict[int, Tensor] = field(default_factory=dict)
 
 
-_active: ContextVar[_Tap | None] = ContextVar("attention_tap", default=None)
+_open: list[_Tap] = []
+"""Taps that are open, the innermost last. Of the process: a backward pass on a GPU runs blocks again in a thread of its own."""
 
 
 def softmax_attention_layers(model: PreTrainedModel) -> list[int]:
@@ -64,11 +64,11 @@ def tap_attention_rows(rows: RowQuery, layers: Sequence[int]) -> Iterator[dict[i
     """Within the block, a forward pass fills the dict: layer (from 1) -> probabilities [R, H, L], float32, zero beyond a row's
     length; column j is key first + j. Only models prepared by `enable_row_capture` fire."""
     tap = _Tap(rows, frozenset(layers))
-    token = _active.set(tap)
+    _open.append(tap)
     try:
         yield tap.taken
     finally:
-        _active.reset(token)
+        _open.remove(tap)
 
 
 def enable_row_capture(model: PreTrainedModel) -> None:
@@ -84,11 +84,12 @@ def enable_row_capture(model: PreTrainedModel) -> None:
 
 def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        tap = _active.get()
+        tap = _open[-1] if _open else None
         layer = int(getattr(module, "layer_idx", -1)) + 1
-        if tap is not None and layer in tap.layers and layer not in tap.taken:
+        if tap is not None and layer in tap.layers:
             options = {**kwargs, "compress_rate": _compress_rate(module)}
-            tap.taken[layer] = attention_rows(query, key, attention_mask, tap.rows, options)
+            rows = attention_rows(query, key, attention_mask, tap.rows, options)
+            tap.taken.setdefault(layer, rows)  # activation checkpointing comes by twice, and must do the same both times
         return _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
 
     return forward

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import zarr
@@ -52,7 +52,7 @@ class SealedPart:
 
     def __init__(self, objects: Objects, generation: int | None = None, disk_cache: DiskCacheOptions | None = None) -> None:
         """NotFoundError, IncompleteError (not sealed) or CorruptError. None takes the newest generation."""
-        self.objects, self.uri, self._disk_cache = objects, objects.uri, disk_cache
+        self.objects, self.uri, self.disk_cache = objects, objects.uri, disk_cache
         document = find_document(objects, MANIFEST)
         newest = newest_generation(objects)
         if document is None or newest is None:
@@ -71,8 +71,8 @@ class SealedPart:
     def group(self) -> zarr.Group:
         """The hierarchy; every read is checked."""
         store = self.objects.zarr_store()
-        if self._disk_cache is not None:
-            store = DiskCachedStore(store, self._disk_cache, self.uri)
+        if self.disk_cache is not None:
+            store = DiskCachedStore(store, self.disk_cache, self.uri)
         metadata = sealed_metadata(self.manifest, self.seal)
         constants = SealedStore(store, metadata, self.seal.constants)
         paths = frozenset(spec.path for spec in self.manifest.specs)
@@ -129,13 +129,9 @@ class Cache:
         self.manifest = _joined_manifest(self.parts)
         self.seal = self.base.seal
 
-    @classmethod
-    def open(
-        cls, uris: str | Path | Sequence[str | Path], generation: int | None = None, disk_cache: DiskCacheOptions | None = None
-    ) -> Self:
-        """See `open_cache`."""
-        several = [uris] if isinstance(uris, str | Path) else list(uris)
-        return cls([SealedPart(objects_at(uri), generation, disk_cache) for uri in several])
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it anew, at the same generation."""
+        return _reopened, ([(part.uri, part.seal.generation, part.disk_cache) for part in self.parts],)
 
     def _part(self, path: str) -> SealedPart:
         for part in self.parts:
@@ -188,10 +184,13 @@ class Cache:
     def __len__(self) -> int:
         return self.seal.num_segments
 
+    @cached_property
+    def _is_validation(self) -> NDArray[np.bool_]:
+        return self._of_units("is_validation").astype(bool)
+
     def units(self, split: Split) -> NDArray[np.int64]:
         """Numbers of the units that hold a split; a unit holds one split only."""
-        validation = self._of_units("is_validation").astype(bool)
-        return np.flatnonzero(validation == (split == "validation"))
+        return np.flatnonzero(self._is_validation == (split == "validation"))
 
     def segment_columns(self, unit: int, *names: str, group: str = "segments") -> dict[str, NDArray[Any]]:
         """Columns of `segments/` (or of a signal's own `<signal>/segments/`) for the segments of one unit, without filler."""
@@ -250,7 +249,12 @@ def open_cache(
     `generation` opens an older seal; `disk_cache` keeps a copy of what a remote store gives. Nothing but a few small objects is
     read, however large the cache. NotFoundError, IncompleteError, MismatchError or CorruptError.
     """
-    return Cache.open(uri, generation, disk_cache)
+    several = [uri] if isinstance(uri, str | Path) else list(uri)
+    return Cache([SealedPart(objects_at(one), generation, disk_cache) for one in several])
+
+
+def _reopened(parts: Sequence[tuple[str, int, DiskCacheOptions | None]]) -> Cache:
+    return Cache([SealedPart(objects_at(uri), generation, disk_cache) for uri, generation, disk_cache in parts])
 
 
 def _refuse_other_plan(base: SealedPart, part: SealedPart) -> None:

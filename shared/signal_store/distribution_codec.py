@@ -129,8 +129,8 @@ class DistributionCodec:
     def encode(self, hidden_ND: Tensor, logits_NV: Tensor, labels_N: Tensor) -> tuple[DistributionCodes, Tensor]:
         """Codes of N rows, and how many of the codes hit their limit (int64 scalar).
 
-        `hidden_ND`: what the output head reads. `logits_NV`: float32, soft-capped; overwritten. `labels_N`: int64, -1 where the next
-        token is not known. Equal input gives equal codes.
+        `hidden_ND`: what the output head reads. `logits_NV`: float32, soft-capped; overwritten. `labels_N`: int64, -1 where the
+        next token is not known. Equal input gives equal codes.
         """
         values_Nk, ids_Nk = top_k(logits_NV, self.head)
         ids_Nk, order_Nk = ids_Nk.sort(dim=1)

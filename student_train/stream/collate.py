@@ -9,16 +9,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodes
-from student_train.batch import AttentionCodes, CodedBatch, Cursor, HiddenCodes
+from student_train.batch import AttentionCodes, CodedBatch, HiddenCodes, LaneCursor
 from student_train.losses.chunked import IGNORE
-from student_train.stream.reader import LoadedUnit, Needs, State
+from student_train.stream.reader import Needs, State, UnitReader
+
+WIDTH_STEP = 64
+"""Rows of one segment are as wide as the longest, rounded up to this: few shapes to compile for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A segment and where it goes: row `row` of the batch, from column `column`."""
 
-    unit: LoadedUnit
+    unit: UnitReader
     segment: int
     row: int
     column: int
@@ -37,7 +40,7 @@ class Placed:
         return self.slice_of("token_start", "length")
 
 
-def place(rows: Sequence[Sequence[tuple[LoadedUnit, int]]]) -> list[Placed]:
+def place(rows: Sequence[Sequence[tuple[UnitReader, int]]]) -> list[Placed]:
     """Segments end to end in their rows."""
     placed = []
     for number, row in enumerate(rows):
@@ -49,10 +52,14 @@ def place(rows: Sequence[Sequence[tuple[LoadedUnit, int]]]) -> list[Placed]:
 
 
 def collate(
-    rows: Sequence[Sequence[tuple[LoadedUnit, int]]], width: int, needs: Needs, *, packed: bool, cursor: Cursor
+    rows: Sequence[Sequence[tuple[UnitReader, int]]], width: int, needs: Needs, *, packed: bool, cursor: dict[int, LaneCursor]
 ) -> CodedBatch:
-    """A micro-batch of these rows, each filled up to `width` tokens; a row may be empty."""
+    """A micro-batch of these rows, each filled up to `width` tokens, or, where rows hold one segment, as long as the longest; a row
+    may be empty."""
     placed = place(rows)
+    if not packed:
+        longest = max((p.of("length") for p in placed), default=1)
+        width = min(width, -(-longest // WIDTH_STEP) * WIDTH_STEP)
     shape = (len(rows), width)
     ids, positions, real = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
     used = np.zeros(len(rows), np.int64)
@@ -60,10 +67,10 @@ def collate(
     for p in placed:
         length = p.of("length")
         columns = slice(p.column, p.column + length)
-        segment_ids = p.unit.rows["tokens/input_ids"][p.tokens].astype(np.int64)
+        segment_ids = p.unit.rows("tokens/input_ids")[p.tokens].astype(np.int64)
         ids[p.row, columns], positions[p.row, columns], real[p.row, columns] = segment_ids, np.arange(length), True
         used[p.row] = p.column + length
-        mask = p.unit.rows["tokens/loss_mask"][p.tokens]
+        mask = p.unit.rows("tokens/loss_mask")[p.tokens]
         counts = np.flatnonzero((mask == 1) | (mask == 2))
         following = np.append(segment_ids[1:], p.of("next_token"))
         flats.append(p.row * width + p.column + counts)
@@ -87,6 +94,8 @@ def collate(
         row_length=attention_positions[3],
         attention={layer: _attention(placed, layer) for layer in needs.attention} if placed else {},
         segments=tuple(p.unit.first_segment + p.segment for p in placed),
+        sources=tuple(p.of("source") for p in placed),
+        segment_rows=tuple(len(rows) for rows in kept),
         packed=packed,
         cursor=cursor,
     )
@@ -98,7 +107,7 @@ def _joined(parts: Sequence[NDArray[np.int64]]) -> Tensor:
 
 def _gathered(placed: Sequence[Placed], path: str, wanted: Sequence[NDArray[np.int64] | slice]) -> Tensor:
     """Rows of an array, segment after segment; unsigned ones as int32, since torch computes with that."""
-    arrays = [p.unit.rows[path][rows] for p, rows in zip(placed, wanted, strict=True)]
+    arrays = [p.unit.rows(path)[rows] for p, rows in zip(placed, wanted, strict=True)]
     joined = np.concatenate(arrays)
     if joined.dtype == np.uint16:
         joined = joined.astype(np.int32)
@@ -108,12 +117,12 @@ def _gathered(placed: Sequence[Placed], path: str, wanted: Sequence[NDArray[np.i
 def _distribution(placed: Sequence[Placed], kept: Sequence[NDArray[np.int64]]) -> DistributionCodes | None:
     if not placed:
         return None
-    have = placed[0].unit.rows
+    unit = placed[0].unit
     scalars = _gathered(placed, "distribution/scalars", kept)
 
     def part(name: str, dtype: torch.dtype) -> Tensor:
         return (
-            _gathered(placed, path, kept) if (path := f"distribution/{name}") in have else torch.zeros(len(scalars), 0, dtype=dtype)
+            _gathered(placed, path, kept) if unit.has(path := f"distribution/{name}") else torch.zeros(len(scalars), 0, dtype=dtype)
         )
 
     return DistributionCodes(
@@ -125,7 +134,7 @@ def _hidden_rows(p: Placed) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(rows of the hidden arrays, places in the segment) of a segment's stored states; context rows hold none."""
     if "hidden_row_start" in p.unit.segments:
         rows = np.arange(p.of("hidden_row_start"), p.of("hidden_row_start") + p.of("hidden_rows"))
-        return rows, p.unit.rows["hidden/rows/position"][rows] - p.of("token_start")
+        return rows, p.unit.rows("hidden/rows/position")[rows] - p.of("token_start")
     places = np.arange(p.of("context_only"), p.of("length"))
     return p.of("token_start") + places, places
 
@@ -145,7 +154,7 @@ def _hidden(placed: Sequence[Placed], state: State) -> HiddenCodes:
 def _keyword_rows(p: Placed) -> NDArray[np.int64]:
     """Rows of the attention arrays that are a keyword's own."""
     rows = np.arange(p.of("attention_row_start"), p.of("attention_row_start") + p.of("attention_rows"))
-    own: NDArray[np.int64] = rows[p.unit.rows["attention/rows/keyword"][rows] == 1]
+    own: NDArray[np.int64] = rows[p.unit.rows("attention/rows/keyword")[rows] == 1]
     return own
 
 
@@ -156,11 +165,11 @@ def _attention_positions(placed: Sequence[Placed], needs: Needs) -> tuple[Tensor
     batch, query, first, length = [], [], [], []
     for p in placed:
         rows = _keyword_rows(p)
-        positions = p.unit.rows["attention/rows/position"][rows] - p.of("token_start")
+        positions = p.unit.rows("attention/rows/position")[rows] - p.of("token_start")
         batch.append(np.full(len(positions), p.row, np.int64))
         query.append(p.column + positions)
         first.append(np.full(len(positions), p.column, np.int64))
-        length.append(p.unit.rows["attention/rows/length"][rows].astype(np.int64))
+        length.append(p.unit.rows("attention/rows/length")[rows].astype(np.int64))
     return _joined(batch), _joined(query), _joined(first), _joined(length)
 
 
@@ -169,10 +178,10 @@ def _attention(placed: Sequence[Placed], layer: int) -> AttentionCodes:
     row_numbers = [_keyword_rows(p) for p in placed]
     entries = []
     for p, rows in zip(placed, row_numbers, strict=True):
-        offsets, lengths = (p.unit.rows[f"attention/rows/{name}"][rows].astype(np.int64) for name in ("offset", "length"))
+        offsets, lengths = (p.unit.rows(f"attention/rows/{name}")[rows].astype(np.int64) for name in ("offset", "length"))
         inside = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         entries.append(np.repeat(offsets, lengths) + inside)
-    sparse = bool(placed) and f"{group}/columns" in placed[0].unit.rows
+    sparse = bool(placed) and placed[0].unit.has(f"{group}/columns")
     return AttentionCodes(
         weights=_gathered(placed, f"{group}/weights", entries),
         columns=_gathered(placed, f"{group}/columns", entries) if sparse else None,

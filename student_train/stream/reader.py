@@ -1,7 +1,7 @@
-"""Reads whole units of the arrays that the losses need, and nothing else."""
+"""Reads whole units of the arrays that the losses need, and nothing else; each array when it is first asked for, once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,13 @@ class Needs:
     hidden: tuple[State, ...]
     attention: tuple[int, ...]
 
+    def union(self, other: "Needs") -> "Needs":
+        """What either reads."""
+        hidden, attention = (
+            tuple(dict.fromkeys(a + b)) for a, b in ((self.hidden, other.hidden), (self.attention, other.attention))
+        )
+        return Needs(self.distribution or other.distribution, hidden, attention)  # type: ignore[arg-type]
+
     def arrays(self, cache: Cache) -> list[str]:
         """Paths of the arrays, tokens included."""
         groups = ["tokens/input_ids", "tokens/loss_mask"]
@@ -30,54 +37,75 @@ class Needs:
         return [spec.path for spec in cache.manifest.specs if spec.path.startswith(tuple(groups))]
 
 
-SEGMENT_COLUMNS = ("token_start", "length", "context_only", "next_token")
+TOKENS_ONLY = Needs(distribution=False, hidden=(), attention=())
+SEGMENT_COLUMNS = ("token_start", "length", "context_only", "next_token", "source")
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedUnit:
-    """One unit in memory.
+@dataclass(slots=True)
+class UnitReader:
+    """One unit. `segments` has one row per segment (`hidden_row_start`, `attention_rows` and their like where rows are sampled),
+    `first_segment` is the global number of its first; starts, positions and offsets count from the unit's own first row.
 
-    `segments` has one row per segment (`hidden_row_start`, `attention_rows` and their like where rows are sampled),
-    `first_segment` is the global number of its first, `rows` holds the arrays by path.
-    Starts, positions and offsets count from the unit's own first row.
+    Only rows that hold something are read: filler at the end of a unit is not.
     """
 
+    cache: Cache
     unit: int
-    first_segment: int
+    needs: Needs
     segments: dict[str, NDArray[np.int64]]
-    rows: dict[str, NDArray[Any]]
+    _rows: dict[str, NDArray[Any]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, cache: Cache, unit: int, needs: Needs) -> "UnitReader":
+        """With its segment table read."""
+        columns = {name: column.astype(np.int64) for name, column in cache.segment_columns(unit, *SEGMENT_COLUMNS).items()}
+        columns["token_start"] -= unit * cache.manifest.plan.unit_tokens
+        for signal, wanted in (("hidden", needs.hidden), ("attention", needs.attention)):
+            if wanted and f"{signal}/rows/position" in cache.capacity_rows:
+                ranges = cache.segment_columns(unit, "row_start", "rows", group=f"{signal}/segments")
+                first_row = unit * cache.capacity_rows[f"{signal}/rows/position"]
+                columns[f"{signal}_row_start"] = ranges["row_start"].astype(np.int64) - first_row
+                columns[f"{signal}_rows"] = ranges["rows"].astype(np.int64)
+        return cls(cache, unit, needs, columns)
 
-def load_unit(cache: Cache, unit: int, needs: Needs) -> LoadedUnit:
-    """Read one unit. Only rows that hold something are read: filler at the end of a unit is not."""
-    capacity = cache.capacity_rows
-    unit_tokens = cache.manifest.plan.unit_tokens
-    columns = {name: column.astype(np.int64) for name, column in cache.segment_columns(unit, *SEGMENT_COLUMNS).items()}
-    columns["token_start"] -= unit * unit_tokens
-    used = {"token": int(columns["token_start"][-1] + columns["length"][-1])}
-    for signal, wanted in (("hidden", needs.hidden), ("attention", needs.attention)):
-        if wanted and f"{signal}/rows/position" in capacity:
-            ranges = cache.segment_columns(unit, "row_start", "rows", group=f"{signal}/segments")
-            first_row = unit * capacity[f"{signal}/rows/position"]
-            columns[f"{signal}_row_start"] = ranges["row_start"].astype(np.int64) - first_row
-            columns[f"{signal}_rows"] = ranges["rows"].astype(np.int64)
-            used[signal] = int(columns[f"{signal}_row_start"][-1] + columns[f"{signal}_rows"][-1])
-    rows: dict[str, NDArray[Any]] = {}
-    for path in needs.arrays(cache):
-        first = unit * capacity[path]
-        if path.endswith(("/weights", "/columns")):
-            offsets, lengths = rows["attention/rows/offset"], rows["attention/rows/length"]
-            count = int(offsets[-1] + lengths[-1]) if len(offsets) else 0
-        else:
-            count = used.get(path.split("/")[0], used["token"])
-        rows[path] = cache.read(path, first, first + count)
+    @property
+    def first_segment(self) -> int:
+        """Global number of its first segment."""
+        return self.cache.first_segment(self.unit)
+
+    def has(self, path: str) -> bool:
+        """Whether the cache holds the array."""
+        return path in self.cache.capacity_rows
+
+    def rows(self, path: str) -> NDArray[Any]:
+        """The unit's rows of an array."""
+        if path not in self._rows:
+            self._rows[path] = self._read(path)
+        return self._rows[path]
+
+    def read_all(self) -> None:
+        """Read every array that is needed."""
+        for path in self.needs.arrays(self.cache):
+            self.rows(path)
+
+    def _read(self, path: str) -> NDArray[Any]:
+        capacity = self.cache.capacity_rows
+        first = self.unit * capacity[path]
+        rows = self.cache.read(path, first, first + self._count(path))
         if path == "attention/rows/offset":
-            rows[path] = rows[path] - unit * capacity[f"attention/{needs.attention[0]}/weights"]
-        elif path.endswith("/position"):
-            rows[path] = rows[path] - unit * unit_tokens
-    return LoadedUnit(unit, cache.first_segment(unit), columns, rows)
+            return rows - self.unit * capacity[f"attention/{self.needs.attention[0]}/weights"]
+        return rows - self.unit * self.cache.manifest.plan.unit_tokens if path.endswith("/position") else rows
+
+    def _count(self, path: str) -> int:
+        """Rows of an array that hold something."""
+        signal = path.split("/")[0]
+        if path.endswith(("/weights", "/columns")):
+            offsets, lengths = self.rows("attention/rows/offset"), self.rows("attention/rows/length")
+            return int(offsets[-1] + lengths[-1]) if len(offsets) else 0
+        start, count = (f"{signal}_row_start", f"{signal}_rows") if f"{signal}_rows" in self.segments else ("token_start", "length")
+        return int(self.segments[start][-1] + self.segments[count][-1])
 
 
-def load_window(cache: Cache, units: Sequence[int], needs: Needs) -> list[LoadedUnit]:
-    """The units of a window."""
-    return [load_unit(cache, unit, needs) for unit in units]
+def load_units(cache: Cache, units: Sequence[int], needs: Needs) -> list[UnitReader]:
+    """Units with their segment tables."""
+    return [UnitReader.of(cache, unit, needs) for unit in units]

@@ -1,33 +1,31 @@
-"""The global stream of rows: windows of shuffled units, packed, endless; and the validation split, once."""
+"""The global stream of rows, a function of (cache, recipe, seed): lanes dealt out row by row; and the validation split, once.
+
+Row g of the stream is of lane (g // run_rows) % lanes. A step takes `rows_per_step` rows; rank r of n takes its run of them, in
+micro-batches of `micro_rows`; worker w of m makes every m-th micro-batch. Nothing of that changes which rows a step has. Who makes
+a micro-batch reads the signals of its own rows only, so that ranks whose runs lie in different lanes share no window.
+"""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from model_taps.packing import best_fit
 from signal_store.cache import Cache
 from signal_store.errors import InputError
 from signal_store.manifest import Split
-from student_train.batch import CodedBatch, Cursor
+from student_train.batch import CodedBatch, LaneCursor
 from student_train.recipe import StreamSection
 from student_train.stream.collate import collate
-from student_train.stream.order import key_of, permuted, shuffled
-from student_train.stream.reader import LoadedUnit, Needs, load_window
+from student_train.stream.lanes import Cut, Lane, Row, cut_rows
+from student_train.stream.mixing import Mixing
+from student_train.stream.reader import TOKENS_ONLY, Needs, load_units
 
-Row = list[tuple[LoadedUnit, int]]
-
-
-def pack_rows(units: Sequence[LoadedUnit], row_tokens: int, *, packed: bool) -> list[Row]:
-    """All segments of a window in rows of at most `row_tokens`: best fit, or one segment a row."""
-    segments = [(unit, segment) for unit in units for segment in range(len(unit.segments["length"]))]
-    lengths = [int(unit.segments["length"][segment]) for unit, segment in segments]
-    numbers = best_fit(lengths, row_tokens) if packed else [[i] for i in range(len(segments))]
-    return [[segments[i] for i in row] for row in numbers]
+Cursor = dict[int, LaneCursor]
+"""Where each lane goes on; one that is absent has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """How one rank sees a cache. A step takes `rows_per_step` rows of the global stream; rank r of n takes its run of
-    neighbouring rows, in micro-batches of `micro_rows`."""
+    """How one rank sees a cache."""
 
     cache: Cache
     needs: Needs
@@ -46,12 +44,14 @@ class Stream:
                 where=self.cache.uri,
             )
         even = self.rows_per_rank * self.world_size == self.config.rows_per_step
-        if not even or self.rows_per_rank % (self.config.micro_rows or self.rows_per_rank):
+        if not even or self.rows_per_rank % self.micro_rows:
             raise InputError(
                 "rows do not divide evenly",
                 expected="rows_per_step a multiple of ranks × micro_rows",
                 found=f"{self.config.rows_per_step} rows, {self.world_size} ranks, {self.config.micro_rows} a micro-step",
             )
+        if not len(self.cache.units("train")):
+            raise InputError("the cache has no train split", expected="a source with split: train", where=self.cache.uri)
 
     @property
     def rows_per_rank(self) -> int:
@@ -59,67 +59,79 @@ class Stream:
         return self.config.rows_per_step // self.world_size
 
     @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch."""
+        return self.config.micro_rows or self.rows_per_rank
+
+    @property
     def micro_steps(self) -> int:
         """Micro-steps of one step: the same on every rank."""
-        return self.rows_per_rank // (self.config.micro_rows or self.rows_per_rank)
+        return self.rows_per_rank // self.micro_rows
 
-    def window_count(self) -> int:
-        """Windows of an epoch."""
-        return -(-len(self.cache.units("train")) // self.config.window_units)
+    @property
+    def lanes(self) -> int:
+        """Lanes: as the recipe says, but each has a unit at least."""
+        return min(self.config.lanes, len(self.cache.units("train")))
 
-    def window_rows(self, epoch: int, window: int) -> list[Row]:
-        """The shuffled rows of one window: a function of the seed and its place."""
-        units = self.cache.units("train")
-        if not len(units):
-            raise InputError("the cache has no train split", expected="a source with split: train", where=self.cache.uri)
-        key = key_of(self.config.seed, epoch)
-        first = window * self.config.window_units
-        places = range(first, min(first + self.config.window_units, len(units)))
-        loaded = load_window(self.cache, [int(units[permuted(p, len(units), key)]) for p in places], self.needs)
-        rows = pack_rows(loaded, self.config.row_tokens, packed=self.packed)
-        return [rows[i] for i in shuffled(len(rows), key_of(self.config.seed, epoch, window))]
+    @property
+    def run_rows(self) -> int:
+        """Rows that come from a lane before the next has its turn."""
+        return max(1, self.config.rows_per_step // self.lanes)
 
-    def rows_from(self, cursor: Cursor) -> Iterator[tuple[Row, Cursor]]:
-        """Every row of the global stream from a place on, with the place after it. Endless: epochs follow each other."""
-        epoch, window, skip = cursor.epoch, cursor.window, cursor.row
-        windows = self.window_count()
-        while True:
-            rows = self.window_rows(epoch, window)
-            for number in range(skip, len(rows)):
-                yield rows[number], Cursor(epoch, window, number + 1)
-            window, skip = window + 1, 0
-            if window >= windows:
-                epoch, window = epoch + 1, 0
+    def place_of(self, row: int) -> tuple[int, int]:
+        """(lane, number within the lane) of a row of the global stream."""
+        turn, inside = divmod(row, self.run_rows)
+        return turn % self.lanes, turn // self.lanes * self.run_rows + inside
 
-    def micro_batches(self, cursor: Cursor) -> Iterator[CodedBatch]:
-        """This rank's micro-batches from a place on; `micro_steps` of them make a step. Endless."""
-        rows = self.rows_from(cursor)
-        per_micro = self.rows_per_rank // self.micro_steps
-        while True:
-            step: list[Row] = []
-            for _ in range(self.config.rows_per_step):
-                row, after = next(rows)
-                step.append(row)
-            mine = step[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
-            for first in range(0, len(mine), per_micro):
-                yield collate(mine[first : first + per_micro], self.config.row_tokens, self.needs, packed=self.packed, cursor=after)
+    def lane(self, number: int, at: LaneCursor) -> Lane:
+        """A lane from a place on."""
+        cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
+        mix = self.config.mix
+        mixing = Mixing.of(self.cache, None if mix is None else mix.weights, "tokens" if mix is None else mix.by)
+        return Lane(self.cache, self.needs, cut, mixing, number, self.lanes, self.config.seed, self.config.window_units, at)
 
-    def once(self, split: Split, max_tokens: int | None) -> Iterator[CodedBatch]:
-        """A split in order, once, dealt out to the ranks row by row; filler rows at the end. No signal but tokens is read."""
-        needs = Needs(distribution=False, hidden=(), attention=())
-        per_batch = self.rows_per_rank // self.micro_steps * self.world_size
+    def micro_batches(self, cursor: Cursor, first_step: int, worker: int = 0, workers: int = 1) -> Iterator[CodedBatch]:
+        """This rank's micro-batches from step `first_step` on, those that `worker` of `workers` makes. Endless."""
+        lanes: dict[int, Lane] = {}
+        micro = worker
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            while True:
+                step, part = divmod(micro, self.micro_steps)
+                first = (first_step + step) * self.config.rows_per_step + self.rank * self.rows_per_rank + part * self.micro_rows
+                rows: list[Row] = []
+                for row in range(first, first + self.micro_rows):
+                    lane, inside = self.place_of(row)
+                    if lane not in lanes:
+                        lanes[lane] = self.lane(lane, cursor.get(lane, LaneCursor()))
+                    rows.append(lanes[lane].row(inside, ahead))
+                touched = {self.place_of(row)[0] for row in range(first, first + self.micro_rows)}
+                after = {lane: lanes[lane].at for lane in sorted(touched)}
+                yield collate(rows, self.config.row_tokens, self.needs, packed=self.packed, cursor=after)
+                micro += workers
+
+    def once(self, split: Split, needs: Needs = TOKENS_ONLY, max_tokens: int | None = None) -> Iterator[CodedBatch]:
+        """A split in order, once, dealt out to the ranks row by row; filler rows at the end."""
+        per_batch = self.micro_rows * self.world_size
         pending: list[Row] = []
+        for row in self._rows_once(split, needs, max_tokens):
+            pending.append(row)
+            if len(pending) == per_batch:
+                yield self._dealt(pending, needs)
+                pending = []
+        if pending:
+            yield self._dealt([*pending, *([] for _ in range(per_batch - len(pending)))], needs)
+
+    def _rows_once(self, split: Split, needs: Needs, max_tokens: int | None) -> Iterator[Row]:
+        cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
         tokens = 0
         for unit in self.cache.units(split):
-            if max_tokens is not None and tokens >= max_tokens:
-                break
-            for row in pack_rows(load_window(self.cache, [int(unit)], needs), self.config.row_tokens, packed=self.packed):
+            (loaded,) = load_units(self.cache, [int(unit)], needs)
+            for row in cut_rows([(loaded, segment) for segment in range(len(loaded.segments["length"]))], cut, key=0):
                 if max_tokens is not None and tokens >= max_tokens:
-                    break
-                pending.append(row)
-                tokens += sum(int(loaded.segments["length"][segment]) for loaded, segment in row)
-        for first in range(0, len(pending), per_batch):
-            rows = pending[first : first + per_batch]
-            rows += [[] for _ in range(per_batch - len(rows))]
-            mine = rows[self.rank :: self.world_size]
-            yield collate(mine, self.config.row_tokens, needs, packed=self.packed, cursor=Cursor())
+                    return
+                yield row
+                tokens += sum(int(loaded.segments["length"][segment]) for _, segment in row)
+
+    def _dealt(self, rows: Sequence[Row], needs: Needs) -> CodedBatch:
+        mine = rows[self.rank :: self.world_size]
+        return collate(mine, self.config.row_tokens, needs, packed=self.packed, cursor={})

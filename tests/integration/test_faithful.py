@@ -13,8 +13,8 @@ from model_taps.loading import load_model
 from model_taps.slices import tap_states
 from signal_store.attention_codec import MAX_ERROR, decode_attention
 from signal_store.cache import Cache
-from student_train.batch import Cursor
-from student_train.distiller import Codecs, Distiller
+from student_train.codecs import Codecs
+from student_train.distiller import Distiller
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import Losses
 from student_train.losses.dense import dense_divergence
@@ -87,10 +87,9 @@ def test_full_rank_or_full_head_equals_a_live_teacher(
     model = live(cache)
     needs = Needs(distribution=True, hidden=(), attention=())
     config = StreamSection(row_tokens=CONTEXT, rows_per_step=16)
-    batch = next(Stream(cache, needs, config, packed=True).micro_batches(Cursor()))
-    losses = Losses.model_validate({kind: {"temperature": temperature}})
+    batch = next(Stream(cache, needs, config, packed=True).micro_batches({}, 0))
     student = make_model("llama", len(output_head(model).weight), seed=5)
-    codec = Codecs.of(cache, resolve(losses, cache, student), torch.device("cpu")).distribution
+    codec = Codecs.of(cache, needs, torch.device("cpu")).distribution
     with torch.no_grad():
         hidden_T, hidden_S = (
             final_hidden(m, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.flat] for m in (model, student)
@@ -117,13 +116,15 @@ def test_teacher_as_student_has_no_loss_but_the_codecs(exact_cache: Cache) -> No
     losses = Losses.model_validate(FULL)
     objective = resolve(losses, exact_cache, model)
     distiller = Distiller(model, objective, exact_cache)
-    distiller.codecs = Codecs.of(exact_cache, objective, torch.device("cpu"))
+    distiller.codecs = Codecs.of(exact_cache, objective.needs, torch.device("cpu"))
     stream = Stream(exact_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
-    batch = next(stream.micro_batches(Cursor()))
+    batch = next(stream.micro_batches({}, 0))
     assert distiller.choose_heads(batch)
     assert distiller.head_pairs == {4: [(h, h) for h in range(HEADS)]}
-    found = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
-    means = {name: float(value) / max(1, batch.counts[name]) for name, value in found.sums.items()}
+    total, sums = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
+    assert total.requires_grad
+    distiller.close_taps()
+    means = {name: float(value) / max(1, batch.counts[name]) for name, value in sums.items()}
     assert 0 <= means["tla"] + 1e-6 <= 1e-4
     assert means["lhsm"] <= 1e-4
     assert means["apc"] <= 2e-3
@@ -166,17 +167,16 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
     model = live(cache)
     objective = resolve(Losses.model_validate(FULL), cache, model)
     distiller = Distiller(model, objective, cache)
-    distiller.codecs = Codecs.of(cache, objective, torch.device("cpu"))
+    distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
     packed = family != "opt"
     batch = next(
-        Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=packed).micro_batches(Cursor())
+        Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=packed).micro_batches({}, 0)
     )
     assert distiller.choose_heads(batch)
-    found = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
-    found.total.backward()
-    assert (
-        float(found.sums["tla"]) / batch.counts["tla"] <= 0.1
-    )  # 4 log(327/320): the padded rows' mass, which the teacher never gave
+    total, sums = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
+    total.backward()
+    distiller.close_taps()
+    assert float(sums["tla"]) / batch.counts["tla"] <= 0.1  # 4 log(327/320): the padded rows' mass, which the teacher never gave
     assert all(p.grad is not None for p in distiller.projections.parameters())
     assert FAMILIES[family]
 
@@ -195,7 +195,7 @@ def test_overlap_rows_hold_no_signal(recipe_for: object, tmp_path: Path) -> None
     batch = next(
         Stream(
             cache, Needs(True, (("block_output", 1),), ()), StreamSection(row_tokens=32, rows_per_step=64), packed=True
-        ).micro_batches(Cursor())
+        ).micro_batches({}, 0)
     )
     assert batch.distribution is not None
     assert not torch.isnan(batch.distribution.scalars[:, 0]).any()

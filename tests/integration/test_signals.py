@@ -17,8 +17,7 @@ from signal_store.cache import Cache, Segment, open_cache
 from signal_store.errors import MismatchError
 from signal_store.layout import id_dtype
 from signal_store.signals import DistributionSignal
-from student_train.batch import Cursor
-from student_train.distiller import Codecs
+from student_train.codecs import Codecs
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import StreamSection
@@ -104,7 +103,7 @@ def test_the_steps_before_a_keyword_are_stored_and_only_keywords_train(full: Cac
             assert np.abs(found - live[layer][i, [0, 2], : t + 1].T.numpy()).max() <= 1 / 254 + 1e-5
     model = make_model("llama", full.manifest.tokenizer.vocab_size, seed=3)
     needs = resolve(Losses.model_validate({"apc": {}}), full, model).needs
-    batch = next(Stream(full, needs, StreamSection(row_tokens=CONTEXT, rows_per_step=24), packed=True).micro_batches(Cursor()))
+    batch = next(Stream(full, needs, StreamSection(row_tokens=CONTEXT, rows_per_step=24), packed=True).micro_batches({}, 0))
     own = 0
     for number in batch.segments:
         mine = rows_of(full, full[number], "attention")
@@ -202,11 +201,11 @@ def test_an_overlay_adds_what_nobody_thought_of(
     student = make_model("llama", joined.manifest.tokenizer.vocab_size, seed=1)
     objective = resolve(Losses.model_validate({"tla": {}, "lhsm": {}, "apc": {}}), joined, student)
     batch = next(
-        Stream(joined, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=8), packed=True).micro_batches(Cursor())
+        Stream(joined, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=8), packed=True).micro_batches({}, 0)
     )
     assert batch.distribution is not None
     assert len(batch.hidden_flat)
-    assert Codecs.of(joined, objective, torch.device("cpu")).hidden
+    assert Codecs.of(joined, objective.needs, torch.device("cpu")).hidden
     with pytest.raises(MismatchError, match="exactly one that is no overlay"):
         open_cache(tmp_path / "over.zarr")
     with pytest.raises(MismatchError, match="exactly one"):

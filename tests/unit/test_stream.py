@@ -1,8 +1,12 @@
 """The stream: a permutation, the same for any number of ranks, resumed exactly; batches hold what the cache holds."""
 
-from dataclasses import replace
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,13 +16,15 @@ from hypothesis import strategies as st
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError
-from student_train.batch import CodedBatch, Cursor
+from student_train.batch import CodedBatch, LaneCursor
 from student_train.recipe import StreamSection
+from student_train.stream.lanes import Row
 from student_train.stream.loader import load
 from student_train.stream.order import key_of, permuted, shuffled
 from student_train.stream.reader import Needs
-from student_train.stream.rows import Stream
-from tests.tiny import CONTEXT
+from student_train.stream.rows import Cursor, Stream
+from teacher_cache.build import build
+from tests.tiny import CODE, CONTEXT, PROSE, write_jsonl
 
 ALL = Needs(distribution=True, hidden=tuple(("block_output", n) for n in (1, 2, 3)), attention=(4,))
 TOKENS = Needs(distribution=False, hidden=(), attention=())
@@ -46,37 +52,145 @@ def train_segments(cache: Cache) -> list[int]:
     return [s for u in cache.units("train") for s in range(firsts[u], firsts[u + 1])]
 
 
-def test_an_epoch_holds_every_segment_once(cache: Cache) -> None:
-    stream = stream_of(cache)
-    for epoch in range(2):
-        rows = [row for window in range(stream.window_count()) for row in stream.window_rows(epoch, window)]
-        seen = [unit.first_segment + segment for row in rows for unit, segment in row]
-        assert sorted(seen) == train_segments(cache)
-        assert all(sum(int(u.segments["length"][s]) for u, s in row) <= 64 for row in rows)
+def lane_rows(stream: Stream, number: int, epochs: int) -> list[Row]:
+    """A lane's rows up to the end of an epoch."""
+    lane = stream.lane(number, LaneCursor())
+    rows: list[Row] = []
+    while True:
+        row = lane.row(len(rows))
+        if lane.at.epoch >= epochs:
+            return rows
+        rows.append(row)
 
 
-@settings(max_examples=15, deadline=None)
-@given(steps=st.integers(0, 12), world=st.sampled_from([1, 2, 3, 6]), micro=st.sampled_from([None, 1]))
-def test_ranks_share_one_stream_and_resume_exactly(cache: Cache, steps: int, world: int, micro: int | None) -> None:
-    config: dict[str, Any] = {"micro_rows": micro} if micro else {}
-    alone = stream_of(cache)
-    whole = [b.segments for b in islice(alone.micro_batches(Cursor()), steps + 3)]
-    ranks = [replace(stream_of(cache, **config), rank=r, world_size=world) for r in range(world)]
-    cursor = Cursor()
-    for batch in islice(alone.micro_batches(Cursor()), steps):
-        cursor = batch.cursor
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_epoch_holds_every_segment_once(cache: Cache, lanes: int, packed: bool) -> None:
+    stream = replace(stream_of(cache, lanes=lanes), packed=packed)
+    assert stream.lanes == min(lanes, len(cache.units("train")))
+    rows = [row for lane in range(stream.lanes) for row in lane_rows(stream, lane, 1)]
+    seen = [unit.first_segment + segment for row in rows for unit, segment in row]
+    assert sorted(seen) == train_segments(cache)
+    assert all(sum(int(u.segments["length"][s]) for u, s in row) <= 64 for row in rows)
+    assert packed or all(len(row) == 1 for row in rows)
+    twice = [
+        unit.first_segment + segment for lane in range(stream.lanes) for row in lane_rows(stream, lane, 2) for unit, segment in row
+    ]
+    assert sorted(twice) == sorted(2 * train_segments(cache))
+
+
+@given(rows=st.integers(1, 40), lanes=st.integers(1, 9), row=st.integers(0, 10**12))
+def test_rows_are_dealt_to_lanes_without_gap_or_overlap(cache: Cache, rows: int, lanes: int, row: int) -> None:
+    stream = stream_of(cache, rows_per_step=rows, lanes=lanes)
+    places = [stream.place_of(row + i) for i in range(3 * rows * lanes)]
+    for lane in range(stream.lanes):
+        inside = [n for number, n in places if number == lane]
+        assert inside == list(range(inside[0], inside[0] + len(inside))) if inside else True
+
+
+def steps_of(stream: Stream, cursor: Cursor, first_step: int, count: int) -> tuple[list[tuple[int, ...]], Cursor]:
+    """The segments of each step, and where the lanes go on."""
     found = []
-    iterators = [r.micro_batches(cursor) for r in ranks]
-    for _ in range(3):
-        parts = [b.segments for it, r in zip(iterators, ranks, strict=True) for b in islice(it, r.micro_steps)]
-        found.append(tuple(s for part in parts for s in part))
-    assert found == whole[steps:]
+    micro = stream.micro_batches(cursor, first_step)
+    for _ in range(count):
+        batches = list(islice(micro, stream.micro_steps))
+        found.append(tuple(s for batch in batches for s in batch.segments))
+        for batch in batches:
+            cursor = cursor | batch.cursor
+    return found, cursor
 
 
-def test_workers_do_not_change_the_stream(cache: Cache) -> None:
-    plain = [b.segments for b in islice(load(stream_of(cache, workers=0), Cursor(), pin_memory=False), 5)]
-    ahead = [b.segments for b in islice(load(stream_of(cache, workers=1), Cursor(), pin_memory=False), 5)]
+@settings(max_examples=20, deadline=None)
+@given(
+    steps=st.integers(0, 9), world=st.sampled_from([1, 2, 3, 8]), micro=st.booleans(), workers=st.integers(1, 3),
+    lanes=st.integers(1, 5), packed=st.booleans(),
+)  # fmt: skip
+def test_ranks_and_workers_share_one_stream_and_resume_exactly(
+    cache: Cache, steps: int, world: int, micro: bool, workers: int, lanes: int, packed: bool
+) -> None:
+    alone = replace(stream_of(cache, rows_per_step=24, lanes=lanes), packed=packed)
+    whole, _ = steps_of(alone, {}, 0, steps + 2)
+    _, cursor = steps_of(alone, {}, 0, steps)
+    kept = json.loads(json.dumps({str(lane): asdict(at) for lane, at in cursor.items()}))
+    again = {int(lane): LaneCursor(**at) for lane, at in kept.items()}
+    config = {"micro_rows": 24 // world // 3} if micro and world < 8 else {}
+    found: list[list[int]] = [[] for _ in range(2)]
+    for rank in range(world):
+        mine = replace(
+            alone, config=StreamSection.model_validate({**alone.config.model_dump(), **config}), rank=rank, world_size=world
+        )
+        made = [mine.micro_batches(again, steps, worker, workers) for worker in range(workers)]
+        for number in range(2 * mine.micro_steps):
+            found[number // mine.micro_steps] += next(made[number % workers]).segments
+    assert [tuple(step) for step in found] == whole[steps:]
+
+
+def test_rank_reads_only_the_lanes_of_its_rows(cache: Cache) -> None:
+    touched = []
+    for rank in range(2):
+        mine = replace(stream_of(cache, rows_per_step=8, lanes=4), rank=rank, world_size=2)
+        touched.append({lane for batch in islice(mine.micro_batches({}, 0), 3) for lane in batch.cursor})
+    assert touched == [{0, 1}, {2, 3}]
+
+
+def test_each_array_of_a_unit_is_read_once_a_window(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[tuple[str, int]] = Counter()
+    plain = Cache.read
+
+    def counted(self: Cache, path: str, start: int = 0, stop: int | None = None) -> Any:
+        read[path, start] += 1
+        return plain(self, path, start, stop)
+
+    monkeypatch.setattr(Cache, "read", counted)
+    stream = stream_of(cache, ALL, lanes=2, window_units=1)
+    rows = sum(len(lane_rows(stream, lane, 1)) for lane in range(2))
+    list(islice(stream.micro_batches({}, 0), rows // 12))  # half an epoch: the next one's first windows are not read ahead
+    assert max(count for (path, _), count in read.items() if path.startswith("distribution/")) == 1
+    assert not [path for path, _ in read if path.startswith(("hidden/block_input", "stats/"))]
+
+
+@pytest.mark.parametrize("by", ["tokens", "samples"])
+def test_sources_come_in_the_proportions_of_the_recipe(two_sources: Cache, by: Literal["tokens", "samples"]) -> None:
+    stream = stream_of(two_sources, lanes=1, mix={"weights": {"code": 3, "prose": 1}, "by": by}, row_tokens=CONTEXT)
+    rows = lane_rows(stream, 0, 40)
+    counts: Counter[int] = Counter()
+    for row in rows:
+        for unit, segment in row:
+            counts[int(unit.segments["source"][segment])] += int(unit.segments["length"][segment]) if by == "tokens" else 1
+    assert counts[0] / (counts[0] + counts[1]) == pytest.approx(0.75, abs=0.02)
+    held = {s.name: s.num_tokens if by == "tokens" else s.num_segments for s in two_sources.sources}
+    assert sum(counts.values()) == pytest.approx(40 * sum(held.values()), rel=0.05)
+    assert [r[0][1] for r in lane_rows(stream, 0, 2)] == [r[0][1] for r in lane_rows(stream, 0, 2)]
+    for weights, match in (
+        ({"code": 1}, "no weight"),
+        ({"code": 1, "x": 1, "prose": 1}, "no such"),
+        ({"code": 0, "prose": 0}, "is 0"),
+    ):
+        with pytest.raises(InputError, match=match):
+            stream_of(two_sources, mix={"weights": weights}).lane(0, LaneCursor())
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory: pytest.TempPathFactory, recipe_for: Callable[..., Any]) -> Cache:
+    folder = tmp_path_factory.mktemp("two")
+    sources = [
+        {"name": "code", "jsonl": write_jsonl(folder / "a.jsonl", CODE * 4)},
+        {"name": "prose", "jsonl": write_jsonl(folder / "b.jsonl", PROSE * 4)},
+    ]
+    return build(recipe_for(folder / "cache.zarr", sources=sources, signals={"distribution": {"rank": 4}}))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_do_not_change_the_stream(cache: Cache, workers: int) -> None:
+    plain = [b.segments for b in islice(load(stream_of(cache, workers=0), {}, 0, pin_memory=False), 5)]
+    ahead = [b.segments for b in islice(load(stream_of(cache, workers=workers), {}, 0, pin_memory=False), 5)]
     assert plain == ahead
+
+
+def test_a_stream_opens_again_in_a_spawned_process(cache: Cache) -> None:
+    stream = stream_of(cache)
+    there: Stream = pickle.loads(pickle.dumps(stream))
+    assert steps_of(there, {}, 0, 2)[0] == steps_of(stream, {}, 0, 2)[0]
 
 
 def check_batch(cache: Cache, batch: CodedBatch) -> None:
@@ -126,19 +240,16 @@ def check_batch(cache: Cache, batch: CodedBatch) -> None:
 
 
 def test_batches_hold_what_the_cache_holds(cache: Cache) -> None:
-    for batch in islice(stream_of(cache, ALL).micro_batches(Cursor()), 3):
+    for batch in islice(stream_of(cache, ALL).micro_batches({}, 0), 3):
         check_batch(cache, batch)
 
 
 def test_validation_is_read_once_and_in_order(cache: Cache) -> None:
-    batches = list(stream_of(cache).once("validation", None))
+    batches = list(stream_of(cache).once("validation"))
     seen = [s for b in batches for s in b.segments]
     assert sorted(seen) == sorted(set(range(len(cache))) - set(train_segments(cache)))
     dealt = [
-        s
-        for rank in range(3)
-        for b in replace(stream_of(cache), rank=rank, world_size=3).once("validation", None)
-        for s in b.segments
+        s for rank in range(3) for b in replace(stream_of(cache), rank=rank, world_size=3).once("validation") for s in b.segments
     ]
     assert sorted(dealt) == sorted(seen)
 

@@ -1,0 +1,117 @@
+"""One student, several processes: replicated and sharded training give what one process gives, and go on in each other's place."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from signal_store.cache import Cache
+from student_train.recipe import RunRecipe
+from student_train.run import run
+from tests.tiny import COMMON
+
+ROWS = 4
+
+
+def recipe_of(cache: Cache, out: Path, **changes: Any) -> RunRecipe:
+    content = {
+        "cache": cache.uri,
+        "out": out,
+        "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2, "tie_word_embeddings": True}},
+        "losses": {"tla": {"temperature": 2.0}, "cross_entropy": {"weight": 0.5}, "lhsm": {}, "apc": {"weight": 0.3}, "asr": {}},
+        "steps": 4,
+        "optimizer": {"learning_rate": 1e-2},
+        "stream": {"row_tokens": 48, "rows_per_step": ROWS, "workers": 0},
+        "validation": {"every": 2},
+        "checkpoint": {"every": 2, "keep": 9},
+        **changes,
+    }
+    return RunRecipe.model_validate(content)
+
+
+def work(rank: int, world: int, port: int, recipe: RunRecipe) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    run(recipe)
+
+
+def together(recipe: RunRecipe, world: int = 2) -> None:
+    """Run a recipe in this many gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, world, port, recipe)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+
+
+def losses(out: Path) -> list[float]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record[name] for record in records for name in ("loss", "validation_loss", "kl") if name in record]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    run(recipe_of(cache, out))
+    return out
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulated_steps_equal_whole_ones(cache: Cache, alone: Path, tmp_path: Path, micro: int) -> None:
+    run(recipe_of(cache, tmp_path, stream={"row_tokens": 48, "rows_per_step": ROWS, "workers": 0, "micro_rows": micro}))
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
+    torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["replicated", "sharded"])
+def test_two_processes_equal_one(cache: Cache, alone: Path, tmp_path: Path, mode: str) -> None:
+    together(recipe_of(cache, tmp_path, sharing={"mode": mode}))
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
+    torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
+
+
+def test_another_number_of_processes_goes_on_at_the_same_place(cache: Cache, alone: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(cache, tmp_path)
+    together(recipe)
+    (tmp_path / "result.json").unlink()
+    for step in (3, 4):
+        for file in (tmp_path / "checkpoints").glob(f"step-*{step}/*"):
+            file.unlink()
+    (tmp_path / "checkpoints" / "step-00000004").rmdir()
+    run(recipe)  # from step 2, alone
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing(cache: Cache, alone: Path, tmp_path: Path) -> None:
+    run(recipe_of(cache, tmp_path, activation_checkpointing=True))
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
+
+
+def test_adapters_train_alone(cache: Cache, tmp_path: Path) -> None:
+    config = {"model_type": "llama", **COMMON, "num_hidden_layers": 2}
+    recipe = recipe_of(cache, tmp_path, student={"config": config, "lora": {"rank": 2}}, tensorboard=True)
+    run(recipe)
+    found = load_file(tmp_path / "student" / "adapter_model.safetensors")
+    assert found
+    assert all("lora_" in name for name in found)
+    assert losses(tmp_path)[-3] < losses(tmp_path)[0]
+    assert list(tmp_path.rglob("events.out.tfevents*"))
