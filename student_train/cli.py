@@ -9,6 +9,7 @@ import typer
 from signal_store.command_line import run_app
 from signal_store.recipe_file import load_recipe
 from student_train.recipe import RunRecipe
+from student_train.sweep_recipe import SweepRecipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -47,6 +48,24 @@ def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson
     console = Console()
     console.print(table)
     console.print({key: value for key, value in found.items() if key != "terms"})
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each a process.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train many students from one cache, and rank them; exit code 1 if a run failed."""
+    loaded = load_recipe(recipe, overrides or [], SweepRecipe)
+    from student_train.sweep import markdown
+    from student_train.sweep import sweep as train
+
+    report = train(loaded, jobs)
+    typer.echo(json.dumps(report) if as_json else markdown(report))
+    if report["failed"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:

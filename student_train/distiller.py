@@ -43,7 +43,10 @@ class Distiller(nn.Module):
         self.compiled = compiled
         widths = {h.layer: h.width for h in cache.manifest.calibration.hidden if h.tap == "block_output"}
         own = student.config.get_text_config().hidden_size
-        self.projections = nn.ModuleDict({str(p.teacher): make_projection(own, widths[p.teacher]) for p in objective.hidden_pairs})
+        lhsm = objective.losses.lhsm
+        self._projects_teacher = lhsm is not None and lhsm.project == "teacher"
+        ends = {str(p.teacher): (own, widths[p.teacher])[:: -1 if self._projects_teacher else 1] for p in objective.hidden_pairs}
+        self.projections = nn.ModuleDict({name: make_projection(*widths) for name, widths in ends.items()})
         self.codecs = Codecs(None)
         self.head_pairs: HeadPairs = {}
         self._open_taps = contextlib.ExitStack()
@@ -107,7 +110,7 @@ class Distiller(nn.Module):
         hidden_ND, head = self._hidden(batch)[batch.flat], output_head(self.student)
         rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=hidden_ND.device)
         segment_N = torch.repeat_interleave(torch.arange(len(rows), device=hidden_ND.device), rows)
-        loss_N, sums = measure_rows(hidden_ND, head, batch.labels, batch.distribution, self.codecs.distribution)
+        loss_N, sums = measure_rows(hidden_ND, head, batch.labels, batch.distribution, self.codecs.whole)
         empty = loss_N.new_zeros(len(rows))
         by_segment = {"segment_loss": loss_N, "segment_labels": (batch.labels >= 0).to(loss_N)}
         return sums | {name: empty.index_add(0, segment_N, value_N) for name, value_N in by_segment.items()}
@@ -121,7 +124,8 @@ class Distiller(nn.Module):
             codes = batch.hidden.get(("block_output", pair.teacher))
             codec = self.codecs.hidden["block_output", pair.teacher]
             target = states_PD.new_zeros(0, len(codec.mean)) if codes is None else codec.decode(codes.values, codes.scale)
-            parts.append(lhsm_sum(states_PD, target, projection))
+            mapped, other = (target, states_PD) if self._projects_teacher else (states_PD, target)
+            parts.append(lhsm_sum(mapped, other, projection))
         return torch.stack(parts).mean()
 
     def _apc(self, batch: CodedBatch, rows: dict[int, Tensor]) -> Tensor:

@@ -121,8 +121,10 @@ class RunRecipe(Section):
     preset: str | None = None
     losses: dict[str, Any] = Field(default_factory=dict)
     """Terms on top of the preset's; `name: null` switches one off."""
+    tail_rank: int | None = Field(None, ge=0)
+    """Use only so many of the cached tail's directions, the heaviest; 0 makes the tail one bucket. None: all."""
     steps: int = Field(ge=1)
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast over float32 weights."""
     activation_checkpointing: bool = False

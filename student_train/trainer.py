@@ -79,7 +79,7 @@ class Trainer:
         if found is not None:
             checkpoint.restore_optimizer(found, optimizer)
         held_out = validation_needs(self.cache, with_teacher=recipe.validation is not None and recipe.validation.fidelity)
-        self.distiller.codecs = Codecs.of(self.cache, self.objective.needs.union(held_out), device)
+        self.distiller.codecs = Codecs.of(self.cache, self.objective.needs.union(held_out), device, recipe.tail_rank)
         if self.objective.attention_pairs and not progress.head_pairs:
             progress = replace(progress, head_pairs=self._match_heads(shared, stream))
         self.distiller.head_pairs = progress.head_pairs

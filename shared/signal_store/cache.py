@@ -84,7 +84,7 @@ class SealedPart:
         """By array path, the rows that a unit has."""
         return {spec.path: spec.capacity_rows for spec in self.manifest.specs}
 
-    @property
+    @cached_property
     def paths(self) -> set[str]:
         """All arrays, those that no unit owns too."""
         return {*self.capacity_rows, *(spec.path for spec in self.seal.constant_specs)}
@@ -128,6 +128,7 @@ class Cache:
         _refuse_twice(self.parts)
         self.manifest = _joined_manifest(self.parts)
         self.seal = self.base.seal
+        self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens it anew, at the same generation."""
@@ -142,9 +143,11 @@ class Cache:
 
     def array(self, path: str) -> zarr.Array[Any]:
         """The zarr array at `path`; MismatchError naming what there is, if it is not there."""
-        array = self._part(path).group[path]
-        assert isinstance(array, zarr.Array)
-        return array
+        if path not in self._arrays:
+            array = self._part(path).group[path]
+            assert isinstance(array, zarr.Array)
+            self._arrays[path] = array
+        return self._arrays[path]
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows [start, stop) of the array at `path`."""

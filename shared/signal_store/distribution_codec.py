@@ -126,6 +126,11 @@ class DistributionCodec:
         tensors = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **tensors)
 
+    def with_rank(self, rank: int) -> Self:
+        """The codec of the first directions: it decodes the same codes, more coarsely."""
+        step, basis, matrix = self.tail_step[:rank], self.tail_basis[:, :rank].contiguous(), self.encode_matrix[:, :rank]
+        return self if rank == self.rank else replace(self, tail_step=step, tail_basis=basis, encode_matrix=matrix)
+
     def encode(self, hidden_ND: Tensor, logits_NV: Tensor, labels_N: Tensor) -> tuple[DistributionCodes, Tensor]:
         """Codes of N rows, and how many of the codes hit their limit (int64 scalar).
 
@@ -183,7 +188,7 @@ class DistributionCodec:
 
     def tail_logits(self, codes: DistributionCodes) -> Tensor:
         """ẑ [N, V] float32: the low-rank logits, soft-capped."""
-        coordinates = codes.tail_codes.float() * self.tail_step
+        coordinates = codes.tail_codes[:, : self.rank].float() * self.tail_step
         return apply_softcap(torch.addmm(self.tail_bias, coordinates, self.tail_basis.T), self.softcap)
 
     def logprobs(self, codes: DistributionCodes, temperature: float, tail_NV: Tensor | None = None) -> Tensor:

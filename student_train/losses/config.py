@@ -51,9 +51,12 @@ DivergenceTerm = TlaTerm | ReverseKlTerm | JsdTerm | TotalVariationTerm
 
 
 class LhsmTerm(Section):
-    """Layer-wise hidden-state matching (67): mean squared difference of LayerNorm(P h_S) and LayerNorm(h_T)."""
+    """Layer-wise hidden-state matching (67): mean squared difference of LayerNorm(P h_S) and LayerNorm(h_T); or P on the
+    teacher's."""
 
     weight: WeightField = _constant(0.8)
+    project: Literal["student", "teacher"] = "student"
+    """Whose states the learned map is applied to, onto the width of the other's."""
 
 
 class ApcTerm(Section):

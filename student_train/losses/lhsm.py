@@ -11,20 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def make_projection(student_width: int, teacher_width: int) -> nn.Linear:
+def make_projection(width: int, target_width: int) -> nn.Linear:
     """Identity where the widths agree, else orthonormal rows or columns."""
-    projection = nn.Linear(student_width, teacher_width, bias=False)
-    if student_width == teacher_width:
+    projection = nn.Linear(width, target_width, bias=False)
+    if width == target_width:
         nn.init.eye_(projection.weight)
     else:
         nn.init.orthogonal_(projection.weight)
     return projection
 
 
-def lhsm_sum(student_PD: Tensor, teacher_PE: Tensor, projection: nn.Linear) -> Tensor:
-    """Σ over P sampled tokens of the mean over channels; float32 scalar, 0 (with a gradient of zero) where P is 0."""
-    with torch.autocast(student_PD.device.type, enabled=False):
-        mapped_PE = projection(student_PD.to(projection.weight.dtype))
-        width = (teacher_PE.shape[1],)
-        difference = F.layer_norm(mapped_PE, width) - F.layer_norm(teacher_PE.to(mapped_PE.dtype), width)
+def lhsm_sum(mapped_PD: Tensor, target_PE: Tensor, projection: nn.Linear) -> Tensor:
+    """Σ over P sampled tokens of the mean over channels between the projected states and the others; float32 scalar, 0 (with a
+    gradient of zero) where P is 0."""
+    with torch.autocast(mapped_PD.device.type, enabled=False):
+        mapped_PE = projection(mapped_PD.to(projection.weight.dtype))
+        width = (target_PE.shape[1],)
+        difference = F.layer_norm(mapped_PE, width) - F.layer_norm(target_PE.to(mapped_PE.dtype), width)
         return difference.square().mean(1).sum()

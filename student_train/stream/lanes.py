@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model_taps.packing import best_fit
 from signal_store.cache import Cache
 from signal_store.errors import InputError
@@ -48,6 +51,7 @@ class Lane:
     """`number` of `count` lanes, standing at `at`. Only `row` moves it, forward."""
 
     cache: Cache
+    train_units: NDArray[np.int64]
     needs: Needs
     cut: Cut
     mixing: Mixing
@@ -83,14 +87,14 @@ class Lane:
 
     @property
     def _places(self) -> range:
-        return range(self.number, len(self.cache.units("train")), self.count)
+        return range(self.number, len(self.train_units), self.count)
 
     @property
     def _windows(self) -> int:
         return -(-len(self._places) // self.window_units)
 
     def _units(self, epoch: int, window: int) -> list[int]:
-        units = self.cache.units("train")
+        units = self.train_units
         key = key_of(self.seed, epoch)
         places = self._places[window * self.window_units : (window + 1) * self.window_units]
         return [int(units[permuted(place, len(units), key)]) for place in places]

@@ -8,6 +8,10 @@ a micro-batch reads the signals of its own rows only, so that ranks whose runs l
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError
@@ -23,7 +27,7 @@ Cursor = dict[int, LaneCursor]
 """Where each lane goes on; one that is absent has not begun."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stream:
     """How one rank sees a cache."""
 
@@ -68,12 +72,16 @@ class Stream:
         """Micro-steps of one step: the same on every rank."""
         return self.rows_per_rank // self.micro_rows
 
-    @property
+    @cached_property
     def lanes(self) -> int:
         """Lanes: as the recipe says, but each has a unit at least."""
-        return min(self.config.lanes, len(self.cache.units("train")))
+        return min(self.config.lanes, len(self._train_units))
 
-    @property
+    @cached_property
+    def _train_units(self) -> NDArray[np.int64]:
+        return self.cache.units("train")
+
+    @cached_property
     def run_rows(self) -> int:
         """Rows that come from a lane before the next has its turn."""
         return max(1, self.config.rows_per_step // self.lanes)
@@ -88,7 +96,18 @@ class Stream:
         cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
         mix = self.config.mix
         mixing = Mixing.of(self.cache, None if mix is None else mix.weights, "tokens" if mix is None else mix.by)
-        return Lane(self.cache, self.needs, cut, mixing, number, self.lanes, self.config.seed, self.config.window_units, at)
+        return Lane(
+            self.cache,
+            self._train_units,
+            self.needs,
+            cut,
+            mixing,
+            number,
+            self.lanes,
+            self.config.seed,
+            self.config.window_units,
+            at,
+        )
 
     def micro_batches(self, cursor: Cursor, first_step: int, worker: int = 0, workers: int = 1) -> Iterator[CodedBatch]:
         """This rank's micro-batches from step `first_step` on, those that `worker` of `workers` makes. Endless."""

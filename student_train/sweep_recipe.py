@@ -1,0 +1,84 @@
+"""The recipe of a sweep: a base run, and what is varied."""
+
+import itertools
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from signal_store.canonical import digest
+from signal_store.recipe_file import apply_override, validate
+from signal_store.signals import Section, Seed
+from student_train.recipe import RunRecipe
+
+
+class SweepRecipe(Section):
+    """Every variant, at every combination of the matrix, with every seed. Keys are dotted places of a run recipe."""
+
+    out: Path
+    base: dict[str, Any]
+    """A run recipe without `out`."""
+    variants: dict[str, dict[str, Any]] = Field({"base": {}}, min_length=1)
+    """By name, what is set on top of the base; a preset's term is switched off by `losses.<term>: null`."""
+    matrix: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """By place, the values that each variant is run with."""
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    """Each sets `seed`, `student.seed` and `stream.seed`."""
+    metric: str = "validation_loss"
+    """What the report ranks by: a number of result.json."""
+    order: Literal["lowest", "highest"] = "lowest"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "out" in self.base:
+            raise ValueError("base: the sweep itself gives every run its out")
+        if empty := [place for place, values in self.matrix.items() if not values]:
+            raise ValueError(f"matrix: no values for {', '.join(empty)}")
+        return self
+
+
+class PlannedRun(Section):
+    """One run of a sweep: the `group` it is averaged in, its seed, and its resolved recipe."""
+
+    group: str
+    seed: int
+    recipe: RunRecipe
+
+
+def planned_runs(sweep: SweepRecipe) -> list[PlannedRun]:
+    """All runs, in order; InputError naming the first that is wrong, before any starts."""
+    places = list(sweep.matrix)
+    runs = []
+    for (name, variant), values in itertools.product(sweep.variants.items(), itertools.product(*sweep.matrix.values())):
+        point = dict(zip(places, values, strict=True))
+        group = ", ".join([name, *(f"{place}={value}" for place, value in point.items())])
+        for seed in sweep.seeds:
+            content: dict[str, Any] = _copied(sweep.base)
+            seeds = dict.fromkeys(("seed", "student.seed", "stream.seed"), seed)
+            for place, value in {**variant, **point, **seeds}.items():
+                apply_value(content, place, value)
+            content["out"] = str(sweep.out / "runs" / folder_name(group) / f"seed-{seed}")
+            runs.append(PlannedRun(group=group, seed=seed, recipe=validate(content, RunRecipe, where=f"run {group}, seed {seed}")))
+    return runs
+
+
+def folder_name(group: str) -> str:
+    """A folder's name for a group, readable and unlike any other's."""
+    plain = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in group)[:80]
+    return f"{plain}-{digest(group).removeprefix('sha256:')[:6]}"
+
+
+def apply_value(content: dict[str, Any], place: str, value: Any) -> None:
+    """Set a dotted place of a nested mapping."""
+    apply_override(content, f"{place}=null")
+    node: Any = content
+    *parents, last = place.split(".")
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    node[int(last) if isinstance(node, list) else last] = _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
