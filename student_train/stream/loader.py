@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from signal_store.local_objects import LocalObjects
 from student_train.batch import CodedBatch
 from student_train.stream.rows import Cursor, Stream
 
@@ -23,9 +24,11 @@ class _MicroBatches(IterableDataset[CodedBatch]):
 def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -> Iterator[CodedBatch]:
     """Endless micro-batches from a step on, the same whatever the number of worker processes; with 0 the reading is in line.
 
-    Workers are spawned: a forked one would inherit locks of the threads that read.
+    Workers of a local cache are forked, which costs nothing; of a remote one they are spawned, and open it anew: the threads of its
+    client would not survive a fork.
     """
     workers = stream.config.workers
+    local = all(isinstance(part.objects, LocalObjects) for part in stream.cache.parts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         loader: StatefulDataLoader[CodedBatch] = StatefulDataLoader(
@@ -33,7 +36,7 @@ def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -
             batch_size=None,
             num_workers=workers,
             prefetch_factor=2 if workers else None,
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=("fork" if local else "spawn") if workers else None,
             pin_memory=pin_memory,
         )
         return iter(loader)
