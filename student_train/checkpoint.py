@@ -43,6 +43,8 @@ class Progress:
     head_pairs: HeadPairs
     tokens: int
     train_seconds: float
+    stream_start: int = 0
+    """The step at which the stream of this cache began: 0, unless a run went on with another cache."""
 
 
 def gathered_state(module: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -83,9 +84,9 @@ class Trainer:
         if self.objective.attention_pairs and not progress.head_pairs:
             progress = replace(progress, head_pairs=self._match_heads(shared, stream))
         self.distiller.head_pairs = progress.head_pairs
-        log = RunLog(recipe.out, progress.step, accelerator, tensorboard=recipe.tensorboard)
-        batches = load(stream, progress.cursor, progress.step, pin_memory=device.type == "cuda")
-        with progress_bar() as display:
+        batches = load(stream, progress.cursor, progress.step - progress.stream_start, pin_memory=device.type == "cuda")
+        open_log = closing(RunLog(recipe.out, progress.step, accelerator, tensorboard=recipe.tensorboard))
+        with open_log as log, progress_bar() as display:
             bar = display.add_task("train", total=recipe.steps, completed=progress.step, unit="steps")
             while progress.step < recipe.steps and not self._patience_is_over(progress):
                 started = time.perf_counter()
@@ -109,7 +110,6 @@ class Trainer:
                     progress = self._validate(shared, stream, progress, log)
                 if last or progress.step % recipe.checkpoint.every == 0 or self._patience_is_over(progress):
                     progress = self._save(shared, optimizer, progress)
-        log.close()
         return progress
 
     def _begin(self) -> Progress:
@@ -128,7 +128,7 @@ class Trainer:
                     remedy="Give another out; or checkpoint.accept_other_cache, to go on with this cache from its beginning.",
                 )
         if progress.cache_id != cache_id:  # another cache's places mean nothing here
-            progress = replace(progress, cursor={}, head_pairs={})
+            progress = replace(progress, cursor={}, head_pairs={}, stream_start=progress.step)
         return replace(progress, cache_id=cache_id, recipe_digest=self.recipe_digest)
 
     def _save(self, shared: Shared, optimizer: torch.optim.Optimizer, progress: Progress) -> Progress:

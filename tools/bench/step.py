@@ -59,8 +59,8 @@ OTHERS = ("a: Hugging Face cross-entropy", "e: live teacher, plain KL", "e: live
 WARM_UP = 2
 
 
-def make_student(kind: str, vocab_size: int) -> PreTrainedModel:
-    torch.manual_seed(0)
+def make_student(kind: str, vocab_size: int, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
     common = {"vocab_size": vocab_size, "head_dim": 64, "max_position_embeddings": 2048, "tie_word_embeddings": True}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **common, **STUDENTS[kind]))
     model.train()

@@ -1,0 +1,67 @@
+"""The trainer in one process: what it refuses, what it says of a run, how it goes on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError, SignalStoreError
+from student_train.recipe import RunRecipe
+from student_train.run import run
+from tests.integration.test_parallel import losses, recipe_of
+
+
+def test_a_loss_that_is_not_finite_names_its_texts(cache: Cache, tmp_path: Path) -> None:
+    recipe = recipe_of(cache, tmp_path, optimizer={"learning_rate": 1e30, "clip_norm": None}, steps=30)
+    with pytest.raises(SignalStoreError, match=r"not finite.* segments \[.*which begin \d+: '") as caught:
+        run(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_cache_is_refused_unless_told_so(cache: Cache, exact_cache: Cache, tmp_path: Path) -> None:
+    run(recipe_of(cache, tmp_path, steps=2))
+    other = recipe_of(exact_cache, tmp_path, steps=4)
+    with pytest.raises(MismatchError, match="another run"):
+        run(other)
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(MismatchError, match="another cache_id"):
+        run(other)
+    result = run(other.model_copy(update={"checkpoint": other.checkpoint.model_copy(update={"accept_other_cache": True})}))
+    assert result["steps"] == 4
+    assert json.loads((tmp_path / "run.json").read_text())["cache_id"] == exact_cache.manifest.cache_id
+
+
+def test_a_run_folder_says_what_it_was(cache: Cache, tmp_path: Path) -> None:
+    recipe = recipe_of(cache, tmp_path, steps=2)
+    result = run(recipe)
+    about: dict[str, Any] = json.loads((tmp_path / "run.json").read_text())
+    assert RunRecipe.model_validate(about["recipe"]) == recipe
+    assert {"command", "versions", "commit", "machine", "gpus", "cache_id", "generation"} <= about.keys()
+    assert {"validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error"} <= result.keys()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < record["row_fill"] <= 1 for record in records if "loss" in record)
+
+
+def test_a_term_of_no_weight_has_no_loss_in_the_log(cache: Cache, tmp_path: Path) -> None:
+    terms = {"cross_entropy": {}, "tla": {"temperature": 1.0, "weight": {"start": 0, "end": 1, "begin": 0.5}}}
+    run(recipe_of(cache, tmp_path, losses=terms, steps=4, validation=None))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["tla_loss" in record for record in records] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_bit_for_bit(cache: Cache, tmp_path: Path, workers: int) -> None:
+    stream = {"row_tokens": 48, "rows_per_step": 4, "workers": workers}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(recipe_of(cache, whole, stream=stream))
+    run(recipe_of(cache, broken, stream=stream))
+    (broken / "result.json").unlink()
+    shutil.rmtree(broken / "checkpoints" / "step-00000004")
+    (broken / "checkpoints" / ".step-00000004").mkdir()  # as a kill in the middle of saving leaves it
+    run(recipe_of(cache, broken, stream=stream))
+    assert losses(broken) == losses(whole)
+    assert (broken / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
