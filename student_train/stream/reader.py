@@ -90,8 +90,7 @@ class UnitReader:
 
     def _read(self, path: str) -> NDArray[Any]:
         capacity = self.cache.capacity_rows
-        first = self.unit * capacity[path]
-        rows = self.cache.read(path, first, first + self._count(path))
+        rows = self.cache.read_unit(path, self.unit, self._count(path))
         if path == "attention/rows/offset":
             return rows - self.unit * capacity[f"attention/{self.needs.attention[0]}/weights"]
         return rows - self.unit * self.cache.manifest.plan.unit_tokens if path.endswith("/position") else rows

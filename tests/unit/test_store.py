@@ -289,3 +289,31 @@ def test_masses_are_those_of_the_plain_sum(temperatures: tuple[float, ...], scal
         assert (close | (tail < 1e-8)).all()
     entropy = torch.distributions.Categorical(logits=logits.double()).entropy()
     assert torch.allclose(codes.scalars[:, 2].double(), entropy, rtol=2e-3, atol=2e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whole_shards_read_as_zarr_reads_them(cache: Cache, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(cache.capacity_rows)))
+    unit = data.draw(st.integers(0, cache.seal.num_units - 1))
+    capacity = cache.capacity_rows[path]
+    rows = data.draw(st.integers(0, capacity))
+    expected = cache.read(path, unit * capacity, unit * capacity + rows)
+    found = cache.read_unit(path, unit, rows)
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected, equal_nan=found.dtype.kind == "f")
+
+
+def test_a_spoiled_shard_is_refused_whole(cache: Cache, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(cache.uri, tmp_path / "cache.zarr"))
+    shard = root / "distribution/tail_codes/c/1/0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(bytes(data))
+    opened = open_cache(root)
+    opened.read_unit("distribution/tail_codes", 0, 9)
+    with pytest.raises(CorruptError, match=r"tail_codes/c/1/0"):
+        opened.read_unit("distribution/tail_codes", 1, 9)
+    shard.unlink()
+    with pytest.raises(CorruptError, match=r"tail_codes/c/1/0"):
+        open_cache(root).read_unit("distribution/tail_codes", 1, 9)

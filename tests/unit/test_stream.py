@@ -135,13 +135,13 @@ def test_rank_reads_only_the_lanes_of_its_rows(cache: Cache) -> None:
 
 def test_each_array_of_a_unit_is_read_once_a_window(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     read: Counter[tuple[str, int]] = Counter()
-    plain = Cache.read
+    plain = Cache.read_unit
 
-    def counted(self: Cache, path: str, start: int = 0, stop: int | None = None) -> Any:
-        read[path, start] += 1
-        return plain(self, path, start, stop)
+    def counted(self: Cache, path: str, unit: int, rows: int) -> Any:
+        read[path, unit] += 1
+        return plain(self, path, unit, rows)
 
-    monkeypatch.setattr(Cache, "read", counted)
+    monkeypatch.setattr(Cache, "read_unit", counted)
     stream = stream_of(cache, ALL, lanes=2, window_units=1)
     rows = sum(len(lane_rows(stream, lane, 1)) for lane in range(2))
     list(islice(stream.micro_batches({}, 0), rows // 12))  # half an epoch: the next one's first windows are not read ahead
