@@ -121,6 +121,15 @@ def restore_module(path: Path, module: nn.Module) -> Progress:
         ) from error
     if content.pop("version") != VERSION:
         raise MismatchError("another checkpoint version", expected=VERSION, where=path)
+    expected = dict(module.named_parameters()).keys()
+    if differ := sorted(name for name in expected ^ state.keys() if name in expected or "projections" in name):
+        raise MismatchError(
+            "the checkpoint is of another objective or student",
+            expected=", ".join(differ[:3]),
+            found="weights without them, or others",
+            where=path,
+            remedy="Start a run of its own, with the student's folder as student.checkpoint.",
+        )
     restore_state(module, state)
     content["cursor"] = {int(lane): LaneCursor(**at) for lane, at in content["cursor"].items()}
     content["head_pairs"] = {int(layer): [(int(a), int(b)) for a, b in pairs] for layer, pairs in content["head_pairs"].items()}
@@ -131,7 +140,13 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint's moments into the optimizer of the shared module."""
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, value in load_file(path / "optimizer.safetensors").items():
+    try:
+        moments = load_file(path / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise CorruptError(
+            "a checkpoint is damaged", found=error, where=path, remedy="Remove it: the one before it stands."
+        ) from error
+    for key, value in moments.items():
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = like(value, parameters[int(number)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

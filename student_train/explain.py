@@ -12,7 +12,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     """Terms with weight, formula, what they read of the cache and of the student; and how the stream is cut."""
     cache = open_cache(recipe.cache)
     student, _ = build_student(recipe.student, cache)
-    objective = resolve(recipe.objective, cache, student)
+    objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     reads = {
         "cross_entropy": ["tokens"],
         **{name: ["distribution"] for name in objective.losses.divergences},
@@ -38,7 +38,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         }
         for name, term in objective.terms.items()
     ]
-    tokens = sum(source.num_tokens for source in cache.manifest.sources if source.split == "train")
+    tokens = sum(source.num_tokens for source in cache.sources if source.split == "train")
     per_step = recipe.stream.row_tokens * recipe.stream.rows_per_step
     return {
         "cache_id": cache.manifest.cache_id,

@@ -14,7 +14,7 @@ from signal_store.distribution_codec import DistributionCodec, DistributionCodes
 
 OVERLAP = 10
 BINS = 15
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 TEACHER_SUMS = ("rows", "agree", "overlap", "kl", "teacher_entropy", "student_entropy")
 
 
@@ -32,8 +32,20 @@ def measure_rows(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(-log q(label) of each row [N] float32 in nats, 0 where no label is stored; sums over rows). Never holds [N, V]."""
     sums = zero_sums(hidden_ND.device)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return _measured(hidden_ND, head, labels_N, codes, codec, sums), sums
+
+
+def _measured(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    labels_N: Tensor,
+    codes: DistributionCodes | None,
+    codec: DistributionCodec | None,
+    sums: dict[str, Tensor],
+) -> Tensor:
     losses = [hidden_ND.new_zeros(0, dtype=torch.float32)]
-    step = max(1, CHUNK_BYTES // (4 * len(head.weight)))
+    step = max(1, CHUNK_BYTES.get(hidden_ND.device.type, 2**28) // (4 * len(head.weight)))
     for first in range(0, len(hidden_ND), step):
         rows = slice(first, first + step)
         log_q_CV = head.logits(hidden_ND[rows]).log_softmax(1)
@@ -48,7 +60,7 @@ def measure_rows(
             sums[f"bin_{name}"].index_add_(0, bin_C, value_C)
         if codes is not None and codec is not None:
             _add_teacher(sums, log_q_CV, guess_C, codes[rows], codec)
-    return torch.cat(losses), sums
+    return torch.cat(losses)
 
 
 def _add_teacher(

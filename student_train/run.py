@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
@@ -33,21 +34,28 @@ RESULT = "result.json"
 def run(recipe: RunRecipe) -> dict[str, Any]:
     """Train and export; returns what `result.json` says. A finished run is not repeated. Started by torchrun or accelerate launch,
     its processes train one student together."""
-    cache = open_cache(recipe.cache, generation=_begun_generation(recipe))
+    cache = open_cache(recipe.cache)
+    begun = _begun(recipe)
+    if begun.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
+        cache = open_cache(recipe.cache, generation=int(begun["generation"]))
     recipe_digest = digest({"recipe": run_settings(recipe), "cache_id": cache.manifest.cache_id})
     if not recipe.checkpoint.accept_other_cache:
         _refuse_another_run(recipe, recipe_digest)
     finished = recipe.out / RESULT
-    if finished.is_file():
+    if finished.is_file() and _begun(recipe).get("recipe_digest") == recipe_digest:
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
     if recipe.validation is not None and not len(cache.units("validation")):
         raise InputError("the cache has no validation split", expected="a source with split: validation", where=recipe.cache)
     student, tokenizer = build_student(recipe.student, cache)
-    objective = resolve(recipe.objective, cache, student)
+    objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     torch.manual_seed(recipe.seed)
     distiller = Distiller(student, objective, cache, compiled=recipe.compile)
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bfloat16" else "no")
+    # What is offloaded is reduced on the CPU, which NCCL does not serve.
+    both = (
+        [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
+    )
+    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bfloat16" else "no", kwargs_handlers=both)
     if accelerator.is_main_process:
         _describe(recipe, recipe_digest, cache, accelerator)
     accelerator.wait_for_everyone()
@@ -68,7 +76,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
 def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:
     """A plain `save_pretrained` folder of the best or last weights: of a fresh student, which no sharing or capture has touched."""
     student, _ = build_student(recipe.student, cache)
-    plain = Distiller(student, resolve(recipe.objective, cache, student), cache)
+    plain = Distiller(student, resolve(recipe.objective, cache, student, recipe.tail_rank), cache)
     last = checkpoint.newest(recipe.out / "checkpoints")
     assert last is not None
     checkpoint.restore_weights(recipe.out / "best" if recipe.export == "best" else last, plain)
@@ -80,23 +88,22 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
 
 
 def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
-    described = recipe.out / "run.json"
-    if described.is_file():
-        found = json.loads(described.read_text())["recipe_digest"]
-        if found != recipe_digest:
-            raise MismatchError(
-                "the folder holds another run",
-                expected=recipe_digest,
-                found=found,
-                where=recipe.out,
-                remedy="Give another out, or restore the recipe.",
-            )
+    found = _begun(recipe).get("recipe_digest", recipe_digest)
+    if found != recipe_digest:
+        raise MismatchError(
+            "the folder holds another run",
+            expected=recipe_digest,
+            found=found,
+            where=recipe.out,
+            remedy="Give another out, or restore the recipe.",
+        )
 
 
-def _begun_generation(recipe: RunRecipe) -> int | None:
-    """The generation of the cache that this run began with: it goes on with that, however the cache has grown since."""
+def _begun(recipe: RunRecipe) -> dict[str, Any]:
+    """What the folder says of the run that began there; nothing if none did."""
     described = recipe.out / "run.json"
-    return int(json.loads(described.read_text())["generation"]) if described.is_file() else None
+    found: dict[str, Any] = json.loads(described.read_text()) if described.is_file() else {}
+    return found
 
 
 def _describe(recipe: RunRecipe, recipe_digest: str, cache: Cache, accelerator: Accelerator) -> None:

@@ -31,7 +31,7 @@ class Shared:
     @classmethod
     def of(cls, accelerator: Accelerator, distiller: Distiller, section: SharingSection) -> "Shared":
         """Wrap it; parameters of a sharded one are replaced, so the optimizer is made afterwards."""
-        if section.mode == "sharded":
+        if section.mode == "sharded" and accelerator.num_processes > 1:
             distiller.to(accelerator.device)
             policy = CPUOffloadPolicy() if section.cpu_offload else OffloadPolicy()
             for block in decoder_blocks(distiller.student):

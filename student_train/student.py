@@ -36,6 +36,7 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
             raise InputError("the student's config is wrong", found=str(error).splitlines()[0], where="student.config") from error
     _check(model, cache)
     if section.lora is not None:
+        torch.manual_seed(section.seed)
         _add_adapters(model, section.lora)
     return model.train(), tokenizer
 

@@ -8,6 +8,7 @@ its last line of error, and the others go on.
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def sweep(recipe: SweepRecipe, jobs: int) -> dict[str, Any]:
     runs = [Running(planned) for planned in planned_runs(recipe)]
     recipe.out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the runs too
     try:
         with Live(_table(runs), refresh_per_second=2, console=Console(stderr=True)) as live:
             while any(run.state in {"waiting", "running"} for run in runs):

@@ -32,6 +32,15 @@ class SweepRecipe(Section):
     def _check(self) -> Self:
         if "out" in self.base:
             raise ValueError("base: the sweep itself gives every run its out")
+        seeded = {"seed", "student.seed", "stream.seed"}
+        if twice := sorted(seeded & {*self.matrix, *(place for changes in self.variants.values() for place in changes)}):
+            raise ValueError(f"seeds sets {', '.join(twice)}: leave it out of variants and matrix")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"a seed is named twice: {self.seeds}")
+        if any(len({repr(value) for value in values}) != len(values) for values in self.matrix.values()):
+            raise ValueError("matrix: a value is named twice")
+        if self.metric == "validation_loss" and self.base.get("validation") is None:
+            raise ValueError("metric: validation_loss needs base.validation")
         if empty := [place for place, values in self.matrix.items() if not values]:
             raise ValueError(f"matrix: no values for {', '.join(empty)}")
         return self

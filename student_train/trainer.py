@@ -66,7 +66,9 @@ class Trainer:
         """Train to the end, from the last checkpoint if there is one. Returns the last progress, which is a checkpoint's."""
         recipe, accelerator = self.recipe, self.accelerator
         device = accelerator.device
-        packed = probe(self.distiller.student, self.cache.manifest.tokenizer.vocab_size) == "packed"
+        self.distiller.to(device)
+        with accelerator.autocast():
+            packed = probe(self.distiller.student, self.cache.manifest.tokenizer.vocab_size) == "packed"
         ranks = accelerator.process_index, accelerator.num_processes
         stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks)
         found = checkpoint.newest(recipe.out / "checkpoints")
@@ -127,9 +129,11 @@ class Trainer:
                     where=where,
                     remedy="Give another out; or checkpoint.accept_other_cache, to go on with this cache from its beginning.",
                 )
-        if progress.cache_id != cache_id:  # another cache's places mean nothing here
-            progress = replace(progress, cursor={}, head_pairs={}, stream_start=progress.step)
-        return replace(progress, cache_id=cache_id, recipe_digest=self.recipe_digest)
+        if (progress.cache_id, progress.recipe_digest) == (cache_id, self.recipe_digest):
+            return progress
+        # Another cache's or recipe's places, heads and best loss mean nothing here.
+        fresh = replace(self._begin(), step=progress.step, stream_start=progress.step)
+        return replace(fresh, tokens=progress.tokens, train_seconds=progress.train_seconds)
 
     def _save(self, shared: Shared, optimizer: torch.optim.Optimizer, progress: Progress) -> Progress:
         """A checkpoint, with the places of all ranks' lanes."""
@@ -235,5 +239,6 @@ def _later(*cursors: Cursor) -> Cursor:
 
 def run_settings(recipe: RunRecipe) -> dict[str, Any]:
     """What of the recipe decides the numbers of a run: not where it is written, nor how it is watched."""
-    left_out: dict[str, Any] = {"out": True, "cache": True, "tensorboard": True, "checkpoint": True}
+    left_out: dict[str, Any] = {"out": True, "cache": True, "tensorboard": True, "checkpoint": True, "sharing": True}
+    left_out |= {"compile": True, "activation_checkpointing": True, "stream": {"workers"}}
     return recipe.model_dump(mode="json", exclude=left_out)

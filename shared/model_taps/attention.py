@@ -128,7 +128,9 @@ def attention_rows(query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, ro
     window = options.get("sliding_window")
     if mask is None and window is not None:
         allowed_RL = allowed_RL & (rows.query[:, None] - keys_RL < window)
-    scores_RHL = _scores(query_BHSd, key_BGSd, mask, rows, keys_RL, options).masked_fill(~allowed_RL[:, None], -torch.inf)
+    with torch.autocast(query_BHSd.device.type, enabled=False):
+        scores_RHL = _scores(query_BHSd, key_BGSd, mask, rows, keys_RL, options)
+    scores_RHL = scores_RHL.masked_fill(~allowed_RL[:, None], -torch.inf)
     parts = [scores_RHL]
     compressed = key_BGSd.shape[2] - positions
     if compressed:

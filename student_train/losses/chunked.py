@@ -7,7 +7,7 @@ Legend: N tokens that count, V vocabulary of the student, D its width, C tokens 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -58,14 +58,19 @@ class _Block:
 
 
 def _block_losses(
-    logits_BV: Tensor, block: _Block, codec: DistributionCodec | None, terms: Sequence[OutputTerm]
-) -> tuple[list[Tensor], Tensor, float]:
+    logits_BV: Tensor,
+    block: _Block,
+    codec: DistributionCodec | None,
+    terms: Sequence[OutputTerm],
+    slopes: Sequence[float] | Tensor,
+) -> tuple[list[Tensor], Tensor, Any]:
     """(loss of each row by term [B], gradient [B, V], factor): the gradient of Σ scale · loss is factor · gradient."""
     students: dict[float, Softened] = {}
     teachers: dict[float, Softened] = {}
     losses: list[Tensor] = []
-    gradient_BV, factor = None, 1.0
-    for term in terms:
+    gradient_BV: Tensor | None = None
+    factor: Any = 1.0
+    for number, term in enumerate(terms):
         temperature = term.temperature
         if temperature not in students:
             scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
@@ -83,13 +88,12 @@ def _block_losses(
                 teachers[temperature] = Softened.of(_teacher_logprobs(block, codec, temperature, student))
             divergence_B, found_BV = divergence_of(term.kind, term.beta)(teachers[temperature], student)
             losses.append(temperature**2 * divergence_B)
-        slope = term.scale * temperature
+        slope = slopes[number]
         if gradient_BV is None:
             gradient_BV, factor = found_BV, slope
         else:
-            if factor != 1:
-                gradient_BV, factor = gradient_BV.mul_(factor), 1.0
-            gradient_BV = gradient_BV.add_(found_BV, alpha=slope)
+            gradient_BV = gradient_BV.mul_(factor) if number == 1 else gradient_BV
+            gradient_BV, factor = gradient_BV.add_(found_BV.mul_(slope)), 1.0
     assert gradient_BV is not None
     return losses, gradient_BV, factor
 
@@ -124,8 +128,9 @@ def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise:
     tail_CV = codec.tail_logits(codes) if codec is not None and codes is not None and codec.rank else None
     labels_C = targets.labels[rows]
     size = max(1, BLOCK_BYTES.get(logits_CV.device.type, 2**30) // (4 * logits_CV.shape[1]))
-    block_losses = _compiled() if job.compiled else _block_losses
-    factor = 1.0
+    slopes = [term.scale * term.temperature for term in job.terms]
+    plain = tuple(replace(term, scale=0.0) for term in job.terms)  # what torch.compile specialises on must not change with the step
+    factor: Any = 1.0
     for first in range(0, len(logits_CV), size):
         part = slice(first, first + size)
         logits_BV = logits_CV[part].to(precise)
@@ -134,17 +139,20 @@ def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise:
         if head.softcap is not None:
             logits_BV = head.softcap * torch.tanh(logits_BV / head.softcap)
         block = _Block(labels_C[part], None if codes is None else codes[part], None if tail_CV is None else tail_CV[part])
-        losses, gradient_BV, factor = block_losses(logits_BV, block, codec, job.terms)
+        if job.compiled and len(logits_BV) == size:
+            losses, gradient_BV, factor = _compiled()(logits_BV, block, codec, plain, logits_BV.new_tensor(slopes))
+        else:
+            losses, gradient_BV, factor = _block_losses(logits_BV, block, codec, plain, slopes)
         if head.softcap is not None:
             gradient_BV = gradient_BV * (1 - (logits_BV / head.softcap).square())
         weights_B = None if targets.weights is None else targets.weights[rows][part]
         sums += torch.stack([(loss if weights_B is None else loss * weights_B).sum() for loss in losses])
         logits_CV[part] = gradient_BV
-    return factor * head.scale
+    return float(factor) * head.scale
 
 
 @cache
-def _compiled() -> Callable[..., tuple[list[Tensor], Tensor, float]]:
+def _compiled() -> Callable[..., tuple[list[Tensor], Tensor, Any]]:
     return torch.compile(_block_losses, dynamic=False)
 
 

@@ -64,8 +64,10 @@ class Objective:
         return {name: weight.at(progress) for name, weight in schedule.items()}
 
 
-def resolve(losses: Losses, cache: Cache, student: PreTrainedModel) -> Objective:
-    """Pair layers by depth; MismatchError naming the term and what the cache lacks."""
+def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: int | None = None) -> Objective:
+    """Pair layers by depth; of the cached tail, `tail_rank` directions are used. MismatchError naming the term and what the cache
+    lacks."""
+    _check_tail_rank(losses, cache, tail_rank)
     check_cache(losses, cache)
     calibration, depth = cache.manifest.calibration, cache.manifest.teacher.num_layers
     own = num_layers(student)
@@ -86,6 +88,15 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel) -> Objective
         wanted = [(a.layer, layer_at_depth(a.layer / depth, own)) for a in calibration.attention]
         attention = tuple(LayerPair(t, max((x for x in able if x <= s), default=able[0])) for t, s in wanted)
     return Objective(losses, hidden, attention)
+
+
+def _check_tail_rank(losses: Losses, cache: Cache, tail_rank: int | None) -> None:
+    """A coarser tail is the user's wish, even none at all; a finer one than is cached cannot be."""
+    held = cache.manifest.calibration.tail_rank
+    if tail_rank is not None and (not losses.divergences or tail_rank > held):
+        raise MismatchError(
+            "tail_rank asks for what is not there", expected=f"a divergence, and at most {held}", found=tail_rank, where="tail_rank"
+        )
 
 
 def check_cache(losses: Losses, cache: Cache) -> None:

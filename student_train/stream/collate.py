@@ -57,8 +57,8 @@ def collate(
     """A micro-batch of these rows, each filled up to `width` tokens, or, where rows hold one segment, as long as the longest; a row
     may be empty."""
     placed = place(rows)
+    longest = max((p.of("length") for p in placed), default=1)
     if not packed:
-        longest = max((p.of("length") for p in placed), default=1)
         width = min(width, -(-longest // WIDTH_STEP) * WIDTH_STEP)
     shape = (len(rows), width)
     ids, positions, real = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
@@ -77,7 +77,7 @@ def collate(
         labels.append(np.where(mask[counts] == 1, following[counts], IGNORE))
         kept.append(p.tokens.start + counts)
     for row, start in enumerate(used):
-        positions[row, start:] = np.arange(width - start)
+        positions[row, start:] = np.arange(width - start) % longest  # filler too stays among positions that the student has
     attention_positions = _attention_positions(placed, needs)
     return CodedBatch(
         input_ids=torch.from_numpy(ids),

@@ -73,6 +73,7 @@ class Lane:
             if self._window != (epoch, window):
                 self._rows, self._window = self._cut(epoch, window), (epoch, window)
             inside = self.at.row + number - self.at.rows
+            assert inside >= self.at.row, "a lane goes forward only"
             if inside < len(self._rows):
                 self.at = LaneCursor(number + 1, epoch, window, inside + 1)
                 if ahead is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from signal_store.errors import SignalStoreError
 from signal_store.local_objects import LocalObjects
 from student_train.batch import CodedBatch
 from student_train.stream.rows import Cursor, Stream
@@ -39,4 +40,16 @@ def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -
             multiprocessing_context=("fork" if local else "spawn") if workers else None,
             pin_memory=pin_memory,
         )
-        return iter(loader)
+        return _plainly(iter(loader))
+
+
+def _plainly(batches: Iterator[CodedBatch]) -> Iterator[CodedBatch]:
+    """The batches; a worker's own error, which arrives with its whole traceback as text, is said in its one line."""
+    while True:
+        try:
+            yield next(batches)
+        except SignalStoreError as error:
+            if "Original Traceback" not in error.what:
+                raise
+            line = error.what.strip().splitlines()[-1]
+            raise type(error)(line.partition("] ")[2] or line) from None

@@ -18,7 +18,7 @@ def test_each_number_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(9, WIDTH, generator=g), torch.randn(VOCAB + 2, WIDTH, generator=g)
     labels = torch.randint(VOCAB, (9,), generator=g)
     labels[4] = IGNORE
-    monkeypatch.setattr(fidelity, "CHUNK_BYTES", 4 * (VOCAB + 2) * 4)  # several chunks
+    monkeypatch.setitem(fidelity.CHUNK_BYTES, "cpu", 4 * (VOCAB + 2) * 4)  # several chunks
     losses, sums = fidelity.measure_rows(hidden, OutputHead(weight, None, 1.0, None), labels, codes, codec)
     found = fidelity.summary(sums)
     log_q = (hidden @ weight.T).log_softmax(1)
