@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache
 from teacher_cache.build import build
 from teacher_cache.recipe import CacheRecipe
 from tests.tiny import CODE, CONTEXT, HEADS, PROSE, WIDTH, make_model, make_tokenizer, write_jsonl
+
+settings.register_profile("unhurried", deadline=None)  # wall-clock is never asserted
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
