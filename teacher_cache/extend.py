@@ -16,7 +16,7 @@ from signal_store.errors import CorruptError, IncompleteError, InputError, Misma
 from signal_store.ledger import attempt_folder, commit, extension_key, read_document, seal_key
 from signal_store.manifest import SourceIdentity
 from signal_store.objects import Objects, objects_at
-from teacher_cache.calibrate import Calibrated, calibrate_planned
+from teacher_cache.calibrate import calibrate_planned
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.fill import fill_units, finished_units
 from teacher_cache.plan import Plan, planned_part, read_plan, refuse_another_recipe, texts_after
@@ -49,13 +49,9 @@ def extend(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
         key = extension_key(len(planned.extensions) + 1)
         if worker.should_make(objects, "extension", key):
             plan_extension(recipe, objects, planned, new)
-        fill_units(_with_plan(calibrated, read_plan(objects)), objects, worker)
+        fill_units(replace(calibrated, plan=read_plan(objects)), objects, worker)
         seal(recipe.cache)
     return open_cache(recipe.cache)
-
-
-def _with_plan(calibrated: Calibrated, planned: Plan) -> Calibrated:
-    return replace(calibrated, plan=planned)
 
 
 def _refuse_changed_sources(recipe: CacheRecipe, planned: Plan) -> None:

@@ -118,13 +118,13 @@ class Stream:
                 step, part = divmod(micro, self.micro_steps)
                 first = (first_step + step) * self.config.rows_per_step + self.rank * self.rows_per_rank + part * self.micro_rows
                 rows: list[Row] = []
+                after: Cursor = {}
                 for row in range(first, first + self.micro_rows):
                     lane, inside = self.place_of(row)
                     if lane not in lanes:
                         lanes[lane] = self.lane(lane, cursor.get(lane, LaneCursor()))
                     rows.append(lanes[lane].row(inside, ahead))
-                touched = {self.place_of(row)[0] for row in range(first, first + self.micro_rows)}
-                after = {lane: lanes[lane].at for lane in sorted(touched)}
+                    after[lane] = lanes[lane].at
                 yield collate(rows, self.config.row_tokens, self.needs, packed=self.packed, cursor=after)
                 micro += workers
 

@@ -151,6 +151,20 @@ def test_autocast_stays_within_bfloat16() -> None:
         assert (exact - low).norm() < 0.02 * exact.norm()
 
 
+def test_the_scale_is_not_rounded_under_autocast() -> None:
+    hidden, weight, labels = torch.randn(9, WIDTH), torch.randn(40, WIDTH), torch.arange(9)
+    norms = []
+    for scale in (1.0, 1 / 1021):  # a number that bfloat16 holds, and one that it rounds by 0.2 %
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = [OutputTerm("cross_entropy", scale)]
+            total, _ = output_loss(leaf, OutputHead(weight, None, 1.0, None), OutputTargets(labels), terms)
+        total.backward()
+        assert leaf.grad is not None
+        norms.append(float(leaf.grad.norm()) / scale)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
 def test_logprobs_by_hand() -> None:
     """Head and tail of one row, as the format chapter says: each part's shape times its mass."""
     for rank, head, cap in ((RANK, HEAD, None), (RANK, HEAD, 3.0), (RANK, 0, None), (RANK, 20, None)):
