@@ -79,8 +79,8 @@ class SealedStore(WrapperStore[Store]):
 
     async def _checked(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         if key in self._constants:
-            data = await self._whole(key)
-            return prototype.buffer.from_bytes(data[_slice(byte_range, len(data))])
+            constant = await self._whole(key)
+            return prototype.buffer.from_bytes(constant[_slice(byte_range, len(constant))])
         path, _, place = key.partition("/c/")
         checks = await self._records.checks(path, int(place.split("/")[0])) if self._records is not None and place else None
         if checks is None:
@@ -88,7 +88,7 @@ class SealedStore(WrapperStore[Store]):
         buffer = await self._store.get(key, prototype, byte_range)
         if buffer is None or len(buffer) == 0:
             raise corrupt(key, "a committed object is gone or empty")
-        data = buffer.to_bytes()
+        data = buffer.as_numpy_array().data
         if isinstance(byte_range, SuffixByteRequest):
             self._check_index(key, data, checks)
         elif isinstance(byte_range, RangeByteRequest):
@@ -120,7 +120,7 @@ class SealedStore(WrapperStore[Store]):
             self._kept.popitem(last=False)
         return data
 
-    def _check_index(self, key: str, data: bytes, checks: ShardChecks) -> None:
+    def _check_index(self, key: str, data: memoryview, checks: ShardChecks) -> None:
         found = crc32c(data[:-CRC_BYTES])
         if checks.index_crc32c != found or data[-CRC_BYTES:] != found.to_bytes(CRC_BYTES, "little"):
             raise corrupt(key, "a shard's index is not the committed one", checks.index_crc32c, found)
@@ -131,7 +131,7 @@ class SealedStore(WrapperStore[Store]):
         if len(self._extents) > INDEXES_KEPT:
             self._extents.popitem(last=False)
 
-    def _check_chunk(self, key: str, data: bytes, extent: tuple[int, int], checks: ShardChecks) -> None:
+    def _check_chunk(self, key: str, data: memoryview, extent: tuple[int, int], checks: ShardChecks) -> None:
         chunk = self._extents.get(key, {}).get(extent)
         if chunk is None:
             raise corrupt(key, "a read that follows no committed index", found=extent)
@@ -139,7 +139,7 @@ class SealedStore(WrapperStore[Store]):
         if expected != found or data[-CRC_BYTES:] != found.to_bytes(CRC_BYTES, "little"):
             raise corrupt(key, f"inner chunk {chunk} is not the committed one", expected, found)
 
-    def _check_shard(self, key: str, data: bytes, checks: ShardChecks) -> None:
+    def _check_shard(self, key: str, data: memoryview, checks: ShardChecks) -> None:
         if len(data) != checks.length:
             raise corrupt(key, "a shard has another length than committed", checks.length, len(data))
         index_bytes = 16 * len(checks.chunk_crc32c) + CRC_BYTES

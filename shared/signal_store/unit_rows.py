@@ -4,6 +4,9 @@ zarr takes a shard apart inner chunk by inner chunk, each through its event loop
 fetched and checked whole by the sealed store, and its chunks are decompressed into the result.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
@@ -12,11 +15,17 @@ from signal_store.arrays import ArraySpec
 from signal_store.shard_writer import CRC_BYTES, EMPTY
 
 
-def decode_shard(data: bytes, spec: ArraySpec, rows: NDArray[np.generic]) -> None:
-    """Fill `rows` [n, *row_shape] with a shard's first n rows. `data`: the whole shard, checked."""
+def decode_shards(shards: Sequence[memoryview], spec: ArraySpec, rows: int) -> NDArray[Any]:
+    """The first rows [rows, *row_shape] of shards that follow each other. `shards`: whole ones, checked."""
+    found = np.empty((rows, *spec.row_shape), dtype=spec.dtype)
+    for number, data in enumerate(shards):
+        _decode(data, spec, found[number * spec.shard_rows : (number + 1) * spec.shard_rows])
+    return found
+
+
+def _decode(data: memoryview, spec: ArraySpec, rows: NDArray[np.generic]) -> None:
     index_bytes = 16 * spec.chunks_per_shard
     index = np.frombuffer(data[-index_bytes - CRC_BYTES : -CRC_BYTES], dtype="<u8").reshape(-1, 2).tolist()
-    view = memoryview(data)
     for chunk, (offset, length) in enumerate(index):
         part = rows[chunk * spec.chunk_rows : (chunk + 1) * spec.chunk_rows]
         if not len(part):
@@ -24,7 +33,7 @@ def decode_shard(data: bytes, spec: ArraySpec, rows: NDArray[np.generic]) -> Non
         if (offset, length) == (EMPTY, EMPTY):
             part[...] = spec.fill
             continue
-        packed = view[offset : offset + length - CRC_BYTES]
+        packed = data[offset : offset + length - CRC_BYTES]
         if len(part) == spec.chunk_rows and not spec.transposed:
             blosc.decompress(packed, part)
             continue

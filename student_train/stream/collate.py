@@ -10,7 +10,6 @@ from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodes
 from student_train.batch import AttentionCodes, CodedBatch, HiddenCodes, LaneCursor
-from student_train.losses.chunked import IGNORE
 from student_train.stream.reader import Needs, State, UnitReader
 
 WIDTH_STEP = 64
@@ -63,21 +62,22 @@ def collate(
     shape = (len(rows), width)
     ids, positions, real = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
     used = np.zeros(len(rows), np.int64)
+    counting = np.arange(width)
     flats, labels, kept = [], [], []
     for p in placed:
-        length = p.of("length")
-        columns = slice(p.column, p.column + length)
-        segment_ids = p.unit.rows("tokens/input_ids")[p.tokens].astype(np.int64)
-        ids[p.row, columns], positions[p.row, columns], real[p.row, columns] = segment_ids, np.arange(length), True
+        tokens, text = p.tokens, p.unit.text
+        length = tokens.stop - tokens.start
         used[p.row] = p.column + length
-        mask = p.unit.rows("tokens/loss_mask")[p.tokens]
-        counts = np.flatnonzero((mask == 1) | (mask == 2))
-        following = np.append(segment_ids[1:], p.of("next_token"))
-        flats.append(p.row * width + p.column + counts)
-        labels.append(np.where(mask[counts] == 1, following[counts], IGNORE))
-        kept.append(p.tokens.start + counts)
+        columns = slice(p.column, p.column + length)
+        ids[p.row, columns], positions[p.row, columns] = text.input_ids[tokens], counting[:length]
+        wanted = text.kept[p.segment]
+        kept.append(wanted)
+        labels.append(text.labels[wanted])
+        rows_kept = np.arange(wanted.start, wanted.stop) if isinstance(wanted, slice) else wanted
+        flats.append(rows_kept + (p.row * width + p.column - tokens.start))
     for row, start in enumerate(used):
-        positions[row, start:] = np.arange(width - start) % longest  # filler too stays among positions that the student has
+        real[row, :start] = True
+        positions[row, start:] = counting[: width - start] % longest  # filler too stays among positions that the student has
     attention_positions = _attention_positions(placed, needs)
     return CodedBatch(
         input_ids=torch.from_numpy(ids),
@@ -95,7 +95,7 @@ def collate(
         attention={layer: _attention(placed, layer) for layer in needs.attention} if placed else {},
         segments=tuple(p.unit.first_segment + p.segment for p in placed),
         sources=tuple(p.of("source") for p in placed),
-        segment_rows=tuple(len(rows) for rows in kept),
+        segment_rows=tuple(len(rows) for rows in labels),
         packed=packed,
         cursor=cursor,
     )
@@ -114,7 +114,7 @@ def _gathered(placed: Sequence[Placed], path: str, wanted: Sequence[NDArray[np.i
     return torch.from_numpy(joined.view(np.int32) if joined.dtype == np.uint32 else joined)
 
 
-def _distribution(placed: Sequence[Placed], kept: Sequence[NDArray[np.int64]]) -> DistributionCodes | None:
+def _distribution(placed: Sequence[Placed], kept: Sequence[NDArray[np.int64] | slice]) -> DistributionCodes | None:
     if not placed:
         return None
     unit = placed[0].unit

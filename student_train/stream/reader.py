@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from signal_store.cache import Cache
 from signal_store.signals import Tap
+from student_train.losses.chunked import IGNORE
 
 State = tuple[Tap, int]
 
@@ -38,7 +39,32 @@ class Needs:
 
 
 TOKENS_ONLY = Needs(distribution=False, hidden=(), attention=())
+RAGGED = ("/weights", "/columns")
 SEGMENT_COLUMNS = ("token_start", "length", "context_only", "next_token", "source")
+
+
+@dataclass(frozen=True, slots=True)
+class UnitText:
+    """A unit's token rows: `input_ids` int64 [n]; `labels` int64 [n], -100 where none is stored; `kept` by segment, its rows whose
+    distribution counts: a slice where they are neighbours."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    kept: list[slice | NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, input_ids: NDArray[np.int64], mask: NDArray[np.uint8], segments: dict[str, NDArray[np.int64]]) -> "UnitText":
+        """From the stored arrays and the segment table."""
+        start, end = segments["token_start"], segments["token_start"] + segments["length"]
+        following = np.append(input_ids[1:], 0)
+        following[end - 1] = segments["next_token"]
+        counting = np.flatnonzero((mask == 1) | (mask == 2))
+        kept: list[slice | NDArray[np.int64]] = []
+        for first, last in np.searchsorted(counting, np.stack([start, end], 1)).tolist():
+            rows = counting[first:last]
+            neighbours = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows)
+            kept.append(slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else rows)
+        return cls(input_ids, np.where(mask == 1, following, IGNORE), kept)
 
 
 @dataclass(slots=True)
@@ -54,6 +80,7 @@ class UnitReader:
     needs: Needs
     segments: dict[str, NDArray[np.int64]]
     _rows: dict[str, NDArray[Any]] = field(default_factory=dict)
+    _text: UnitText | None = None
 
     @classmethod
     def of(cls, cache: Cache, unit: int, needs: Needs) -> "UnitReader":
@@ -80,25 +107,38 @@ class UnitReader:
     def rows(self, path: str) -> NDArray[Any]:
         """The unit's rows of an array."""
         if path not in self._rows:
-            self._rows[path] = self._read(path)
+            self._read([path])
         return self._rows[path]
 
-    def read_all(self) -> None:
-        """Read every array that is needed."""
-        for path in self.needs.arrays(self.cache):
-            self.rows(path)
+    @property
+    def text(self) -> UnitText:
+        """Its token rows, with labels."""
+        if self._text is None:
+            ids, mask = self.rows("tokens/input_ids"), self.rows("tokens/loss_mask")
+            self._text = UnitText.of(ids.astype(np.int64), mask, self.segments)
+        return self._text
 
-    def _read(self, path: str) -> NDArray[Any]:
-        capacity = self.cache.capacity_rows
-        rows = self.cache.read_unit(path, self.unit, self._count(path))
-        if path == "attention/rows/offset":
-            return rows - self.unit * capacity[f"attention/{self.needs.attention[0]}/weights"]
-        return rows - self.unit * self.cache.manifest.plan.unit_tokens if path.endswith("/position") else rows
+    def read_all(self) -> None:
+        """Read every array that is needed; first what says how long the others are."""
+        paths = self.needs.arrays(self.cache)
+        ragged = [path for path in paths if path.endswith(RAGGED)]
+        for wanted in ([path for path in paths if path not in ragged], ragged):
+            self._read([path for path in wanted if path not in self._rows])
+        _ = self.text
+
+    def _read(self, paths: Sequence[str]) -> None:
+        found = self.cache.read_unit(self.unit, {path: self._count(path) for path in paths})
+        for path, rows in found.items():
+            if path == "attention/rows/offset":
+                rows = rows - self.unit * self.cache.capacity_rows[f"attention/{self.needs.attention[0]}/weights"]
+            elif path.endswith("/position"):
+                rows = rows - self.unit * self.cache.manifest.plan.unit_tokens
+            self._rows[path] = rows
 
     def _count(self, path: str) -> int:
         """Rows of an array that hold something."""
         signal = path.split("/")[0]
-        if path.endswith(("/weights", "/columns")):
+        if path.endswith(RAGGED):
             offsets, lengths = self.rows("attention/rows/offset"), self.rows("attention/rows/length")
             return int(offsets[-1] + lengths[-1]) if len(offsets) else 0
         start, count = (f"{signal}_row_start", f"{signal}_rows") if f"{signal}_rows" in self.segments else ("token_start", "length")

@@ -299,7 +299,7 @@ def test_whole_shards_read_as_zarr_reads_them(cache: Cache, data: st.DataObject)
     capacity = cache.capacity_rows[path]
     rows = data.draw(st.integers(0, capacity))
     expected = cache.read(path, unit * capacity, unit * capacity + rows)
-    found = cache.read_unit(path, unit, rows)
+    found = cache.read_unit(unit, {path: rows})[path]
     assert found.dtype == expected.dtype
     assert np.array_equal(found, expected, equal_nan=found.dtype.kind == "f")
 
@@ -311,9 +311,9 @@ def test_a_spoiled_shard_is_refused_whole(cache: Cache, tmp_path: Path) -> None:
     data[len(data) // 2] ^= 4
     shard.write_bytes(bytes(data))
     opened = open_cache(root)
-    opened.read_unit("distribution/tail_codes", 0, 9)
+    opened.read_unit(0, {"distribution/tail_codes": 9})
     with pytest.raises(CorruptError, match=r"tail_codes/c/1/0"):
-        opened.read_unit("distribution/tail_codes", 1, 9)
+        opened.read_unit(1, {"distribution/tail_codes": 9})
     shard.unlink()
     with pytest.raises(CorruptError, match=r"tail_codes/c/1/0"):
-        open_cache(root).read_unit("distribution/tail_codes", 1, 9)
+        open_cache(root).read_unit(1, {"distribution/tail_codes": 9})

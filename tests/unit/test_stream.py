@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Literal
@@ -137,9 +137,9 @@ def test_each_array_of_a_unit_is_read_once_a_window(cache: Cache, monkeypatch: p
     read: Counter[tuple[str, int]] = Counter()
     plain = Cache.read_unit
 
-    def counted(self: Cache, path: str, unit: int, rows: int) -> Any:
-        read[path, unit] += 1
-        return plain(self, path, unit, rows)
+    def counted(self: Cache, unit: int, rows: Mapping[str, int]) -> Any:
+        read.update((path, unit) for path in rows)
+        return plain(self, unit, rows)
 
     monkeypatch.setattr(Cache, "read_unit", counted)
     stream = stream_of(cache, ALL, lanes=2, window_units=1)
