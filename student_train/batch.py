@@ -73,17 +73,13 @@ class CodedBatch:
     packed: bool
     cursor: dict[int, LaneCursor]
 
+    def mapped(self, change: Callable[[Any], Any], kind: type) -> Self:
+        """The batch with everything of this kind in it changed."""
+        return type(self)(**{f.name: _mapped(getattr(self, f.name), change, kind) for f in fields(self)})
+
     def to(self, device: torch.device) -> Self:
-        """The batch on a device, copied without blocking."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return type(self)(**{f.name: _mapped(getattr(self, f.name), move) for f in fields(self)})
-
-    def pin_memory(self) -> Self:
-        """The batch in pinned memory, from where a GPU copies without waiting."""
-        return type(self)(**{f.name: _mapped(getattr(self, f.name), Tensor.pin_memory) for f in fields(self)})
+        """The batch on a device."""
+        return self.mapped(lambda tensor: tensor.to(device), Tensor)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -97,12 +93,11 @@ class CodedBatch:
         }
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The value with every tensor in it changed."""
-    if isinstance(value, Tensor):
+def _mapped(value: Any, change: Callable[[Any], Any], kind: type) -> Any:
+    if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: _mapped(item, change, kind) for key, item in value.items()}
     if isinstance(value, DistributionCodes | HiddenCodes | AttentionCodes):
-        return type(value)(**{f.name: _mapped(getattr(value, f.name), change) for f in fields(value)})
+        return type(value)(**{f.name: _mapped(getattr(value, f.name), change, kind) for f in fields(value)})
     return value

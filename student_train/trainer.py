@@ -17,7 +17,6 @@ from signal_store.cache import Cache
 from signal_store.errors import MismatchError, SignalStoreError
 from signal_store.progress import progress_bar
 from student_train import checkpoint
-from student_train.batch import CodedBatch
 from student_train.checkpoint import Progress
 from student_train.codecs import Codecs
 from student_train.distiller import Distiller
@@ -27,6 +26,7 @@ from student_train.recipe import OptimizerSection, RunRecipe
 from student_train.sharing import Shared
 from student_train.stream.loader import load
 from student_train.stream.order import key_of
+from student_train.stream.parcel import Parcel
 from student_train.stream.rows import Cursor, Stream
 from student_train.validation import validate, validation_needs
 
@@ -100,7 +100,7 @@ class Trainer:
                 progress = replace(
                     progress,
                     step=progress.step + 1,
-                    cursor=_later(progress.cursor, *(batch.cursor for batch in micro)),
+                    cursor=_later(progress.cursor, *(parcel.contents.cursor for parcel in micro)),
                     tokens=progress.tokens + tokens,
                     train_seconds=progress.train_seconds + seconds,
                 )
@@ -160,7 +160,7 @@ class Trainer:
             )
         return shared.distiller.head_pairs
 
-    def _step(self, shared: Shared, optimizer: torch.optim.Optimizer, micro: list[CodedBatch], step: int) -> dict[str, float]:
+    def _step(self, shared: Shared, optimizer: torch.optim.Optimizer, micro: list[Parcel], step: int) -> dict[str, float]:
         """One optimizer step; every loss is a mean over the global batch: counts are summed over ranks before any backward."""
         recipe, accelerator = self.recipe, self.accelerator
         torch.manual_seed(key_of(recipe.seed, step, accelerator.process_index) % 2**63)
@@ -168,17 +168,18 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = recipe.optimizer.learning_rate * factor
         terms = list(self.objective.terms)
-        local = [[batch.counts[name] for name in terms] + [int(batch.real.sum()), batch.real.numel()] for batch in micro]
+        batches = [parcel.batch for parcel in micro]
+        local = [[batch.counts[name] for name in terms] + [int(batch.real.sum()), batch.real.numel()] for batch in batches]
         counts = torch.tensor(local, dtype=torch.float64, device=accelerator.device).sum(0)
         *of_terms, tokens, room = accelerator.reduce(counts, reduction="sum").tolist()
         weights = self.objective.weights(step / recipe.steps)
         count_of = dict(zip(terms, of_terms, strict=True))
         scales = {name: weights[name] * accelerator.num_processes / max(1.0, count_of[name]) for name in terms}
         sums = torch.zeros(len(terms), dtype=torch.float64, device=accelerator.device)
-        for number, batch in enumerate(micro):
+        for number, parcel in enumerate(micro):
             with shared.micro_step(last=number == len(micro) - 1):
                 with accelerator.autocast():
-                    total, found = shared.model(batch.to(accelerator.device), scales)
+                    total, found = shared.model(parcel.to(accelerator.device), scales)
                 total.backward()
             sums += torch.stack([found[name].double() if name in found else sums.new_zeros(()) for name in terms])
         values = dict(zip(terms, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
@@ -194,12 +195,12 @@ class Trainer:
         rate = recipe.optimizer.learning_rate * factor
         return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "row_fill": tokens / room, **parts}
 
-    def _not_finite(self, loss: float, norm: float, step: int, micro: list[CodedBatch]) -> SignalStoreError:
+    def _not_finite(self, loss: float, norm: float, step: int, micro: list[Parcel]) -> SignalStoreError:
         """With the segments of the step and how their texts begin, escapes shown (REQUIREMENTS 92)."""
         from student_train.student import cached_tokenizer
 
         tokenizer = cached_tokenizer(self.cache)
-        segments = sorted({segment for batch in micro for segment in batch.segments})
+        segments = sorted({segment for parcel in micro for segment in parcel.contents.segments})
         texts = [f"{n}: {tokenizer.decode(self.cache[n].input_ids[:24].tolist())!a}" for n in segments[:4]]
         return SignalStoreError(
             "the loss is not finite",

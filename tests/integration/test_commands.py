@@ -1,6 +1,10 @@
 """The commands as users meet them: bad input is one line and exit 2; a kill at any moment changes nothing; help is light."""
 
+import contextlib
+import importlib
+import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,9 +27,23 @@ from tests.tiny import COMMON, CONTEXT, make_model, make_tokenizer
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def cli(module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def process(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command as a process of its own."""
     command = [sys.executable, "-m", f"{module}.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False)
+
+
+def cli(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in this process: its `main` with these arguments. Starting one afresh costs seconds."""
+    main = importlib.import_module(f"{module}.cli").main
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", [module, *arguments])
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), errors.getvalue())
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -155,17 +173,29 @@ def never() -> bool:
     return False
 
 
-def kill_until_done(command: list[str], moments: list[Callable[[], bool]]) -> int:
-    """Run a command again and again, killing it as soon as each moment has come, until it finishes by itself. Returns the kills."""
+def _forked(module: str, arguments: list[str], log: Path) -> None:
+    with log.open("a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        sys.argv = [module, *arguments]
+        importlib.import_module(f"{module}.cli").main()
+
+
+def kill_until_done(module: str, arguments: list[str], log: Path, moments: list[Callable[[], bool]]) -> int:
+    """Run a command again and again, killing it as soon as each moment has come, until it finishes by itself. Returns the kills.
+
+    It runs in a fork: the kernel kills it as it kills any process, but nothing has to be imported again.
+    """
     for kills, come in enumerate([*moments, never]):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT)
-        while process.poll() is None and not come():
+        child = multiprocessing.get_context("fork").Process(target=_forked, args=(module, arguments, log))
+        child.start()
+        while child.is_alive() and not come():
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        if process.returncode == 0:
+        child.kill()
+        child.join()
+        if child.exitcode == 0:
             return kills
-        assert process.returncode == -signal.SIGKILL, errors.decode()
+        assert child.exitcode == -signal.SIGKILL, log.read_text()
     raise AssertionError("the command never finished by itself")
 
 
@@ -181,7 +211,7 @@ def test_a_killed_build_ends_in_the_same_bytes(tmp_path: Path, recipe: dict[str,
         lambda: any(disturbed.glob("ledger/staging/seal.*")),
         (disturbed / "zarr.json").exists,
     ]
-    assert kill_until_done([sys.executable, "-m", "teacher_cache.cli", "build", written], moments) >= 3
+    assert kill_until_done("teacher_cache", ["build", written], tmp_path / "log", moments) >= 3
     assert digests(disturbed) == digests(undisturbed)
     assert digests(undisturbed)["ledger/seals/000000.json"] == digests(Path(cache.uri))["ledger/seals/000000.json"]
 
@@ -200,7 +230,7 @@ def test_a_killed_run_ends_in_the_same_losses(tmp_path: Path, run_recipe: dict[s
         lambda: any(checkpoints.glob(".step-00000015")),
         (tmp_path / "run" / "student").exists,
     ]
-    assert kill_until_done([sys.executable, "-m", "student_train.cli", "run", written], moments) >= 2
+    assert kill_until_done("student_train", ["run", written], tmp_path / "log", moments) >= 2
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
     states = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert states[0] == states[1]
@@ -254,6 +284,13 @@ def test_verbs_one_by_one_and_a_full_disk(tmp_path: Path, recipe: dict[str, Any]
     shown = cli("teacher_cache", "inspect", recipe["cache"], "--json")
     assert json.loads(shown.stdout)["units"] == json.loads(planned.stdout)["units"]
     assert not (Path(recipe["cache"]) / "ledger" / "staging").exists()
+
+
+@pytest.mark.parametrize("module", ["teacher_cache", "student_train"])
+def test_processes_exit_as_main_does(module: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("contxt: 8\nstps: 8\n")
+    refused(process(module, {"teacher_cache": "build", "student_train": "run"}[module], str(path)), "unknown key")
 
 
 @pytest.mark.parametrize("module", ["teacher_cache", "student_train"])

@@ -182,8 +182,8 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory, recipe_for: Callable[.
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_do_not_change_the_stream(cache: Cache, workers: int) -> None:
-    plain = [b.segments for b in islice(load(stream_of(cache, workers=0), {}, 0, pin_memory=False), 5)]
-    ahead = [b.segments for b in islice(load(stream_of(cache, workers=workers), {}, 0, pin_memory=False), 5)]
+    plain = [b.contents.segments for b in islice(load(stream_of(cache, workers=0), {}, 0, pin_memory=False), 5)]
+    ahead = [b.contents.segments for b in islice(load(stream_of(cache, workers=workers), {}, 0, pin_memory=False), 5)]
     assert plain == ahead
 
 

@@ -141,8 +141,9 @@ def one(way: str, cache: Cache, teacher: str, kind: str, rows: int, steps: int) 
     batches = load(Stream(cache, needs, config, packed=True), {}, 0, pin_memory=False)
     seconds: list[float] = []
     waits: list[float] = []
-    for batch in islice(_timed(batches, waits), WARM_UP + steps):
+    for parcel in islice(_timed(batches, waits), WARM_UP + steps):
         started = time.perf_counter()
+        batch = parcel.batch
         with torch.autocast("cpu", torch.bfloat16):
             loss = forward(batch)
         loss.backward()
@@ -160,9 +161,9 @@ def one(way: str, cache: Cache, teacher: str, kind: str, rows: int, steps: int) 
 def _timed(batches: Any, waits: list[float]) -> Any:
     while True:
         started = time.perf_counter()
-        batch = next(batches)
+        parcel = next(batches)
         waits.append(time.perf_counter() - started)
-        yield batch
+        yield parcel
 
 
 def pair(kind: str, cache: str, teacher: str, args: argparse.Namespace) -> dict[str, Any]:
