@@ -47,12 +47,22 @@ class Progress:
     """The step at which the stream of this cache began: 0, unless a run went on with another cache."""
 
 
-def gathered_state(module: nn.Module) -> dict[str, Tensor]:
+def _gathered(tensors: dict[str, Tensor], *, keeps: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, on the rank that keeps them; every rank takes part, one tensor at a time."""
+    found = {}
+    for name, value in tensors.items():
+        tensor = whole(value)
+        if keeps:
+            found[name] = tensor
+    return found
+
+
+def gathered_state(module: nn.Module, *, keeps: bool = True) -> dict[str, Tensor]:
     """Whole parameters, each shared one once, and persistent buffers, on the CPU. Every rank must call this."""
     parameters = dict(module.named_parameters())
     aliases = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in module.state_dict().items() if name not in aliases}
-    return {name: whole(value) for name, value in (parameters | buffers).items()}
+    return _gathered(parameters | buffers, keeps=keeps)
 
 
 def restore_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -79,7 +89,8 @@ def disk_errors(where: Path) -> Iterator[None]:
 def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int, *, writes: bool) -> None:
     """Write `folder/step-N`, then remove all but the last `keep`, and what a killed save left behind. Every rank must call this;
     one writes."""
-    state, moments = gathered_state(module), _optimizer_tensors(optimizer)
+    state = gathered_state(module, keeps=writes)
+    moments = _gathered(_optimizer_tensors(optimizer), keeps=writes)
     if not writes:
         return
     target = folder / f"step-{progress.step:08d}"
@@ -154,7 +165,7 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": whole(value) for number, values in state.items() for name, value in values.items()}
+    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
 
 
 def _sync_tree(folder: Path) -> None:
@@ -173,7 +184,7 @@ def _sync(path: Path) -> None:
 
 def save_best(folder: Path, module: nn.Module, step: int, *, writes: bool) -> None:
     """Keep these weights as the best so far; the file is replaced in one step. Every rank must call this; one writes."""
-    state = gathered_state(module)
+    state = gathered_state(module, keeps=writes)
     if not writes:
         return
     temporary = folder / ".model"

@@ -1,11 +1,13 @@
-"""explain: what a run would optimise, against which cache; the same checks as `run`, without training."""
+"""explain: what a run would optimise, against which cache; refuses what `run` would refuse at its start, without training."""
 
 from typing import Any
 
 from signal_store.cache import open_cache
 from student_train.losses.objective import resolve
 from student_train.recipe import RunRecipe
+from student_train.stream.rows import Stream
 from student_train.student import build_student
+from student_train.validation import check_validation
 
 
 def explain(recipe: RunRecipe) -> dict[str, Any]:
@@ -13,6 +15,8 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     cache = open_cache(recipe.cache)
     student, _ = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
+    check_validation(recipe.validation, cache)
+    Stream(cache, objective.needs, recipe.stream, packed=True)  # refuses what it cannot cut
     reads = {
         "cross_entropy": ["tokens"],
         **{name: ["distribution"] for name in objective.losses.divergences},

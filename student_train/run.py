@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
 from signal_store.canonical import digest
-from signal_store.errors import InputError, MismatchError
+from signal_store.errors import MismatchError
 from signal_store.local_objects import LocalObjects
 from student_train import checkpoint
 from student_train.checkpoint import Progress
@@ -27,6 +27,7 @@ from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
 from student_train.student import build_student
 from student_train.trainer import Trainer, run_settings
+from student_train.validation import check_validation
 
 RESULT = "result.json"
 
@@ -45,8 +46,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     if finished.is_file() and _begun(recipe).get("recipe_digest") == recipe_digest:
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
-    if recipe.validation is not None and not len(cache.units("validation")):
-        raise InputError("the cache has no validation split", expected="a source with split: validation", where=recipe.cache)
+    check_validation(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     torch.manual_seed(recipe.seed)

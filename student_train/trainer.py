@@ -146,7 +146,8 @@ class Trainer:
 
     def _match_heads(self, shared: Shared, stream: Stream) -> dict[int, list[tuple[int, int]]]:
         """On the stream's first rows, the same for every rank."""
-        first = replace(stream, rank=0, world_size=1)
+        config = stream.config.model_copy(update={"micro_rows": stream.micro_rows})
+        first = replace(stream, config=config, rank=0, world_size=1)
         shared.distiller.student.eval()
         matched = any(
             shared.model(batch.to(shared.accelerator.device), matching=True)

@@ -5,11 +5,18 @@ from typing import Any
 import torch
 
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError
+from signal_store.errors import InputError, MismatchError
 from student_train import fidelity
+from student_train.recipe import ValidationSection
 from student_train.sharing import Shared
 from student_train.stream.reader import TOKENS_ONLY, Needs
 from student_train.stream.rows import Stream
+
+
+def check_validation(wanted: ValidationSection | None, cache: Cache) -> None:
+    """InputError where validation is asked for and the cache holds nothing for it."""
+    if wanted is not None and not len(cache.units("validation")):
+        raise InputError("the cache has no validation split", expected="a source with split: validation", where=cache.uri)
 
 
 def validation_needs(cache: Cache, *, with_teacher: bool) -> Needs:

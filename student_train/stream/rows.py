@@ -56,6 +56,7 @@ class Stream:
             )
         if not len(self.cache.units("train")):
             raise InputError("the cache has no train split", expected="a source with split: train", where=self.cache.uri)
+        _ = self._mixing  # refuses names of sources that there are not
 
     @property
     def rows_per_rank(self) -> int:
@@ -82,6 +83,11 @@ class Stream:
         return self.cache.units("train")
 
     @cached_property
+    def _mixing(self) -> Mixing:
+        mix = self.config.mix
+        return Mixing.of(self.cache, None if mix is None else mix.weights, "tokens" if mix is None else mix.by)
+
+    @cached_property
     def run_rows(self) -> int:
         """Rows that come from a lane before the next has its turn."""
         return max(1, self.config.rows_per_step // self.lanes)
@@ -94,14 +100,12 @@ class Stream:
     def lane(self, number: int, at: LaneCursor) -> Lane:
         """A lane from a place on."""
         cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
-        mix = self.config.mix
-        mixing = Mixing.of(self.cache, None if mix is None else mix.weights, "tokens" if mix is None else mix.by)
         return Lane(
             self.cache,
             self._train_units,
             self.needs,
             cut,
-            mixing,
+            self._mixing,
             number,
             self.lanes,
             self.config.seed,

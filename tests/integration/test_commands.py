@@ -269,6 +269,12 @@ def test_explain_names_what_is_read(tmp_path: Path, run_recipe: dict[str, Any]) 
     assert cli("student_train", "explain", write(tmp_path, run_recipe)).returncode == 0
 
 
+def test_explain_refuses_what_run_would(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
+    written = write(tmp_path, run_recipe)
+    refused(cli("student_train", "explain", written, "stream.mix.weights={nobody: 1}"), "no such train source", "nobody")
+    refused(cli("student_train", "explain", written, "stream.row_tokens=8"), "longer than a row")
+
+
 def test_verbs_one_by_one_and_a_full_disk(tmp_path: Path, recipe: dict[str, Any]) -> None:
     written = write(tmp_path, recipe)
     planned = cli("teacher_cache", "plan", written, "--json")
