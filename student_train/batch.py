@@ -34,6 +34,18 @@ class AttentionCodes:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplayCodes:
+    """Paths of sampled tokens: `flat` int64 [P] where they are, `labels` int64 [P] what follows them, int8 `values` [P, K, width]
+    in units of `scale` float32 [P], losses `nll` float32 [P, K + 1] in nats."""
+
+    flat: Tensor
+    labels: Tensor
+    values: Tensor
+    scale: Tensor
+    nll: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LaneCursor:
     """A place in a lane of the stream: `rows` of it were taken; the next is row `row` of window `window` of epoch `epoch`."""
 
@@ -49,9 +61,11 @@ class CodedBatch:
 
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
     counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None. `hidden_flat` [P] and
-    `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries) and
-    `attention` by teacher layer. `segments`: which segments are in it, `sources` their sources' numbers, `segment_rows` how many of
-    the N rows each has. `cursor`: where the lanes that it drew from go on.
+    `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries),
+    `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics` float16 [segments, H, 4]
+    by teacher layer. `replay` paths or None. `segments`: which segments are in it, `sources` their sources' numbers, `segment_rows`
+    how many of the N rows each has, `hidden_rows` how many of the P states, `context_only` how many of its first tokens are there
+    as context only. `cursor`: where the lanes that it drew from go on.
     """
 
     input_ids: Tensor
@@ -66,10 +80,15 @@ class CodedBatch:
     row_query: Tensor
     row_first: Tensor
     row_length: Tensor
+    row_keyword: Tensor
     attention: dict[int, AttentionCodes]
+    statistics: dict[int, Tensor]
+    replay: ReplayCodes | None
     segments: tuple[int, ...]
     sources: tuple[int, ...]
     segment_rows: tuple[int, ...]
+    hidden_rows: tuple[int, ...]
+    context_only: tuple[int, ...]
     packed: bool
     cursor: dict[int, LaneCursor]
 
@@ -81,23 +100,12 @@ class CodedBatch:
         """The batch on a device."""
         return self.mapped(lambda tensor: tensor.to(device), Tensor)
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """By term, how many of its own things are in this batch."""
-        return {
-            "cross_entropy": int((self.labels >= 0).sum()),
-            **dict.fromkeys(("tla", "reverse_kl", "jsd", "total_variation"), len(self.flat)),
-            "lhsm": len(self.hidden_flat),
-            "apc": len(self.row_batch),
-            "asr": int(self.real.sum()),
-        }
-
 
 def _mapped(value: Any, change: Callable[[Any], Any], kind: type) -> Any:
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
         return {key: _mapped(item, change, kind) for key, item in value.items()}
-    if isinstance(value, DistributionCodes | HiddenCodes | AttentionCodes):
+    if isinstance(value, DistributionCodes | HiddenCodes | AttentionCodes | ReplayCodes):
         return type(value)(**{f.name: _mapped(getattr(value, f.name), change, kind) for f in fields(value)})
     return value

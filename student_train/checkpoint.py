@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from signal_store.errors import CorruptError, MismatchError, storage_error
 from student_train.batch import LaneCursor
-from student_train.distiller import HeadPairs
+from student_train.losses.attention_rows import HeadPairs
 from student_train.sharing import like, whole
 from student_train.stream.rows import Cursor
 
-VERSION = 2
+VERSION = 3
 MODEL = "model.safetensors"
 
 
@@ -133,7 +133,7 @@ def restore_module(path: Path, module: nn.Module) -> Progress:
     if content.pop("version") != VERSION:
         raise MismatchError("another checkpoint version", expected=VERSION, where=path)
     expected = dict(module.named_parameters()).keys()
-    if differ := sorted(name for name in expected ^ state.keys() if name in expected or "projections" in name):
+    if differ := sorted(name for name in expected ^ state.keys() if name in expected or name.startswith("terms.")):
         raise MismatchError(
             "the checkpoint is of another objective or student",
             expected=", ".join(differ[:3]),

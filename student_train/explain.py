@@ -3,7 +3,7 @@
 from typing import Any
 
 from signal_store.cache import open_cache
-from student_train.losses.objective import resolve
+from student_train.losses.objective import Objective, resolve
 from student_train.recipe import RunRecipe
 from student_train.stream.rows import Stream
 from student_train.student import build_student
@@ -17,28 +17,15 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     check_validation(recipe.validation, cache)
     Stream(cache, objective.needs, recipe.stream, packed=True)  # refuses what it cannot cut
-    reads = {
-        "cross_entropy": ["tokens"],
-        **{name: ["distribution"] for name in objective.losses.divergences},
-        "lhsm": [f"hidden/block_output/{p.teacher}" for p in objective.hidden_pairs],
-        "apc": [f"attention/{p.teacher}" for p in objective.attention_pairs],
-        "asr": [],
-    }
-    taps = {
-        "cross_entropy": ["output head"],
-        **{name: ["output head"] for name in objective.losses.divergences},
-        "lhsm": [f"output of block {p.student}" for p in objective.hidden_pairs],
-        "apc": [f"attention rows of block {p.student}" for p in objective.attention_pairs],
-        "asr": ["input of every FFN down-projection"],
-    }
     terms = [
         {
             "term": name,
+            "kind": term.kind,
             "weight": str(term.weight),
             "settings": term.model_dump(mode="json", exclude={"weight"}),
             "formula": " ".join((type(term).__doc__ or "").split()),
-            "reads": reads[name],
-            "taps": taps[name],
+            "reads": _reads(objective, name),
+            "taps": _taps(objective, name),
         }
         for name, term in objective.terms.items()
     ]
@@ -53,3 +40,25 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         "train_tokens": tokens,
         "epochs": recipe.steps * per_step / max(1, tokens),
     }
+
+
+def _reads(objective: Objective, name: str) -> list[str]:
+    """What a term reads of the cache."""
+    if name not in objective.states:
+        return ["tokens" if name == "cross_entropy" else "distribution"]
+    needs = objective.states[name].reads.cache
+    return [
+        *(f"hidden/{tap}/{layer}" for tap, layer in needs.hidden),
+        *(f"attention/{layer}" for layer in needs.attention),
+        *(f"stats/attention/{layer}" for layer in needs.statistics),
+        *(["replay"] if needs.replay else []),
+    ]
+
+
+def _taps(objective: Objective, name: str) -> list[str]:
+    """What a term reads of the student."""
+    if name not in objective.states:
+        return ["output head"]
+    reads = objective.states[name].reads
+    rows = [f"attention rows of block {layer}" for layers in (reads.rows or {}).values() for layer in layers]
+    return [*(f"{tap} of block {layer}" for tap, layer in reads.states), *rows]

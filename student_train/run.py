@@ -48,9 +48,9 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
         return result
     check_validation(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
-    objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     torch.manual_seed(recipe.seed)
-    distiller = Distiller(student, objective, cache, compiled=recipe.compile)
+    objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
+    distiller = Distiller(student, objective, compiled=recipe.compile)
     # What is offloaded is reduced on the CPU, which NCCL does not serve.
     both = (
         [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
@@ -76,7 +76,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
 def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:
     """A plain `save_pretrained` folder of the best or last weights: of a fresh student, which no sharing or capture has touched."""
     student, _ = build_student(recipe.student, cache)
-    plain = Distiller(student, resolve(recipe.objective, cache, student, recipe.tail_rank), cache)
+    plain = Distiller(student, resolve(recipe.objective, cache, student, recipe.tail_rank))
     last = checkpoint.newest(recipe.out / "checkpoints")
     assert last is not None
     checkpoint.restore_weights(recipe.out / "best" if recipe.export == "best" else last, plain)

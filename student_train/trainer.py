@@ -42,7 +42,7 @@ def learning_rate_factor(step: int, steps: int, config: OptimizerSection) -> flo
 
 
 def build_optimizer(module: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter, projections included; vectors do not decay."""
+    """AdamW over every trainable parameter, the terms' own included; vectors do not decay."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -83,7 +83,7 @@ class Trainer:
             checkpoint.restore_optimizer(found, optimizer)
         held_out = validation_needs(self.cache, with_teacher=recipe.validation is not None and recipe.validation.fidelity)
         self.distiller.codecs = Codecs.of(self.cache, self.objective.needs.union(held_out), device, recipe.tail_rank)
-        if self.objective.attention_pairs and not progress.head_pairs:
+        if self.objective.matched_layers and not progress.head_pairs:
             progress = replace(progress, head_pairs=self._match_heads(shared, stream))
         self.distiller.head_pairs = progress.head_pairs
         batches = load(stream, progress.cursor, progress.step - progress.stream_start, pin_memory=device.type == "cuda")
@@ -156,9 +156,7 @@ class Trainer:
         shared.reshard()
         shared.distiller.student.train()
         if not matched:
-            raise MismatchError(
-                "apc: no keyword row in the first batches", expected="some, to match heads by", where=self.cache.uri
-            )
+            raise MismatchError("no keyword row in the first batches", expected="some, to match heads by", where=self.cache.uri)
         return shared.distiller.head_pairs
 
     def _step(self, shared: Shared, optimizer: torch.optim.Optimizer, micro: list[Parcel], step: int) -> dict[str, float]:
@@ -170,7 +168,7 @@ class Trainer:
             group["lr"] = recipe.optimizer.learning_rate * factor
         terms = list(self.objective.terms)
         batches = [parcel.batch for parcel in micro]
-        local = [[batch.counts[name] for name in terms] + [int(batch.real.sum()), batch.real.numel()] for batch in batches]
+        local = [[*self.objective.counts(batch).values(), int(batch.real.sum()), batch.real.numel()] for batch in batches]
         counts = torch.tensor(local, dtype=torch.float64, device=accelerator.device).sum(0)
         *of_terms, tokens, room = accelerator.reduce(counts, reduction="sum").tolist()
         weights = self.objective.weights(step / recipe.steps)
@@ -180,7 +178,7 @@ class Trainer:
         for number, parcel in enumerate(micro):
             with shared.micro_step(last=number == len(micro) - 1):
                 with accelerator.autocast():
-                    total, found = shared.model(parcel.to(accelerator.device), scales)
+                    total, found = shared.model(parcel.to(accelerator.device), scales, step / recipe.steps)
                 total.backward()
             sums += torch.stack([found[name].double() if name in found else sums.new_zeros(()) for name in terms])
         values = dict(zip(terms, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))

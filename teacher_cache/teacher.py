@@ -245,7 +245,12 @@ def think(
     gradient_states: list[State] = [("block_output", layer) for layer in listening.gradient_layers]
     every_state: list[State] = list(dict.fromkeys([*listening.states, *gradient_states]))
     grad_mode = _gradients_of_activations(teacher.model) if gradient_states else torch.inference_mode()
-    with grad_mode, tap_states(teacher.model, every_state) as states, tap_attention_rows(query, listening.row_layers) as rows:
+    wanted_rows = dict.fromkeys(listening.row_layers, query)
+    with (
+        grad_mode,
+        tap_states(teacher.model, every_state) as states,
+        tap_attention_rows(wanted_rows) as rows,
+    ):
         logits = None
         if teacher.head is None:
             logits = teacher.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()

@@ -73,3 +73,22 @@ def exact_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMake
     """A sealed cache whose tail is the whole hidden state in 16 bits."""
     signals = {"distribution": {"head": 8, "rank": WIDTH, "tail_bits": 16}, "hidden": {}, "attention": {"heads": HEADS}}
     return build(recipe_for(tmp_path_factory.mktemp("exact") / "cache.zarr", signals=signals))
+
+
+EVERY_SIGNAL: dict[str, Any] = {
+    "distribution": {"rank": WIDTH, "tail_bits": 16},
+    "hidden": {
+        "taps": ["block_input", "attention_output", "ffn_input", "ffn_gate", "block_output"],
+        "layers": [2, 3],
+        "values": "float16",
+    },
+    "attention": {"heads": HEADS, "previous_steps": 3},
+    "stats": {"layers": [1, 4]},
+    "replay": {"positions_per_segment": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def knowing_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+    """A sealed cache with everything that any term reads, as exact as it can be stored."""
+    return build(recipe_for(tmp_path_factory.mktemp("knowing") / "cache.zarr", signals=EVERY_SIGNAL))

@@ -8,7 +8,7 @@ student trains on the fast kernel too. Legend: B rows of the batch, S positions,
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,8 +43,7 @@ class RowQuery:
 
 @dataclass(slots=True)
 class _Tap:
-    rows: RowQuery
-    layers: frozenset[int]
+    rows: Mapping[int, RowQuery]
     taken: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -60,10 +59,10 @@ def softmax_attention_layers(model: PreTrainedModel) -> list[int]:
 
 
 @contextlib.contextmanager
-def tap_attention_rows(rows: RowQuery, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Within the block, a forward pass fills the dict: layer (from 1) -> probabilities [R, H, L], float32, zero beyond a row's
-    length; column j is key first + j. Only models prepared by `enable_row_capture` fire."""
-    tap = _Tap(rows, frozenset(layers))
+def tap_attention_rows(rows: Mapping[int, RowQuery]) -> Iterator[dict[int, Tensor]]:
+    """Within the block, a forward pass fills the dict: for each layer (from 1) that rows are wanted of, probabilities [R, H, L],
+    float32, zero beyond a row's length; column j is key first + j. Only models prepared by `enable_row_capture` fire."""
+    tap = _Tap(rows)
     _open.append(tap)
     try:
         yield tap.taken
@@ -86,9 +85,9 @@ def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
         tap = _open[-1] if _open else None
         layer = int(getattr(module, "layer_idx", -1)) + 1
-        if tap is not None and layer in tap.layers:
+        if tap is not None and layer in tap.rows:
             options = {**kwargs, "compress_rate": _compress_rate(module)}
-            rows = attention_rows(query, key, attention_mask, tap.rows, options)
+            rows = attention_rows(query, key, attention_mask, tap.rows[layer], options)
             tap.taken.setdefault(layer, rows)  # activation checkpointing comes by twice, and must do the same both times
         return _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
 

@@ -1,6 +1,10 @@
-"""The recipe of an objective: which terms, how heavy, with which settings; and the presets."""
+"""The recipe of an objective: which terms, how heavy, with which settings; and the presets.
 
-from typing import Any, Literal
+Each term says which of the five kinds of knowledge it carries (REQUIREMENTS 3). What computes it lies in a file of its own; this
+one does not import torch.
+"""
+
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,37 +16,59 @@ def _constant(value: float) -> Weight:
     return Weight(start=value, end=value)
 
 
-class CrossEntropyTerm(Section):
+Kind = Literal["explicit", "implicit", "structured", "temporal", "task"]
+KINDS: dict[Kind, str] = {
+    "explicit": "token distributions",
+    "implicit": "statistics of attention and activations",
+    "structured": "features and residual maps",
+    "temporal": "how states and attention move along the text",
+    "task": "evidence of answers, coverage of summaries",
+}
+
+
+class Term(Section):
+    """One term. `weight` as a function of progress; `kind` of knowledge."""
+
+    kind: ClassVar[Kind]
+    weight: WeightField
+
+
+class CrossEntropyTerm(Term):
     """-log q(next token), mean over tokens whose label is stored."""
 
+    kind: ClassVar[Kind] = "explicit"
     weight: WeightField = _constant(1.0)
 
 
-class TlaTerm(Section):
+class TlaTerm(Term):
     """Temperature-scaled alignment of logits (REQUIREMENTS 66): T² · KL(p_T ‖ q_T), mean over tokens."""
 
+    kind: ClassVar[Kind] = "explicit"
     weight: WeightField = _constant(1.0)
     temperature: float = Field(3.0, gt=0)
 
 
-class ReverseKlTerm(Section):
+class ReverseKlTerm(Term):
     """T² · KL(q_T ‖ p_T), which seeks the teacher's modes; mean over tokens. log p is floored at -40 nats."""
 
+    kind: ClassVar[Kind] = "explicit"
     weight: WeightField = _constant(1.0)
     temperature: float = Field(1.0, gt=0)
 
 
-class JsdTerm(Section):
+class JsdTerm(Term):
     """T² · (β KL(p_T ‖ m) + (1 - β) KL(q_T ‖ m)), m = β p_T + (1 - β) q_T: generalised Jensen-Shannon; mean over tokens."""
 
+    kind: ClassVar[Kind] = "explicit"
     weight: WeightField = _constant(1.0)
     temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.5, gt=0, lt=1)
 
 
-class TotalVariationTerm(Section):
+class TotalVariationTerm(Term):
     """T² · ½ Σ |q_T - p_T|, mean over tokens."""
 
+    kind: ClassVar[Kind] = "explicit"
     weight: WeightField = _constant(1.0)
     temperature: float = Field(1.0, gt=0)
 
@@ -50,26 +76,116 @@ class TotalVariationTerm(Section):
 DivergenceTerm = TlaTerm | ReverseKlTerm | JsdTerm | TotalVariationTerm
 
 
-class LhsmTerm(Section):
+class LhsmTerm(Term):
     """Layer-wise hidden-state matching (67): mean squared difference of LayerNorm(P h_S) and LayerNorm(h_T); or P on the
     teacher's."""
 
+    kind: ClassVar[Kind] = "structured"
     weight: WeightField = _constant(0.8)
     project: Literal["student", "teacher"] = "student"
     """Whose states the learned map is applied to, onto the width of the other's."""
 
 
-class ApcTerm(Section):
+class ApcTerm(Term):
     """Attention pattern at keywords (68): KL(a_T ‖ a_S), mean over keyword rows and heads."""
 
+    kind: ClassVar[Kind] = "implicit"
     weight: WeightField = Weight(start=0.0, end=0.5, begin=0.2)
 
 
-class AsrTerm(Section):
+class AsrTerm(Term):
     """Activation sparsity (71): |a| of the FFN's activations, mean over tokens, units and blocks; or their sum over units."""
 
+    kind: ClassVar[Kind] = "implicit"
     weight: WeightField = _constant(1e-3)
     reduction: Literal["mean", "sum"] = "mean"
+
+
+class FeatureTerm(Term):
+    """A term on states of paired layers. Layer i of them, the shallowest first, weighs γ^i / Σγ^j (27)."""
+
+    depth_decay: float = Field(0.7, gt=0, le=1)
+    """γ at the start; it goes to 1 linearly, so that deep layers are learned later."""
+
+
+class DirectionTerm(FeatureTerm):
+    """1 - cos θ + λ · max(0, θ - θ₀)² between P h_S and h_T, in the cache's units of each channel; mean over sampled tokens
+    (24)."""
+
+    kind: ClassVar[Kind] = "structured"
+    weight: WeightField = _constant(0.2)
+    margin_degrees: float = Field(30.0, ge=0, lt=180)
+    angle_weight: float = Field(1.0, ge=0)
+
+
+class ActivationMmdTerm(FeatureTerm):
+    """MMD² of FFN pre-activations, as sets of a segment's tokens, under a mixture of Gaussians whose widths and shares ascend (25);
+    both sides LayerNormed and projected by frozen orthonormal maps; mean over segments."""
+
+    kind: ClassVar[Kind] = "structured"
+    weight: WeightField = _constant(0.1)
+    directions: int = Field(128, ge=1)
+    max_tokens: int = Field(64, ge=8)
+    """Of a segment, evenly spread."""
+
+
+class InputReconstructionTerm(FeatureTerm):
+    """mean |g(h_S) - x_T| / mean |x_T|: a small head g rebuilds the teacher's layer input from the student's layer output, in the
+    cache's units of each channel (26); mean over sampled tokens."""
+
+    kind: ClassVar[Kind] = "structured"
+    weight: WeightField = _constant(0.1)
+    width: int = Field(256, ge=1)
+    """Of g's hidden layer."""
+
+
+class ResidualCkaTerm(FeatureTerm):
+    """1 - CKA of the attention's outputs over a segment's tokens, linear, by the debiased estimator (6); mean over segments."""
+
+    kind: ClassVar[Kind] = "structured"
+    weight: WeightField = _constant(0.1)
+    max_tokens: int = Field(64, ge=8)
+
+
+class AttentionStatisticsTerm(Term):
+    """|Q_T - Q_S| over the deciles of the heads' entropy, look-back, largest mass and mass on the first token (5); mean over
+    segments and layers."""
+
+    kind: ClassVar[Kind] = "implicit"
+    weight: WeightField = _constant(0.2)
+
+
+class SmoothnessTerm(Term):
+    """(t / t_ref) · ‖h_t - h_{t-1}‖² over the segment's variance of h, t counted along the response (30); `relative`: only what
+    exceeds the teacher's; mean over tokens that count."""
+
+    kind: ClassVar[Kind] = "temporal"
+    weight: WeightField = _constant(0.05)
+    reference_tokens: int = Field(256, ge=1)
+    relative: bool = True
+
+
+class AttentionEvolutionTerm(Term):
+    """Σ_n ‖D₍ₙ₎‖_* / (4 √numel), D = teacher's less student's attention at a keyword and the three steps before it, a tensor
+    [layer, head, step, key] and D₍ₙ₎ its unfoldings, smoothed at the codec's noise (31); mean over keywords."""
+
+    kind: ClassVar[Kind] = "temporal"
+    weight: WeightField = _constant(0.2)
+
+
+class ReplayTerm(Term):
+    """Σ_j ρʲ ‖P Δs_j - Δh_j‖² + |ΔNLL_S - ΔNLL_T|: student and teacher walk up their own losses from the same token, steps
+    in units of the whole path (32); mean over sampled tokens of finished texts and over steps."""
+
+    kind: ClassVar[Kind] = "temporal"
+    weight: WeightField = _constant(0.05)
+    discount: float = Field(0.9, gt=0, le=1)
+
+
+class ParameterAnchorTerm(Section):
+    """‖θ - θ₀‖² / ‖θ₀‖², θ₀ the weights that the run began with (L2-SP, 9)."""
+
+    weight: WeightField = _constant(0.01)
 
 
 class Losses(Section):
@@ -83,6 +199,16 @@ class Losses(Section):
     lhsm: LhsmTerm | None = None
     apc: ApcTerm | None = None
     asr: AsrTerm | None = None
+    attention_direction: DirectionTerm | None = None
+    normalised_direction: DirectionTerm | None = None
+    activation_mmd: ActivationMmdTerm | None = None
+    input_reconstruction: InputReconstructionTerm | None = None
+    residual_cka: ResidualCkaTerm | None = None
+    attention_statistics: AttentionStatisticsTerm | None = None
+    smoothness: SmoothnessTerm | None = None
+    attention_evolution: AttentionEvolutionTerm | None = None
+    replay: ReplayTerm | None = None
+    parameter_anchor: ParameterAnchorTerm | None = None
 
     @property
     def divergences(self) -> dict[str, DivergenceTerm]:

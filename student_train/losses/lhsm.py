@@ -9,16 +9,44 @@ teacher has zero loss. In float32 whatever the autocast.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from signal_store.cache import Cache
+from student_train.batch import CodedBatch
+from student_train.losses.config import LhsmTerm
+from student_train.losses.features import make_projection, student_states, teacher_states
+from student_train.losses.pairing import state_pairs
+from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
 
 
-def make_projection(width: int, target_width: int) -> nn.Linear:
-    """Identity where the widths agree, else orthonormal rows or columns."""
-    projection = nn.Linear(width, target_width, bias=False)
-    if width == target_width:
-        nn.init.eye_(projection.weight)
-    else:
-        nn.init.orthogonal_(projection.weight)
-    return projection
+class Lhsm(StateTerm):
+    """See the module."""
+
+    def __init__(self, section: LhsmTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.pairs = state_pairs("lhsm", "block_output", cache, student)
+        self.projects_teacher = section.project == "teacher"
+        own = student.config.get_text_config().hidden_size
+        order = -1 if self.projects_teacher else 1
+        self.projections = nn.ModuleList(make_projection(*(own, p.teacher_width)[::order]) for p in self.pairs)
+        self.reads = Reads(
+            Needs(False, tuple(("block_output", p.teacher) for p in self.pairs), ()),
+            tuple(("block_output", p.student) for p in self.pairs),
+        )
+
+    def count(self, batch: CodedBatch) -> int:
+        """Sampled tokens."""
+        return len(batch.hidden_flat)
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Mean over layers."""
+        parts = []
+        for pair, projection in zip(self.pairs, self.projections, strict=True):
+            ends = student_states(seen, ("block_output", pair.student)), teacher_states(seen, ("block_output", pair.teacher))
+            mapped, other = ends[::-1] if self.projects_teacher else ends
+            parts.append(lhsm_sum(mapped, other, projection))  # type: ignore[arg-type]
+        return torch.stack(parts).mean()
 
 
 def lhsm_sum(mapped_PD: Tensor, target_PE: Tensor, projection: nn.Linear) -> Tensor:

@@ -1,54 +1,107 @@
-"""From a recipe's terms to what they need: refused at start where the cache does not hold it, never at step 1000."""
+"""From a recipe's terms to what computes them and what they need: refused at start where the cache does not hold it, never at step
+1000.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from model_taps.attention import softmax_attention_layers
-from model_taps.blocks import layer_at_depth, num_layers
+from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
+from student_train.batch import CodedBatch
+from student_train.losses.apc import Apc
+from student_train.losses.asr import Asr
+from student_train.losses.attention_statistics import AttentionStatistics
 from student_train.losses.chunked import OutputTerm
-from student_train.losses.config import ApcTerm, AsrTerm, CrossEntropyTerm, DivergenceTerm, JsdTerm, LhsmTerm, Losses
-from student_train.losses.schedule import Weight
+from student_train.losses.cka import ResidualCka
+from student_train.losses.config import JsdTerm, Losses, ParameterAnchorTerm, Term
+from student_train.losses.direction import Direction
+from student_train.losses.evolution import AttentionEvolution
+from student_train.losses.lhsm import Lhsm
+from student_train.losses.mmd import ActivationMmd
+from student_train.losses.pairing import LayerPair
+from student_train.losses.reconstruction import InputReconstruction
+from student_train.losses.replay import Replay
+from student_train.losses.rows import Rows
+from student_train.losses.smoothness import Smoothness
+from student_train.losses.term import StateTerm
 from student_train.stream.reader import Needs
 
 MIN_HEAD_MASS = 0.9
 """Least mean mass of the head at which a cache without a tail serves a temperature."""
 
-Term = CrossEntropyTerm | DivergenceTerm | LhsmTerm | ApcTerm | AsrTerm
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPair:
-    """A teacher's layer in the cache and the student's layer at the same depth."""
-
-    teacher: int
-    student: int
+STATE_TERMS: dict[str, Callable[[Any, Cache, PreTrainedModel], StateTerm]] = {
+    "lhsm": Lhsm,
+    "apc": Apc,
+    "asr": Asr,
+    "attention_direction": partial(Direction, tap="attention_output", name="attention_direction"),
+    "normalised_direction": partial(Direction, tap="ffn_input", name="normalised_direction"),
+    "activation_mmd": ActivationMmd,
+    "input_reconstruction": InputReconstruction,
+    "residual_cka": ResidualCka,
+    "attention_statistics": AttentionStatistics,
+    "smoothness": Smoothness,
+    "attention_evolution": AttentionEvolution,
+    "replay": Replay,
+}
+"""What computes each term that is not formed in the pass over the output head."""
+SIGNALS = {"lhsm": "hidden", "apc": "attention"}
+"""What a term cannot do without, where its own refusal would say less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The terms that are on, and where they read: pairs of layers for LHSM and APC, what of the cache is streamed."""
+    """The terms that are on, and what computes those on states (`states`, by name, the student's parameters not among theirs)."""
 
     losses: Losses
-    hidden_pairs: tuple[LayerPair, ...]
-    attention_pairs: tuple[LayerPair, ...]
+    states: Mapping[str, StateTerm]
 
     @property
     def terms(self) -> dict[str, Term]:
-        """Terms that are on, by name."""
-        return {name: term for name, term in self.losses if term is not None}
+        """Terms that are on, by name; the anchor of the parameters, which counts no token, is not among them."""
+        return {name: term for name, term in self.losses if isinstance(term, Term)}
 
     @property
     def needs(self) -> Needs:
         """What is read of the cache besides tokens."""
-        return Needs(
-            distribution=bool(self.losses.divergences),
-            hidden=tuple(("block_output", pair.teacher) for pair in self.hidden_pairs),
-            attention=tuple(pair.teacher for pair in self.attention_pairs),
-        )
+        start = Needs(bool(self.losses.divergences), (), ())
+        return reduce(Needs.union, (term.reads.cache for term in self.states.values()), start)
+
+    @property
+    def student_states(self) -> tuple[State, ...]:
+        """Taps of the student, each once."""
+        return tuple(dict.fromkeys(state for term in self.states.values() for state in term.reads.states))
+
+    @property
+    def student_rows(self) -> dict[Rows, tuple[int, ...]]:
+        """By kind of rows, the student's layers whose attention is looked at."""
+        found: dict[Rows, tuple[int, ...]] = {}
+        for term in self.states.values():
+            for kind, layers in (term.reads.rows or {}).items():
+                found[kind] = tuple(dict.fromkeys((*found.get(kind, ()), *layers)))
+        return found
+
+    @property
+    def matched_layers(self) -> tuple[LayerPair, ...]:
+        """The layers whose heads must be matched once."""
+        for name in ("apc", "attention_evolution"):
+            if name in self.states:
+                return self.states[name].pairs  # type: ignore[return-value]
+        return ()
+
+    def counts(self, batch: CodedBatch) -> dict[str, int]:
+        """By term, how many of its own things are in a batch."""
+        found = {}
+        for name in self.terms:
+            if name in self.states:
+                found[name] = self.states[name].count(batch)
+            else:
+                found[name] = int((batch.labels >= 0).sum()) if name == "cross_entropy" else len(batch.flat)
+        return found
 
     def output_terms(self, scales: Mapping[str, float]) -> list[OutputTerm]:
         """The terms of the pass over the output head that weigh something, by name in `kind`."""
@@ -59,35 +112,17 @@ class Objective:
         return [term for term in terms if term.scale]
 
     def weights(self, progress: float) -> dict[str, float]:
-        """Weight of each term at a progress in [0, 1]."""
-        schedule: dict[str, Weight] = {name: term.weight for name, term in self.terms.items()}
-        return {name: weight.at(progress) for name, weight in schedule.items()}
+        """Weight of each term at a progress in [0, 1], the anchor's too."""
+        return {name: term.weight.at(progress) for name, term in self.losses if isinstance(term, Term | ParameterAnchorTerm)}
 
 
 def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: int | None = None) -> Objective:
-    """Pair layers by depth; of the cached tail, `tail_rank` directions are used. MismatchError naming the term and what the cache
-    lacks."""
+    """Make what computes the terms; of the cached tail, `tail_rank` directions are used. MismatchError naming the term and what the
+    cache or the student lacks."""
     _check_tail_rank(losses, cache, tail_rank)
     check_cache(losses, cache)
-    calibration, depth = cache.manifest.calibration, cache.manifest.teacher.num_layers
-    own = num_layers(student)
-    outputs = [h.layer for h in calibration.hidden if h.tap == "block_output"] if losses.lhsm else []
-    if losses.lhsm is not None and not outputs:
-        raise MismatchError(
-            "lhsm: the cache holds no block outputs",
-            expected="signals.hidden.taps with block_output",
-            found=sorted({h.tap for h in calibration.hidden}),
-            where=cache.uri,
-        )
-    hidden = tuple(LayerPair(layer, layer_at_depth(layer / depth, own)) for layer in outputs)
-    attention: tuple[LayerPair, ...] = ()
-    if losses.apc is not None:
-        able = softmax_attention_layers(student)
-        if not able:
-            raise MismatchError("apc: the student has no softmax attention", expected="a block that has", where="student")
-        wanted = [(a.layer, layer_at_depth(a.layer / depth, own)) for a in calibration.attention]
-        attention = tuple(LayerPair(t, max((x for x in able if x <= s), default=able[0])) for t, s in wanted)
-    return Objective(losses, hidden, attention)
+    on = {name: getattr(losses, name) for name in STATE_TERMS}
+    return Objective(losses, {name: STATE_TERMS[name](term, cache, student) for name, term in on.items() if term is not None})
 
 
 def _check_tail_rank(losses: Losses, cache: Cache, tail_rank: int | None) -> None:
@@ -103,7 +138,7 @@ def check_cache(losses: Losses, cache: Cache) -> None:
     """Refuse what the cache cannot serve."""
     signals = cache.manifest.signals
     held = [name for name, signal in signals if signal is not None]
-    wanted = dict.fromkeys(losses.divergences, "distribution") | {"lhsm": "hidden", "apc": "attention"}
+    wanted = dict.fromkeys(losses.divergences, "distribution") | SIGNALS
     for term, signal in wanted.items():
         if getattr(losses, term) is not None and getattr(signals, signal) is None:
             raise MismatchError(

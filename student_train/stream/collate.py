@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodes
-from student_train.batch import AttentionCodes, CodedBatch, HiddenCodes, LaneCursor
+from student_train.batch import AttentionCodes, CodedBatch, HiddenCodes, LaneCursor, ReplayCodes
 from student_train.stream.reader import Needs, State, UnitReader
 
 WIDTH_STEP = 64
@@ -78,7 +78,7 @@ def collate(
     for row, start in enumerate(used):
         real[row, :start] = True
         positions[row, start:] = counting[: width - start] % longest  # filler too stays among positions that the student has
-    attention_positions = _attention_positions(placed, needs)
+    row_batch, row_query, row_first, row_length, row_keyword = _attention_positions(placed, needs)
     return CodedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
@@ -88,14 +88,19 @@ def collate(
         distribution=_distribution(placed, kept) if needs.distribution else None,
         hidden_flat=_hidden_flat(placed, needs, width),
         hidden={state: _hidden(placed, state) for state in needs.hidden} if placed else {},
-        row_batch=attention_positions[0],
-        row_query=attention_positions[1],
-        row_first=attention_positions[2],
-        row_length=attention_positions[3],
-        attention={layer: _attention(placed, layer) for layer in needs.attention} if placed else {},
+        row_batch=row_batch,
+        row_query=row_query,
+        row_first=row_first,
+        row_length=row_length,
+        row_keyword=row_keyword.bool(),
+        attention={layer: _attention(placed, layer, needs) for layer in needs.attention} if placed else {},
+        statistics={layer: _statistics(placed, layer) for layer in needs.statistics} if placed else {},
+        replay=_replay(placed, width) if needs.replay and placed else None,
         segments=tuple(p.unit.first_segment + p.segment for p in placed),
         sources=tuple(p.of("source") for p in placed),
         segment_rows=tuple(len(rows) for rows in labels),
+        hidden_rows=tuple(len(_hidden_rows(p)[0]) for p in placed) if needs.hidden else (),
+        context_only=tuple(p.of("context_only") for p in placed),
         packed=packed,
         cursor=cursor,
     )
@@ -151,31 +156,32 @@ def _hidden(placed: Sequence[Placed], state: State) -> HiddenCodes:
     return HiddenCodes(_gathered(placed, f"{group}/values", rows), _gathered(placed, f"{group}/scale", rows))
 
 
-def _keyword_rows(p: Placed) -> NDArray[np.int64]:
-    """Rows of the attention arrays that are a keyword's own."""
+def _stored_rows(p: Placed, needs: Needs) -> NDArray[np.int64]:
+    """Rows of the attention arrays: a keyword's own, and those of the tokens before it where they are wanted."""
     rows = np.arange(p.of("attention_row_start"), p.of("attention_row_start") + p.of("attention_rows"))
-    own: NDArray[np.int64] = rows[p.unit.rows("attention/rows/keyword")[rows] == 1]
-    return own
+    wanted: NDArray[np.int64] = rows if needs.steps else rows[p.unit.rows("attention/rows/keyword")[rows] == 1]
+    return wanted
 
 
-def _attention_positions(placed: Sequence[Placed], needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row of the batch, query column, first column of the segment, and stored entries, of every keyword row."""
+def _attention_positions(placed: Sequence[Placed], needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row of the batch, query column, first column of the segment, stored entries, and 1 for a keyword's own, of every row."""
     if not needs.attention:
-        return tuple(torch.zeros(0, dtype=torch.int64) for _ in range(4))  # type: ignore[return-value]
-    batch, query, first, length = [], [], [], []
+        return tuple(torch.zeros(0, dtype=torch.int64) for _ in range(5))  # type: ignore[return-value]
+    batch, query, first, length, keyword = [], [], [], [], []
     for p in placed:
-        rows = _keyword_rows(p)
+        rows = _stored_rows(p, needs)
         positions = p.unit.rows("attention/rows/position")[rows] - p.of("token_start")
         batch.append(np.full(len(positions), p.row, np.int64))
         query.append(p.column + positions)
         first.append(np.full(len(positions), p.column, np.int64))
         length.append(p.unit.rows("attention/rows/length")[rows].astype(np.int64))
-    return _joined(batch), _joined(query), _joined(first), _joined(length)
+        keyword.append(p.unit.rows("attention/rows/keyword")[rows].astype(np.int64))
+    return _joined(batch), _joined(query), _joined(first), _joined(length), _joined(keyword)
 
 
-def _attention(placed: Sequence[Placed], layer: int) -> AttentionCodes:
+def _attention(placed: Sequence[Placed], layer: int, needs: Needs) -> AttentionCodes:
     group = f"attention/{layer}"
-    row_numbers = [_keyword_rows(p) for p in placed]
+    row_numbers = [_stored_rows(p, needs) for p in placed]
     entries = []
     for p, rows in zip(placed, row_numbers, strict=True):
         offsets, lengths = (p.unit.rows(f"attention/rows/{name}")[rows].astype(np.int64) for name in ("offset", "length"))
@@ -186,4 +192,22 @@ def _attention(placed: Sequence[Placed], layer: int) -> AttentionCodes:
         weights=_gathered(placed, f"{group}/weights", entries),
         columns=_gathered(placed, f"{group}/columns", entries) if sparse else None,
         residual=_gathered(placed, f"{group}/residual", row_numbers) if sparse else None,
+    )
+
+
+def _statistics(placed: Sequence[Placed], layer: int) -> Tensor:
+    path = f"stats/attention/{layer}/values"
+    return torch.from_numpy(np.stack([p.unit.rows(path)[p.segment] for p in placed]))
+
+
+def _replay(placed: Sequence[Placed], width: int) -> ReplayCodes:
+    rows = [np.arange(p.of("replay_row_start"), p.of("replay_row_start") + p.of("replay_rows")) for p in placed]
+    places = [p.unit.rows("replay/rows/position")[r] for p, r in zip(placed, rows, strict=True)]
+    starts = [p.row * width + p.column - p.of("token_start") for p in placed]
+    return ReplayCodes(
+        flat=_joined([start + place for start, place in zip(starts, places, strict=True)]),
+        labels=_joined([p.unit.text.labels[place] for p, place in zip(placed, places, strict=True)]),
+        values=_gathered(placed, "replay/path/values", rows),
+        scale=_gathered(placed, "replay/path/scale", rows),
+        nll=_gathered(placed, "replay/path/nll", rows),
     )

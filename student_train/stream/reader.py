@@ -16,18 +16,23 @@ State = tuple[Tap, int]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the losses read: the distribution or not, hidden states by (tap, layer), attention rows by layer."""
+    """What the losses read: the distribution or not, hidden states by (tap, layer), attention rows by layer (of keywords, and with
+    `steps` of the tokens before them too), attention statistics by layer, paths of replay or not."""
 
     distribution: bool
     hidden: tuple[State, ...]
     attention: tuple[int, ...]
+    steps: bool = False
+    statistics: tuple[int, ...] = ()
+    replay: bool = False
 
     def union(self, other: "Needs") -> "Needs":
         """What either reads."""
-        hidden, attention = (
-            tuple(dict.fromkeys(a + b)) for a, b in ((self.hidden, other.hidden), (self.attention, other.attention))
-        )
-        return Needs(self.distribution or other.distribution, hidden, attention)  # type: ignore[arg-type]
+        joined: dict[str, Any] = {
+            name: tuple(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in ("hidden", "attention", "statistics")
+        }
+        either: dict[str, Any] = {name: getattr(self, name) or getattr(other, name) for name in ("distribution", "steps", "replay")}
+        return Needs(**joined, **either)
 
     def arrays(self, cache: Cache) -> list[str]:
         """Paths of the arrays, tokens included."""
@@ -35,6 +40,8 @@ class Needs:
         groups += ["distribution/head", "distribution/tail", "distribution/scalars"] if self.distribution else []
         groups += ["hidden/rows/", *(f"hidden/{tap}/{layer}/" for tap, layer in self.hidden)] if self.hidden else []
         groups += ["attention/rows/", *(f"attention/{layer}/" for layer in self.attention)] if self.attention else []
+        groups += [f"stats/attention/{layer}/" for layer in self.statistics]
+        groups += ["replay/rows/", "replay/path/"] if self.replay else []
         return [spec.path for spec in cache.manifest.specs if spec.path.startswith(tuple(groups))]
 
 
@@ -87,7 +94,7 @@ class UnitReader:
         """With its segment table read."""
         columns = {name: column.astype(np.int64) for name, column in cache.segment_columns(unit, *SEGMENT_COLUMNS).items()}
         columns["token_start"] -= unit * cache.manifest.plan.unit_tokens
-        for signal, wanted in (("hidden", needs.hidden), ("attention", needs.attention)):
+        for signal, wanted in (("hidden", needs.hidden), ("attention", needs.attention), ("replay", needs.replay)):
             if wanted and f"{signal}/rows/position" in cache.capacity_rows:
                 ranges = cache.segment_columns(unit, "row_start", "rows", group=f"{signal}/segments")
                 first_row = unit * cache.capacity_rows[f"{signal}/rows/position"]
@@ -138,6 +145,8 @@ class UnitReader:
     def _count(self, path: str) -> int:
         """Rows of an array that hold something."""
         signal = path.split("/")[0]
+        if signal == "stats":
+            return len(self.segments["length"])
         if path.endswith(RAGGED):
             offsets, lengths = self.rows("attention/rows/offset"), self.rows("attention/rows/length")
             return int(offsets[-1] + lengths[-1]) if len(offsets) else 0

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model_taps.attention_statistics import attention_statistics
 from model_taps.head import final_norm
 from signal_store.arrays import ArraySpec
 from signal_store.hidden_codec import HiddenCodec
@@ -20,7 +21,7 @@ from teacher_cache.extract.distribution import extract_distribution
 from teacher_cache.extract.hidden import extract_states
 from teacher_cache.extract.replay import ascend
 from teacher_cache.extract.rows import Extracted, Rows, numpy_of
-from teacher_cache.extract.stats import attention_statistics, ffn_statistics, gradient_statistics
+from teacher_cache.extract.stats import ffn_statistics, gradient_statistics
 from teacher_cache.positions import (
     AttentionRows,
     Places,

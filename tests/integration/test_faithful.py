@@ -115,16 +115,16 @@ def test_teacher_as_student_has_no_loss_but_the_codecs(exact_cache: Cache) -> No
     model = live(exact_cache)
     losses = Losses.model_validate(FULL)
     objective = resolve(losses, exact_cache, model)
-    distiller = Distiller(model, objective, exact_cache)
+    distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(exact_cache, objective.needs, torch.device("cpu"))
     stream = Stream(exact_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
     batch = next(stream.micro_batches({}, 0))
     assert distiller.choose_heads(batch)
     assert distiller.head_pairs == {4: [(h, h) for h in range(HEADS)]}
-    total, sums = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
+    total, sums = distiller(batch, {name: 1 / max(1, objective.counts(batch)[name]) for name in FULL})
     assert total.requires_grad
     distiller.close_taps()
-    means = {name: float(value) / max(1, batch.counts[name]) for name, value in sums.items()}
+    means = {name: float(value) / max(1, objective.counts(batch)[name]) for name, value in sums.items()}
     assert 0 <= means["tla"] + 1e-6 <= 1e-4
     assert means["lhsm"] <= 1e-4
     assert means["apc"] <= 2e-3
@@ -166,18 +166,20 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
     assert cache.manifest.tokenizer.vocab_size == len(tokenizer)
     model = live(cache)
     objective = resolve(Losses.model_validate(FULL), cache, model)
-    distiller = Distiller(model, objective, cache)
+    distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
     packed = family != "opt"
     batch = next(
         Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=packed).micro_batches({}, 0)
     )
     assert distiller.choose_heads(batch)
-    total, sums = distiller(batch, {name: 1 / max(1, batch.counts[name]) for name in FULL})
+    total, sums = distiller(batch, {name: 1 / max(1, objective.counts(batch)[name]) for name in FULL})
     total.backward()
     distiller.close_taps()
-    assert float(sums["tla"]) / batch.counts["tla"] <= 0.1  # 4 log(327/320): the padded rows' mass, which the teacher never gave
-    assert all(p.grad is not None for p in distiller.projections.parameters())
+    assert (
+        float(sums["tla"]) / objective.counts(batch)["tla"] <= 0.1
+    )  # 4 log(327/320): the padded rows' mass, which the teacher never gave
+    assert all(p.grad is not None for p in distiller.terms.parameters())
     assert FAMILIES[family]
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.attention import RowQuery, enable_row_capture, tap_attention_rows
+from model_taps.attention_statistics import row_statistics
 from model_taps.head import OutputHead, final_norm, output_head
 from model_taps.loading import load_model
 from model_taps.slices import TAPS, tap_states
@@ -24,7 +25,6 @@ from student_train.recipe import StreamSection
 from student_train.stream.rows import Stream
 from teacher_cache.build import build
 from teacher_cache.extract.distribution import extract_distribution
-from teacher_cache.extract.stats import row_statistics
 from teacher_cache.tail_basis import TailFit, choose_codec
 from tests.tiny import CONTEXT, HEADS, LAYERS, WIDTH, make_model
 
@@ -93,7 +93,7 @@ def test_the_steps_before_a_keyword_are_stored_and_only_keywords_train(full: Cac
     query = RowQuery(
         torch.zeros(len(position), dtype=torch.long), torch.from_numpy(position), torch.zeros(len(position), dtype=torch.long)
     )
-    with torch.no_grad(), tap_attention_rows(query, [2, 4]) as live:
+    with torch.no_grad(), tap_attention_rows(dict.fromkeys([2, 4], query)) as live:
         teacher(ids_of(segment), use_cache=False)
     offset = full.read("attention/rows/offset", rows.start, rows.stop)
     for layer in (2, 4):
@@ -119,7 +119,11 @@ def test_statistics_are_means_over_each_segments_rows(full: Cache, teacher: PreT
     row = unit * full.capacity_rows["segments/length"] + segment.index - full.first_segment(unit)
     places = torch.arange(15, len(segment), 16)
     query = RowQuery(torch.zeros_like(places), places, torch.zeros_like(places))
-    with torch.no_grad(), tap_attention_rows(query, [1, 4]) as live, tap_states(teacher, [("ffn_activation", 4)]) as states:
+    with (
+        torch.no_grad(),
+        tap_attention_rows(dict.fromkeys([1, 4], query)) as live,
+        tap_states(teacher, [("ffn_activation", 4)]) as states,
+    ):
         teacher(ids_of(segment), use_cache=False)
     for layer in (1, 4):
         expected = row_statistics(live[layer], query.lengths).mean(0).numpy()

@@ -10,12 +10,13 @@ from model_taps.head import OutputHead
 from signal_store.attention_codec import MAX_ERROR, decode_attention, encode_attention
 from signal_store.distribution_codec import DistributionCodec, DistributionCodes
 from student_train.losses import chunked
-from student_train.losses.apc import TeacherRows, apc_rows, match_heads
+from student_train.losses.attention_rows import TeacherRows, attention_kl, match_heads
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import PRESETS, Losses
 from student_train.losses.dense import dense_output_loss, teacher_logprobs
 from student_train.losses.divergences import Softened, divergence_of
-from student_train.losses.lhsm import lhsm_sum, make_projection
+from student_train.losses.features import make_projection
+from student_train.losses.lhsm import lhsm_sum
 
 WIDTH, RANK, HEAD = 12, 5, 4
 
@@ -230,11 +231,11 @@ def test_lhsm_is_zero_for_equal_states_and_ignores_scale() -> None:
 def test_apc_is_zero_for_equal_rows_and_matches_heads() -> None:
     student = torch.rand(5, 4, 7).softmax(-1)
     order = [2, 0, 3]
-    teacher = TeacherRows(student[:, order].clone(), torch.arange(7).expand(5, 3, 7).contiguous(), torch.zeros(5, 3))
-    assert match_heads(teacher, student, has_residual=False) == list(enumerate(order))
-    assert apc_rows(teacher, student[:, order], has_residual=False).abs().max() < 1e-6
+    teacher = TeacherRows(student[:, order].clone(), torch.arange(7).expand(5, 3, 7).contiguous(), None)
+    assert match_heads(teacher, student) == list(enumerate(order))
+    assert attention_kl(teacher, student[:, order]).abs().max() < 1e-6
     other = torch.rand(5, 3, 7).mul(9).softmax(-1)
-    assert apc_rows(teacher, other, has_residual=False).mean() > 0.1
+    assert attention_kl(teacher, other).mean() > 0.1
 
 
 def test_apc_with_heaviest_columns_bounds_the_full_divergence() -> None:
@@ -242,7 +243,7 @@ def test_apc_with_heaviest_columns_bounds_the_full_divergence() -> None:
     values, columns = full.sort(-1, descending=True)
     kept = TeacherRows(values[..., :4], columns[..., :4].contiguous(), 1 - values[..., :4].sum(-1))
     whole = (full * (full.log() - student.log())).sum(-1)
-    bucket = apc_rows(kept, student, has_residual=True)
+    bucket = attention_kl(kept, student)
     assert (bucket <= whole + 1e-5).all()
     assert (bucket > 0).all()
 

@@ -86,7 +86,7 @@ def test_linear_attention_layers_have_no_rows() -> None:
     assert softmax_attention_layers(model) == [4]
     enable_row_capture(model)
     query = RowQuery(torch.tensor([0]), torch.tensor([20]), torch.tensor([0]))
-    with torch.no_grad(), tap_attention_rows(query, [4]) as rows:
+    with torch.no_grad(), tap_attention_rows(dict.fromkeys([4], query)) as rows:
         final_hidden(model, ids(), None)
     assert abs(float(rows[4].sum(-1).mean()) - 1) <= 1e-5
 
@@ -106,7 +106,7 @@ def test_compressed_keys_and_sinks_keep_the_mass_that_eager_gives() -> None:
     enable_row_capture(model)
     places = torch.tensor([5, 17, 29])
     query = RowQuery(torch.zeros(3, dtype=torch.long), places, torch.zeros(3, dtype=torch.long))
-    with torch.no_grad(), tap_attention_rows(query, [1, 2, 3, 4]) as rows:
+    with torch.no_grad(), tap_attention_rows(dict.fromkeys([1, 2, 3, 4], query)) as rows:
         final_hidden(model, ids(), None)
     compressed = 0
     for layer, found in rows.items():

@@ -33,7 +33,7 @@ def test_rows_and_states_equal_eager(family: str) -> None:
     enable_row_capture(model)
     with (
         torch.no_grad(),
-        tap_attention_rows(ROWS, [2, 4]) as rows,
+        tap_attention_rows(dict.fromkeys([2, 4], ROWS)) as rows,
         tap_states(model, [("block_output", n) for n in (1, 2, 3)]) as blocks,
     ):
         logits = model(ids(), use_cache=False).logits
@@ -50,7 +50,7 @@ def test_rows_and_states_equal_eager(family: str) -> None:
 def test_rows_carry_gradients_to_queries_and_keys() -> None:
     model = make_model("llama", VOCAB).train()
     enable_row_capture(model)
-    with tap_attention_rows(ROWS, [4]) as rows:
+    with tap_attention_rows(dict.fromkeys([4], ROWS)) as rows:
         final_hidden(model, ids(), None)
     rows[4][:, :, 1].sum().backward()
     attention = model.model.layers[3].self_attn

@@ -81,7 +81,7 @@ def student_hidden(student: PreTrainedModel, batch: CodedBatch) -> Tensor:
 
 def cross_entropy(_room: Room) -> Loss:
     def loss(student: PreTrainedModel, batch: CodedBatch, _thought: Tensor) -> Tensor:
-        term = OutputTerm("cross_entropy", 1 / max(1, batch.counts["cross_entropy"]))
+        term = OutputTerm("cross_entropy", 1 / max(1, int((batch.labels >= 0).sum())))
         return output_loss(student_hidden(student, batch), output_head(student), OutputTargets(batch.labels), [term])[0]
 
     return loss
@@ -153,7 +153,7 @@ def train(room: Room, seed: int, loss: Loss, look: Callable[[int, PreTrainedMode
 @torch.no_grad()
 def validation(room: Room, student: PreTrainedModel) -> float:
     student.eval()
-    distiller = Distiller(student, resolve(Losses.model_validate({"cross_entropy": {}}), room.cache, student), room.cache)
+    distiller = Distiller(student, resolve(Losses.model_validate({"cross_entropy": {}}), room.cache, student))
     total = labels = 0.0
     for batch in room.held_out:
         sums = distiller(batch)

@@ -102,13 +102,13 @@ def step_of(
     """(forward to the loss, what is trained, what it needs of the cache)."""
     if way in OURS:
         objective = resolve(Losses.model_validate(OURS[way]), cache, student)
-        distiller = Distiller(student, objective, cache, compiled=way.endswith("compiled"))
+        distiller = Distiller(student, objective, compiled=way.endswith("compiled"))
         distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
 
         def ours(batch: CodedBatch) -> Tensor:
-            if objective.attention_pairs and not distiller.head_pairs:
+            if objective.matched_layers and not distiller.head_pairs:
                 assert distiller.choose_heads(batch)
-            weights = {name: term.weight.end / max(1, batch.counts[name]) for name, term in objective.terms.items()}
+            weights = {name: term.weight.end / max(1, objective.counts(batch)[name]) for name, term in objective.terms.items()}
             total: Tensor = distiller(batch, weights)[0]
             return total
 

@@ -1,0 +1,32 @@
+"""How attention rows are spread (REQUIREMENTS 5): the same numbers of the teacher, into the cache, and of the student, in the
+graph.
+
+Legend: R rows, H heads, L keys of the longest row.
+"""
+
+import torch
+from torch import Tensor
+
+TINY = 1e-30
+
+
+def attention_statistics(rows_RHL: Tensor, lengths_R: Tensor, segment_R: Tensor, segments: int) -> Tensor:
+    """[segments, H, 4] float32: the mean over each segment's rows of `row_statistics`; NaN for a segment without a row."""
+    per_row = row_statistics(rows_RHL, lengths_R)
+    totals = per_row.new_zeros(segments, *per_row.shape[1:]).index_add_(0, segment_R, per_row)
+    counts = torch.bincount(segment_R, minlength=segments)
+    return totals / counts.to(totals)[:, None, None].where(counts[:, None, None] > 0, torch.nan)
+
+
+def row_statistics(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
+    """[R, H, 4] float32 of rows with more than one key, each in [0, 1]: entropy over log length; mean look-back
+    Σ_j a_j (t - j) / (t + 1); largest mass; mass on the first token."""
+    rows = rows_RHL.float()
+    if not rows.numel():
+        return rows.new_zeros(*rows.shape[:2], 4)
+    length = lengths_R.to(rows)[:, None]
+    columns_L = torch.arange(rows.shape[2], device=rows.device)
+    back_RL = (lengths_R[:, None] - 1 - columns_L).clamp(min=0)
+    entropy = -(rows * rows.clamp(min=TINY).log()).sum(-1) / length.log()  # xlogy has no finite gradient at 0
+    lookback = (rows * back_RL[:, None]).sum(-1) / length
+    return torch.stack([entropy, lookback, rows.amax(-1), rows[..., 0]], -1)

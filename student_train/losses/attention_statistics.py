@@ -1,0 +1,66 @@
+"""How attention is spread, whatever the number of heads: the deciles over heads of four statistics of a row (REQUIREMENTS 5).
+
+Entropy over log length, mean look-back, largest mass, mass on the first token: means over every 16th row of a segment, by head; the
+cache holds the teacher's. L = mean |Q_T(q) - Q_S(q)| over q = 0.1 ... 0.9, statistics, layers and segments.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from model_taps.attention_statistics import attention_statistics
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from student_train.batch import CodedBatch
+from student_train.losses.config import AttentionStatisticsTerm
+from student_train.losses.pairing import row_pairs
+from student_train.losses.rows import query_of, segment_of_token
+from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
+
+DECILES = tuple(n / 10 for n in range(1, 10))
+
+
+class AttentionStatistics(StateTerm):
+    """See the module."""
+
+    def __init__(self, _section: AttentionStatisticsTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        layout, signal = cache.manifest.calibration.stats, cache.manifest.signals.stats
+        if layout is None or signal is None or not signal.attention:
+            raise MismatchError(
+                "attention_statistics: the cache holds none",
+                expected="signals.stats with attention: true",
+                found="none",
+                where=cache.uri,
+                remedy="Build a cache (or an overlay) that does, or switch attention_statistics off.",
+            )
+        self.pairs = row_pairs("attention_statistics", layout.attention_layers, cache, student)
+        rows = {"statistics": tuple(dict.fromkeys(p.student for p in self.pairs))}
+        self.reads = Reads(Needs(False, (), (), statistics=layout.attention_layers), rows=rows)  # type: ignore[arg-type]
+
+    def count(self, batch: CodedBatch) -> int:
+        """Segments that have statistics."""
+        return int(_known(batch, self.pairs[0].teacher).sum())
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Mean over layers."""
+        batch = seen.batch
+        query = query_of("statistics", batch)
+        segment_R = segment_of_token(batch)[query.batch, query.query]
+        known = _known(batch, self.pairs[0].teacher)
+        levels = torch.tensor(DECILES, device=seen.final.device)
+        parts = []
+        for pair in self.pairs:
+            rows = seen.rows["statistics", pair.student]
+            own = attention_statistics(rows, query.lengths, segment_R, len(batch.segments))[known]
+            other = batch.statistics[pair.teacher].float()[known] if pair.teacher in batch.statistics else own.detach()
+            apart = own.quantile(levels, dim=1) - other.quantile(levels, dim=1) if len(own) else rows[:0]
+            parts.append(apart.abs().mean((0, 2)).sum() if len(own) else 0 * rows.sum())
+        return torch.stack(parts).mean()
+
+
+def _known(batch: CodedBatch, layer: int) -> Tensor:
+    """bool [segments]: which have a row to take statistics from."""
+    found = batch.statistics.get(layer)
+    return torch.zeros(0, dtype=torch.bool) if found is None else ~found[:, 0, 0].isnan()

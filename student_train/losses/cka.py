@@ -1,0 +1,78 @@
+"""Residual maps: what attention adds to the stream, compared by the similarities between a segment's tokens (REQUIREMENTS 6).
+
+1 - CKA, linear (Kornblith et al. 2019), of any two widths. The usual estimator is biased: of independent noise it is 0.98 where the
+width outgrows the tokens; here HSIC₁ of Song et al. 2012, whose mean is zero then. Legend: G segments, M tokens of each.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from signal_store.cache import Cache
+from student_train.batch import CodedBatch
+from student_train.losses.config import ResidualCkaTerm
+from student_train.losses.features import groups_in, groups_of, student_states, teacher_states
+from student_train.losses.pairing import depth_weights, state_pairs
+from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
+
+MIN_TOKENS = 8
+TINY = 1e-12
+
+
+class ResidualCka(StateTerm):
+    """See the module."""
+
+    def __init__(self, section: ResidualCkaTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.section = section
+        self.pairs = state_pairs("residual_cka", "attention_output", cache, student)
+        self.reads = Reads(
+            Needs(False, tuple(("attention_output", p.teacher) for p in self.pairs), ()),
+            tuple(("attention_output", p.student) for p in self.pairs),
+        )
+
+    def count(self, batch: CodedBatch) -> int:
+        """Segments with enough sampled tokens."""
+        return groups_in(batch, MIN_TOKENS)
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Layers weighed by depth."""
+        weights = depth_weights(len(self.pairs), self.section.depth_decay, seen.progress)
+        groups = groups_of(seen.batch, self.section.max_tokens, MIN_TOKENS)
+        total = torch.zeros((), device=seen.final.device)
+        for pair, weight in zip(self.pairs, weights, strict=True):
+            with torch.autocast(seen.final.device.type, enabled=False):
+                own = student_states(seen, ("attention_output", pair.student)).float()
+                other = teacher_states(seen, ("attention_output", pair.teacher))
+                if not len(groups.index):
+                    total = total + 0 * own.sum()
+                    continue
+                total = total + weight * (1 - debiased_cka(groups.of(own), groups.of(other), groups.inside)).sum()
+        return total
+
+
+def debiased_cka(a_GMD: Tensor, b_GME: Tensor, inside_GM: Tensor) -> Tensor:
+    """[G]; at least 4 tokens each."""
+    first, second = (_gram(x, inside_GM) for x in (a_GMD, b_GME))
+    tokens_G = inside_GM.sum(1)
+    cross, mine, other = (_hsic(x, y, tokens_G) for x, y in ((first, second), (first, first), (second, second)))
+    return cross / (mine.clamp(min=TINY) * other.clamp(min=TINY)).sqrt()
+
+
+def _gram(states_GMD: Tensor, inside_GM: Tensor) -> Tensor:
+    """Similarities of tokens about their mean, at unit scale, none with themselves."""
+    inside = inside_GM[..., None].to(states_GMD.dtype)
+    centred = (states_GMD - (states_GMD * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True)) * inside
+    scaled = centred / (centred.square().sum((1, 2), keepdim=True) + TINY).sqrt()
+    gram = scaled @ scaled.mT
+    return gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+
+
+def _hsic(k_GMM: Tensor, l_GMM: Tensor, tokens_G: Tensor) -> Tensor:
+    """HSIC₁ (Song et al. 2012, eq. 5) of Gram matrices with empty diagonals, times n (n - 3)."""
+    n = tokens_G.to(k_GMM.dtype)
+    trace = (k_GMM * l_GMM).sum((1, 2))
+    sums = k_GMM.sum((1, 2)) * l_GMM.sum((1, 2)) / ((n - 1) * (n - 2))
+    rows = (k_GMM.sum(2) * l_GMM.sum(2)).sum(1)
+    return trace + sums - 2 / (n - 2) * rows

@@ -1,0 +1,104 @@
+"""Attention along the text: a keyword's row and the rows of the three tokens before it, as one tensor (REQUIREMENTS 31).
+
+D = A_T - A_S, [layer pair, head, step, key], rows shorter than the keyword's padded with zeros; Σ_n ‖D₍ₙ₎‖_* / (4 √numel) over its
+four unfoldings (Liu et al. 2013). The nuclear norm keeps a gradient of constant size where D is nothing but the codec's rounding:
+each singular value σ counts √(σ² + ε²) - ε, ε the largest that rounding makes. Where the cache keeps the heaviest columns only, D
+lives on those and on what is left over. Legend: K keywords, A layer pairs, H heads, T steps, L keys.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from signal_store.attention_codec import MAX_ERROR
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from student_train.batch import CodedBatch
+from student_train.losses.attention_rows import TeacherRows, decoded_rows
+from student_train.losses.config import AttentionEvolutionTerm
+from student_train.losses.pairing import row_pairs
+from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
+
+STEPS = 4
+
+
+class AttentionEvolution(StateTerm):
+    """See the module."""
+
+    def __init__(self, _section: AttentionEvolutionTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        signal = cache.manifest.signals.attention
+        held = 0 if signal is None else signal.previous_steps
+        if held < STEPS - 1:
+            raise MismatchError(
+                "attention_evolution: the cache holds too few steps before a keyword",
+                expected=f"signals.attention.previous_steps of at least {STEPS - 1}",
+                found=held,
+                where=cache.uri,
+            )
+        layers = tuple(a.layer for a in cache.manifest.calibration.attention)
+        self.pairs = row_pairs("attention_evolution", layers, cache, student)
+        self.reads = Reads(Needs(False, (), layers, steps=True), rows={"stored": tuple(p.student for p in self.pairs)})
+
+    def count(self, batch: CodedBatch) -> int:
+        """Keywords with three tokens before them."""
+        return len(step_rows(batch))
+
+    def forward(self, seen: Seen) -> Tensor:
+        """See the module."""
+        rows_KT = step_rows(seen.batch)
+        differences = []
+        for pair in self.pairs:
+            own_RGL = seen.rows["stored", pair.student]
+            teacher = decoded_rows(seen.batch, pair.teacher)
+            if teacher is None or not len(rows_KT):
+                return own_RGL.sum() * 0
+            heads = seen.head_pairs[pair.teacher]
+            everywhere = torch.ones(len(own_RGL), dtype=torch.bool, device=own_RGL.device)
+            chosen = teacher.of(everywhere, [t for t, _ in heads])
+            differences.append(row_differences(chosen, own_RGL[:, [s for _, s in heads]])[rows_KT])
+        keys = max(d.shape[3] for d in differences)
+        aligned = [torch.nn.functional.pad(d, (0, keys - d.shape[3])) for d in differences]
+        numel_K = seen.batch.row_length[rows_KT].sum(1) * len(self.pairs) * aligned[0].shape[2]
+        return tensor_nuclear_norm(torch.stack([d.transpose(1, 2) for d in aligned], 1), numel_K, MAX_ERROR).sum()
+
+
+def step_rows(batch: CodedBatch) -> Tensor:
+    """int64 [K, T]: of each keyword that has them, its row and those of the three tokens before it."""
+    keyword_K = batch.row_keyword.nonzero()[:, 0]
+    back_T = torch.arange(STEPS, device=keyword_K.device)
+    rows_KT = keyword_K[:, None] - back_T
+    inside_KT = rows_KT >= 0
+    rows_KT = rows_KT.clamp(min=0)
+    same = inside_KT & (batch.row_query[rows_KT] == batch.row_query[keyword_K][:, None] - back_T)
+    for part in (batch.row_batch, batch.row_first):
+        same &= part[rows_KT] == part[keyword_K][:, None]
+    return rows_KT[same.all(1)]
+
+
+def row_differences(teacher: TeacherRows, student_RHL: Tensor) -> Tensor:
+    """A_T - A_S [R, H, L + 1] on the teacher's columns; the last column is what lies outside of them."""
+    kept_RHM = teacher.weights > 0
+    matched_RHM = student_RHL.gather(2, teacher.columns)
+    if teacher.residual is None:
+        dense_RHL = torch.nn.functional.pad(teacher.weights, (0, student_RHL.shape[2] - teacher.weights.shape[2])) - student_RHL
+        return torch.nn.functional.pad(dense_RHL, (0, 1))
+    apart_RHM = (teacher.weights - matched_RHM) * kept_RHM
+    dense_RHL = torch.zeros_like(student_RHL).scatter_add(2, teacher.columns, apart_RHM)
+    rest_RH = teacher.residual - (1 - (matched_RHM * kept_RHM).sum(2))
+    return torch.cat([dense_RHL, rest_RH[..., None]], 2)
+
+
+def tensor_nuclear_norm(tensor_KAHTL: Tensor, numel_K: Tensor, noise: float) -> Tensor:
+    """[K]: mean over the four unfoldings of their smoothed nuclear norms, over √numel. `noise`: largest error of an entry."""
+    k, _, _, _, keys = tensor_KAHTL.shape
+    unfoldings = [tensor_KAHTL.movedim(axis, 1).reshape(k, tensor_KAHTL.shape[axis], -1) for axis in (1, 2, 3)]
+    unfoldings.append(tensor_KAHTL.reshape(k, -1, keys))  # the keys' unfolding, transposed: the same singular values
+    scale_K = numel_K.to(tensor_KAHTL.dtype).clamp(min=1).sqrt()
+    floor_K1 = (noise * scale_K)[:, None]
+    total_K = torch.zeros_like(scale_K)
+    for matrix in unfoldings:
+        squares = torch.linalg.eigvalsh(matrix @ matrix.mT).clamp(min=0)
+        total_K = total_K + ((squares + floor_K1.square()).sqrt() - floor_K1).sum(1)
+    return total_K / (len(unfoldings) * scale_K)

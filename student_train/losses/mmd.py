@@ -1,0 +1,117 @@
+"""FFN pre-activations as sets: maximum mean discrepancy under a learnable mixture of Gaussians (REQUIREMENTS 25).
+
+k(x, y) = Σ π_m exp(-‖x - y‖² / 2σ_m²), σ_m = (median distance, no gradient) · exp θ_m. Shares and widths *ascend* (gradient
+reversal; MMD-GAN, Li et al. 2017): descending, the kernel goes blind. Both sides are LayerNormed and projected by frozen
+orthonormal maps, one and the same where the widths agree: a learned map would reach the floor for pure noise too. A segment's
+tokens are the set, the same positions on both sides. Legend: G segments, M tokens of each, C Gaussians.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from signal_store.cache import Cache
+from student_train.batch import CodedBatch
+from student_train.losses.config import ActivationMmdTerm
+from student_train.losses.features import Groups, groups_in, groups_of, student_states, teacher_states
+from student_train.losses.pairing import depth_weights, state_pairs
+from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
+
+MIN_TOKENS = 8
+GAUSSIANS = 5
+LARGEST_LOG_WIDTH = math.log(4)
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: object, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(_ctx: object, *gradients: Tensor) -> Tensor:
+        return -gradients[0]
+
+
+class Kernel(nn.Module):
+    """A mixture of Gaussians; what descends on the loss ascends here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_width = nn.Parameter(torch.linspace(-LARGEST_LOG_WIDTH, LARGEST_LOG_WIDTH, GAUSSIANS))
+        self.share = nn.Parameter(torch.zeros(GAUSSIANS))
+
+    def forward(self, squared_distance: Tensor, median_G: Tensor) -> Tensor:
+        """Same shape as `squared_distance` [G, M, M]; `median_G` of the distances."""
+        reverse = _Reversed.apply
+        width_C = median_G[:, None] * reverse(self.log_width).clamp(-LARGEST_LOG_WIDTH, LARGEST_LOG_WIDTH).exp()  # type: ignore[no-untyped-call]
+        scale_GC = -0.5 / width_C.square().clamp(min=torch.finfo(torch.float32).tiny)
+        share_C = reverse(self.share).softmax(0)  # type: ignore[no-untyped-call]
+        parts = [share_C[c] * (squared_distance * scale_GC[:, c, None, None]).exp() for c in range(GAUSSIANS)]
+        return torch.stack(parts).sum(0)
+
+
+class ActivationMmd(StateTerm):
+    """See the module."""
+
+    def __init__(self, section: ActivationMmdTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.section = section
+        self.pairs = state_pairs("activation_mmd", "ffn_gate", cache, student)
+        self.kernels = nn.ModuleList(Kernel() for _ in self.pairs)
+        self.reads = Reads(
+            Needs(False, tuple(("ffn_gate", p.teacher) for p in self.pairs), ()),
+            tuple(("ffn_gate", p.student) for p in self.pairs),
+        )
+        self._maps: dict[tuple[int, str], Tensor] = {}
+
+    def count(self, batch: CodedBatch) -> int:
+        """Segments with enough sampled tokens."""
+        return groups_in(batch, MIN_TOKENS)
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Layers weighed by depth."""
+        weights = depth_weights(len(self.pairs), self.section.depth_decay, seen.progress)
+        groups = groups_of(seen.batch, self.section.max_tokens, MIN_TOKENS)
+        total = torch.zeros((), device=seen.final.device)
+        for pair, kernel, weight in zip(self.pairs, self.kernels, weights, strict=True):
+            with torch.autocast(seen.final.device.type, enabled=False):
+                own = self._mapped(student_states(seen, ("ffn_gate", pair.student)))
+                other = self._mapped(teacher_states(seen, ("ffn_gate", pair.teacher)))
+                assert isinstance(kernel, Kernel)
+                if not len(groups.index):
+                    total = total + 0 * (own.sum() + kernel.log_width.sum() + kernel.share.sum())
+                    continue
+                total = total + weight * squared_mmd(groups.of(own), groups.of(other), groups, kernel).sum()
+        return total
+
+    def _mapped(self, states_PD: Tensor) -> Tensor:
+        """LayerNorm, then `directions` frozen orthonormal directions, or all where there are no more; drawn by the width alone."""
+        width = states_PD.shape[1]
+        key = (width, str(states_PD.device))
+        if key not in self._maps:
+            drawn = torch.randn(width, min(width, self.section.directions), generator=torch.Generator().manual_seed(width))
+            self._maps[key] = torch.linalg.qr(drawn)[0].to(states_PD.device)
+        mapped: Tensor = F.layer_norm(states_PD.float(), (width,)) @ self._maps[key]
+        return mapped
+
+
+def squared_mmd(a_GMD: Tensor, b_GMD: Tensor, groups: Groups, kernel: Kernel) -> Tensor:
+    """[G], the biased V-statistic, never negative."""
+    inside_GMM = groups.inside[:, :, None] & groups.inside[:, None]
+    pairs = [_squared_distances(x, y) for x, y in ((a_GMD, a_GMD), (b_GMD, b_GMD), (a_GMD, b_GMD))]
+    with torch.no_grad():
+        across = pairs[2].masked_fill(~inside_GMM, torch.nan).flatten(1)
+        median_G = across.nanmedian(1).values.clamp(min=1e-12).sqrt()
+    share_GMM = inside_GMM / groups.inside.sum(1).square()[:, None, None]
+    mine, other, between = ((kernel(pair, median_G) * share_GMM).sum((1, 2)) for pair in pairs)
+    found: Tensor = (mine + other - 2 * between).clamp(min=0)
+    return found
+
+
+def _squared_distances(x_GMD: Tensor, y_GMD: Tensor) -> Tensor:
+    squares = x_GMD.square().sum(2)[:, :, None] + y_GMD.square().sum(2)[:, None]
+    return (squares - 2 * x_GMD @ y_GMD.mT).clamp(min=0)

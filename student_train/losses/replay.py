@@ -1,0 +1,86 @@
+"""The path of meaning replayed (REQUIREMENTS 32 A): from the same token, teacher and student each walk up the gradient of their own
+loss through their own final norm and output head; the student's steps must point where the teacher's did, and its loss rise alike.
+
+mean over steps j, ρʲ-weighted, of ‖P (s_j - s_0) / ‖s_K - s_0‖ - (h_j - h_0) / ‖h_K - h_0‖‖² + |ΔNLL_S - ΔNLL_T|. The gradient runs
+through the walk (double backward through norm and head only). Legend: P tokens, K steps, D widths.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from model_taps.blocks import num_layers
+from model_taps.head import final_norm
+from model_taps.slices import State
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from student_train.batch import CodedBatch
+from student_train.losses.config import ReplayTerm
+from student_train.losses.features import make_projection
+from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
+
+TINY = 1e-12
+
+
+class Replay(StateTerm):
+    """See the module."""
+
+    def __init__(self, section: ReplayTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        signal = cache.manifest.signals.replay
+        if signal is None:
+            raise MismatchError(
+                "replay needs a signal that the cache does not hold",
+                expected="replay",
+                found="none",
+                where=cache.uri,
+                remedy="Build a cache (or an overlay) with signals.replay, or switch replay off.",
+            )
+        self.section, self.steps, self.step_size = section, signal.steps, signal.step_size
+        own = student.config.get_text_config().hidden_size
+        self.projection = make_projection(own, cache.manifest.teacher.hidden_size)
+        self._norm = [final_norm(student)]  # in a list: the student's own parameters are not this module's
+        self.last: State = ("block_output", num_layers(student))
+        self.reads = Reads(Needs(False, (), (), replay=True), (self.last,))
+
+    def count(self, batch: CodedBatch) -> int:
+        """Sampled tokens."""
+        return 0 if batch.replay is None else len(batch.replay.flat)
+
+    def forward(self, seen: Seen) -> Tensor:
+        """See the module."""
+        states = seen.states[self.last].flatten(0, 1)
+        codes = seen.batch.replay
+        if codes is None or not len(codes.flat):
+            return 0 * (states.sum() + self.projection.weight.sum())
+        with torch.autocast(states.device.type, enabled=False):
+            start = states[codes.flat].float()
+            moved, nll = self._walk(start, codes.labels, seen)
+            theirs = codes.values.float() * codes.scale[:, None, None]
+            ends = self.projection(moved), theirs
+            lengths = (x[:, -1].norm(dim=1)[:, None, None].clamp(min=TINY) for x in (moved, theirs))
+            apart = (ends[0] / next(lengths) - ends[1] / next(lengths)).square().sum(2)
+            rise = ((nll[:, 1:] - nll[:, :1]) - (codes.nll[:, 1:] - codes.nll[:, :1])).abs()
+            weights = self.section.discount ** torch.arange(self.steps, device=start.device)
+            total: Tensor = ((apart + rise) * weights).sum() / weights.sum()
+            return total
+
+    def _walk(self, start_PD: Tensor, labels_P: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """(s_j - s_0 [P, K, D], losses [P, K + 1]), in the graph."""
+        norm = self._norm[0]
+        length_P1 = self.step_size * start_PD.norm(dim=1, keepdim=True)
+        state, states, losses = start_PD, [], []
+
+        def loss_of(state_PD: Tensor) -> Tensor:
+            return F.cross_entropy(seen.head.logits(norm(state_PD).float()), labels_P, reduction="none")
+
+        for _ in range(self.steps):
+            nll_P = loss_of(state)
+            (gradient,) = torch.autograd.grad(nll_P.sum(), state, create_graph=True)
+            losses.append(nll_P)
+            state = state + length_P1 * gradient / gradient.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            states.append(state - start_PD)
+        losses.append(loss_of(state))
+        return torch.stack(states, 1), torch.stack(losses, 1)

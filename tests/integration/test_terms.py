@@ -1,0 +1,106 @@
+"""Every term on a cache that holds every signal: nothing to learn where the student is its teacher, each on its own, none lost."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from model_taps.loading import load_model
+from signal_store.cache import Cache
+from student_train.batch import CodedBatch
+from student_train.codecs import Codecs
+from student_train.distiller import Distiller
+from student_train.losses.config import Losses
+from student_train.losses.objective import STATE_TERMS, Objective, resolve
+from student_train.recipe import StreamSection
+from student_train.stream.collate import collate
+from student_train.stream.rows import Stream
+from tests.tiny import CONTEXT, make_model
+
+ZERO = {
+    "lhsm": 1e-5,
+    "apc": 2e-3,
+    "attention_direction": 1e-5,
+    "normalised_direction": 1e-5,
+    "activation_mmd": 1e-4,
+    "residual_cka": 1e-4,
+    "attention_statistics": 2e-3,
+    "smoothness": 1e-4,
+    "attention_evolution": 1e-3,
+    "replay": 2e-2,
+}
+"""What is left of a term where the student is its teacher: the codecs' rounding. The others have a floor of their own: `asr` and
+`input_reconstruction` (1 for a head that has learned nothing)."""
+
+
+def alone(model: PreTrainedModel, cache: Cache, losses: dict[str, Any]) -> tuple[Distiller, Objective, CodedBatch]:
+    torch.manual_seed(0)
+    objective = resolve(Losses.model_validate(losses), cache, model)
+    distiller = Distiller(model, objective)
+    distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
+    stream = Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
+    batch = next(stream.micro_batches({}, 0))
+    if objective.matched_layers:
+        assert distiller.choose_heads(batch)
+    return distiller, objective, batch
+
+
+def means_of(distiller: Distiller, objective: Objective, batch: CodedBatch) -> dict[str, float]:
+    counts = objective.counts(batch)
+    assert all(counts.values()), counts
+    total, sums = distiller(batch, {name: 1 / count for name, count in counts.items()})
+    total.backward()
+    distiller.close_taps()
+    return {name: float(value) / counts[name] for name, value in sums.items()}
+
+
+def everything(names: Iterable[str]) -> dict[str, Any]:
+    return {name: {} for name in names}
+
+
+@pytest.fixture
+def teacher(knowing_cache: Cache) -> PreTrainedModel:
+    return load_model(knowing_cache.manifest.teacher.name, what="teacher", dtype=torch.float32)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(knowing_cache: Cache, teacher: PreTrainedModel) -> None:
+    found = means_of(*alone(teacher, knowing_cache, everything(STATE_TERMS)))
+    for name, bound in ZERO.items():
+        assert 0 <= found[name] + 1e-6 <= bound + 1e-6, (name, found[name])
+    assert found.keys() - ZERO.keys() == {"asr", "input_reconstruction"}
+    assert 0.5 < found["input_reconstruction"] < 3
+
+
+def test_another_student_has_and_each_term_stands_alone(knowing_cache: Cache) -> None:
+    student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
+    together = means_of(*alone(student, knowing_cache, everything(STATE_TERMS)))
+    for name in STATE_TERMS:
+        student.zero_grad()
+        distiller, objective, batch = alone(student, knowing_cache, {name: {}})
+        mean = means_of(distiller, objective, batch)
+        assert mean.keys() == {name}
+        if name != "input_reconstruction":  # its head is drawn anew
+            assert mean[name] == pytest.approx(together[name], rel=1e-4, abs=1e-7), name
+        assert mean[name] > 5 * ZERO.get(name, 0), (name, mean[name])
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        assert gradients, name
+        assert all(g.isfinite().all() for g in gradients), name
+        assert sum(float(g.abs().sum()) for g in gradients) > 0, name
+
+
+def test_a_batch_without_anything_has_a_gradient_of_zero(knowing_cache: Cache) -> None:
+    student = make_model("llama", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
+    distiller, objective, _batch = alone(student, knowing_cache, everything(STATE_TERMS))
+    stream = Stream(knowing_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=2), packed=True)
+    empty = collate([[], []], stream.config.row_tokens, objective.needs, packed=True, cursor={})
+    counts = objective.counts(empty)
+    assert not any(counts.values())
+    total, sums = distiller(empty, dict.fromkeys(counts, 1.0))
+    total.backward()
+    distiller.close_taps()
+    assert all(float(value) == 0 for value in sums.values()), sums
+    for name, parameter in distiller.named_parameters():
+        assert parameter.grad is None or parameter.grad.abs().max() == 0, name
+    assert all(p.grad is not None for n, p in distiller.named_parameters() if n.startswith("terms.")), "every parameter joins"
