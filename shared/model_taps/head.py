@@ -5,14 +5,14 @@ model's own logits, because families scale them in ways of their own.
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from signal_store.bf16_units import bf16_units
 from signal_store.distribution_codec import apply_softcap
 
 
@@ -46,21 +46,9 @@ class OutputHead:
         hidden_ND = hidden_ND.to(self.weight.device)
         bias = None if self.bias is None else self.bias.float()
         bf16_is_exact = self.exact_in_bf16 or (self.weight.dtype == hidden_ND.dtype == torch.bfloat16)
-        with _bf16_units() if bf16_is_exact and hidden_ND.device.type == "cpu" else contextlib.nullcontext():
+        with bf16_units() if bf16_is_exact and hidden_ND.device.type == "cpu" else contextlib.nullcontext():
             logits = torch.nn.functional.linear(hidden_ND.float(), self.weight.float(), bias)
         return apply_softcap(logits if self.scale == 1 else logits * self.scale, self.softcap)
-
-
-@contextlib.contextmanager
-def _bf16_units() -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices in bfloat16 units with float32 sums: 3.4 times as fast where the CPU has them."""
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:

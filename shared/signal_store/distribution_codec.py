@@ -8,6 +8,7 @@ Legend: N tokens, V vocabulary, k head ids, r tail directions, D width of the te
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Self
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from signal_store.bf16_units import bf16_units, has_bf16_units, two_halves
 from signal_store.errors import MismatchError
 from signal_store.layout import SCALARS
 from signal_store.signals import DistributionSignal
@@ -74,6 +76,30 @@ class DistributionCodes:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownMasses:
+    """Of N rows at one temperature, in nats: `ids` int64 [N, k] of the head and `log_head` [N, k] their log-probabilities,
+    `log_tail` [N, 1] that of all other tokens together."""
+
+    ids: Tensor
+    log_head: Tensor
+    log_tail: Tensor
+
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(self.ids[rows], self.log_head[rows], self.log_tail[rows])
+
+    def softened(self, tail_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """(log p, p) [N, V], with one exponential: what `DistributionCodec.logprobs`, the slow twin, gives. `tail_NV` is
+        overwritten."""
+        log_head_Nk = self.log_head.to(tail_NV.dtype)
+        tail_NV.scatter_(1, self.ids, PADDED_LOGIT)
+        top_N1 = tail_NV.amax(1, keepdim=True)
+        p_NV = (tail_NV - top_N1).exp_()
+        total_N1 = p_NV.sum(1, keepdim=True)
+        p_NV.mul_(self.log_tail.exp() / total_N1).scatter_(1, self.ids, log_head_Nk.exp())
+        return tail_NV.add_(self.log_tail - total_N1.log() - top_N1).scatter_(1, self.ids, log_head_Nk), p_NV
+
+
+@dataclass(frozen=True)
 class DistributionCodec:
     """The calibrated constants. `mean` [D] and `encode_matrix` [D, r] lead from the final hidden state to tail coordinates;
     `tail_step` [r] quantises them; `tail_basis` [V, r] and `tail_bias` [V] lead to logits; `head_range` is the largest
@@ -188,8 +214,18 @@ class DistributionCodec:
 
     def tail_logits(self, codes: DistributionCodes) -> Tensor:
         """ẑ [N, V] float32: the low-rank logits, soft-capped."""
-        coordinates = codes.tail_codes[:, : self.rank].float() * self.tail_step
-        return apply_softcap(torch.addmm(self.tail_bias, coordinates, self.tail_basis.T), self.softcap)
+        integers = codes.tail_codes[:, : self.rank].float()
+        if integers.device.type == "cpu" and self.tail_bits == 8 and has_bf16_units():
+            # int8 is exact in bfloat16, and the basis is in two halves: 16 bits of it, and float32 sums
+            with bf16_units():
+                logits = torch.addmm(self.tail_bias, torch.cat([integers, integers], 1), self._stepped_halves.T)
+        else:
+            logits = torch.addmm(self.tail_bias, integers * self.tail_step, self.tail_basis.T)
+        return apply_softcap(logits, self.softcap)
+
+    @cached_property
+    def _stepped_halves(self) -> Tensor:
+        return two_halves(self.tail_basis * self.tail_step)
 
     def logprobs(self, codes: DistributionCodes, temperature: float, tail_NV: Tensor | None = None) -> Tensor:
         """log p_T [N, V] float32 of the teacher at a cached temperature, in nats.
@@ -202,10 +238,13 @@ class DistributionCodec:
             if not self.rank:
                 raise ValueError("a cache without a tail needs the shape of one")
             tail_NV = self.tail_logits(codes).div_(temperature)
-        log_ratio_N1 = codes.scalars[:, self.mass_column(temperature)].to(tail_NV.dtype)[:, None]
-        ids_Nk = codes.head_ids.long()
-        tail_mass_N1, head_mass_N1 = (F.logsigmoid(sign * log_ratio_N1).clamp(min=LOG_NOTHING) for sign in (-1, 1))
-        logprobs_NV = tail_NV.scatter_(1, ids_Nk, PADDED_LOGIT).log_softmax(1).add_(tail_mass_N1)
-        distance_Nk = self.head_range * (codes.head_codes.to(tail_NV.dtype) / self.head_levels).square()
-        head_Nk = F.log_softmax(-distance_Nk / temperature, 1) + head_mass_N1
-        return logprobs_NV.scatter_(1, ids_Nk, head_Nk)
+        known = self.known(codes, temperature, tail_NV.dtype)
+        logprobs_NV = tail_NV.scatter_(1, known.ids, PADDED_LOGIT).log_softmax(1).add_(known.log_tail)
+        return logprobs_NV.scatter_(1, known.ids, known.log_head)
+
+    def known(self, codes: DistributionCodes, temperature: float, dtype: torch.dtype = torch.float32) -> "KnownMasses":
+        """What the codes say of each row without the tail's shape."""
+        log_ratio_N1 = codes.scalars[:, self.mass_column(temperature)].to(dtype)[:, None]
+        log_tail_N1, log_head_N1 = (F.logsigmoid(sign * log_ratio_N1).clamp(min=LOG_NOTHING) for sign in (-1, 1))
+        distance_Nk = self.head_range * (codes.head_codes.to(dtype) / self.head_levels).square()
+        return KnownMasses(codes.head_ids.long(), F.log_softmax(-distance_Nk / temperature, 1) + log_head_N1, log_tail_N1)

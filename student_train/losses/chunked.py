@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_taps.head import OutputHead
-from signal_store.distribution_codec import PADDED_LOGIT, DistributionCodec, DistributionCodes
+from signal_store.distribution_codec import PADDED_LOGIT, DistributionCodec, DistributionCodes, KnownMasses
 from student_train.losses.divergences import Softened, divergence_of
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """Of the float32 logits of a chunk."""
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 512 * 2**20}
-"""Of the float32 logits of a block: what stays in a core's cache; a GPU needs no blocks."""
+BLOCK_BYTES = {"cpu": 2**19, "cuda": 512 * 2**20}
+"""Of the float32 logits of a block: several of them stay in a core's cache; a GPU needs no blocks."""
 IGNORE = -100
 
 
@@ -50,17 +50,24 @@ class OutputTargets:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """What the losses of a block's rows are formed from. `tail` [B, V of the cache]: the low-rank logits at T = 1, or None."""
+    """What the losses of a block's rows are formed from. `known`: of the teacher, by temperature; `tail` [B, V of the cache]: the
+    low-rank logits at T = 1, or None."""
 
     labels: Tensor
-    codes: DistributionCodes | None
+    known: dict[float, KnownMasses]
     tail: Tensor | None
+    vocab_size: int
+    """Of the cache; the student's may be padded."""
+
+    def part(self, rows: slice) -> "_Block":
+        """Some of the rows."""
+        known = {temperature: known[rows] for temperature, known in self.known.items()}
+        return _Block(self.labels[rows], known, None if self.tail is None else self.tail[rows], self.vocab_size)
 
 
 def _block_losses(
     logits_BV: Tensor,
     block: _Block,
-    codec: DistributionCodec | None,
     terms: Sequence[OutputTerm],
     slopes: Sequence[float] | Tensor,
 ) -> tuple[list[Tensor], Tensor, Any]:
@@ -74,18 +81,17 @@ def _block_losses(
         temperature = term.temperature
         if temperature not in students:
             scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
-            students[temperature] = Softened.of(scaled_BV.log_softmax(1))
+            students[temperature] = Softened.of(scaled_BV)
         student = students[temperature]
         if term.kind == "cross_entropy":
             known_B = block.labels != IGNORE
             target_B1 = block.labels.clamp(min=0)[:, None]
-            losses.append(-student.log.gather(1, target_B1)[:, 0] * known_B)
-            found_BV = student.p.scatter_add(1, target_B1, -torch.ones_like(target_B1, dtype=student.p.dtype))
-            found_BV = found_BV.mul_(known_B[:, None])
+            losses.append((student.log_sum - student.logits.gather(1, target_B1))[:, 0] * known_B)
+            found_BV = student.p * known_B[:, None]
+            found_BV.scatter_add_(1, target_B1, -known_B[:, None].to(found_BV.dtype))
         else:
-            assert codec is not None
             if temperature not in teachers:
-                teachers[temperature] = Softened.of(_teacher_logprobs(block, codec, temperature, student))
+                teachers[temperature] = _teacher(block, temperature, student)
             divergence_B, found_BV = divergence_of(term.kind, term.beta)(teachers[temperature], student)
             losses.append(temperature**2 * divergence_B)
         slope = slopes[number]
@@ -98,16 +104,17 @@ def _block_losses(
     return losses, gradient_BV, factor
 
 
-def _teacher_logprobs(block: _Block, codec: DistributionCodec, temperature: float, student: Softened) -> Tensor:
-    """log p [B, V]; the rows that pad the student's vocabulary hold nothing. A cache without a tail borrows the student's shape."""
-    assert block.codes is not None
+def _teacher(block: _Block, temperature: float, student: Softened) -> Softened:
+    """p [B, V]; the rows that pad the student's vocabulary hold nothing. A cache without a tail borrows the student's shape."""
     if block.tail is None:
-        tail_BV = student.log[:, : codec.vocab_size].clone()
+        tail_BV = student.logits[:, : block.vocab_size].clone()
     else:
         tail_BV = block.tail if temperature == 1 else block.tail / temperature
-    log_BV = codec.logprobs(block.codes, temperature, tail_BV).to(student.log.dtype)
-    padding = student.log.shape[1] - codec.vocab_size
-    return F.pad(log_BV, (0, padding), value=PADDED_LOGIT) if padding else log_BV
+    log_BV, p_BV = (found.to(student.p.dtype) for found in block.known[temperature].softened(tail_BV))
+    padding = student.p.shape[1] - tail_BV.shape[1]
+    if padding:
+        log_BV, p_BV = F.pad(log_BV, (0, padding), value=PADDED_LOGIT), F.pad(p_BV, (0, padding))
+    return Softened(p_BV, log_BV, log_BV.new_zeros(len(log_BV), 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +131,14 @@ class _Job:
 def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise: torch.dtype) -> float:
     """Add the losses of a chunk to `sums`, and put the gradient in the place of its logits; returns the gradient's factor."""
     head, targets, codec = job.head, job.targets, job.targets.codec
-    codes = None if targets.codes is None else targets.codes[rows]
-    tail_CV = codec.tail_logits(codes) if codec is not None and codes is not None and codec.rank else None
-    labels_C = targets.labels[rows]
+    temperatures = {term.temperature for term in job.terms if term.kind != "cross_entropy"}
+    chunk = _Block(targets.labels[rows], {}, None, 0)
+    if temperatures:
+        assert codec is not None
+        assert targets.codes is not None
+        codes = targets.codes[rows]
+        known = {temperature: codec.known(codes, temperature) for temperature in temperatures}
+        chunk = replace(chunk, known=known, tail=codec.tail_logits(codes) if codec.rank else None, vocab_size=codec.vocab_size)
     size = max(1, BLOCK_BYTES.get(logits_CV.device.type, 2**30) // (4 * logits_CV.shape[1]))
     slopes = [term.scale * term.temperature for term in job.terms]
     plain = tuple(replace(term, scale=0.0) for term in job.terms)  # what torch.compile specialises on must not change with the step
@@ -138,11 +150,11 @@ def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise:
             logits_BV = logits_BV * head.scale
         if head.softcap is not None:
             logits_BV = head.softcap * torch.tanh(logits_BV / head.softcap)
-        block = _Block(labels_C[part], None if codes is None else codes[part], None if tail_CV is None else tail_CV[part])
+        block = chunk.part(part)
         if job.compiled and len(logits_BV) == size:
-            losses, gradient_BV, factor = _compiled()(logits_BV, block, codec, plain, logits_BV.new_tensor(slopes))
+            losses, gradient_BV, factor = _compiled()(logits_BV, block, plain, logits_BV.new_tensor(slopes))
         else:
-            losses, gradient_BV, factor = _block_losses(logits_BV, block, codec, plain, slopes)
+            losses, gradient_BV, factor = _block_losses(logits_BV, block, plain, slopes)
         if head.softcap is not None:
             gradient_BV = gradient_BV * (1 - (logits_BV / head.softcap).square())
         weights_B = None if targets.weights is None else targets.weights[rows][part]

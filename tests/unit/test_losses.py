@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from model_taps.head import OutputHead
 from signal_store.attention_codec import MAX_ERROR, decode_attention, encode_attention
+from signal_store.bf16_units import two_halves
 from signal_store.distribution_codec import DistributionCodec, DistributionCodes
 from student_train.losses import chunked
 from student_train.losses.attention_rows import TeacherRows, attention_kl, match_heads
@@ -253,3 +254,21 @@ def test_attention_codes_stay_within_their_bound() -> None:
     codes = encode_attention(a)
     assert codes.max() == 254
     assert (decode_attention(codes) - a).abs().max() <= MAX_ERROR
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_softened_with_one_exponential_is_what_logprobs_gives(temperature: float) -> None:
+    codec = made_codec(60)
+    codes = made_codes(codec, 12)
+    expected = codec.logprobs(codes, temperature)
+    log_p, p = codec.known(codes, temperature).softened(codec.tail_logits(codes).div_(temperature))
+    assert torch.allclose(log_p, expected, atol=1e-5, rtol=1e-6)
+    assert torch.allclose(p, expected.exp(), atol=1e-7, rtol=1e-5)
+    assert torch.allclose(p.sum(1), torch.ones(12), atol=1e-5)
+
+
+def test_two_halves_hold_sixteen_bits() -> None:
+    matrix = torch.randn(50, 8)
+    halves = two_halves(matrix)
+    assert torch.equal(halves, halves.to(torch.bfloat16).float())
+    assert ((halves[:, :8] + halves[:, 8:] - matrix).abs() <= matrix.abs() * 2**-16).all()

@@ -35,7 +35,7 @@ TOKENIZER = Path(__file__).parent.parent / "demo_teacher"
 
 
 def make_teacher(folder: Path, vocab_size: int, width: int, layers: int) -> int:
-    """A Qwen3 of random weights with the demo's tokenizer; number of its parameters."""
+    """A Qwen3 of random weights with the demo's tokenizer, filled up to `vocab_size` tokens; number of its parameters."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -54,6 +54,11 @@ def make_teacher(folder: Path, vocab_size: int, width: int, layers: int) -> int:
     model = Qwen3ForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(TOKENIZER).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab |= {f"<unused {n}>": n for n in range(max(vocab.values()) + 1, vocab_size)}
+    path.write_text(json.dumps(content))
     return sum(p.numel() for p in model.parameters())
 
 

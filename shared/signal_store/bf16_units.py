@@ -1,0 +1,36 @@
+"""Products in bfloat16 units with float32 sums, on CPUs that have them: several times as fast as float32, and exact for numbers
+that bfloat16 holds.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def bf16_units() -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices in bfloat16 units with float32 sums."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 natively."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001  (torch has no public way)
+
+
+def two_halves(matrix: Tensor) -> Tensor:
+    """[V, 2r]: a float32 matrix [V, r] as the sum of two that bfloat16 holds, side by side; 16 of its 24 bits are kept."""
+    high = matrix.to(torch.bfloat16).float()
+    low = (matrix - high).to(torch.bfloat16).float()
+    return torch.cat([high, low], 1)
