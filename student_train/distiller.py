@@ -73,7 +73,7 @@ class Distiller(nn.Module):
         states = self._open_taps.enter_context(tap_states(self.student, objective.student_states))
         taken = self._open_taps.enter_context(tap_attention_rows(joined_queries(wanted, batch)))
         final, head = self._hidden(batch), output_head(self.student)
-        targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution)
+        targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution, batch.importance)
         terms = objective.output_terms(scales)
         total, row_sums = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
         sums = dict(zip((term.kind for term in terms), row_sums, strict=True))

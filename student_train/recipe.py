@@ -132,6 +132,8 @@ class RunRecipe(Section):
     """Run the losses of the output head through torch.compile (needs a C++ compiler on a CPU)."""
     sharing: SharingSection = SharingSection.model_validate({})
     tensorboard: bool = False
+    gradient_shares_every: int | None = Field(None, ge=1)
+    """Measure each term's share of the gradient every so many steps, at the cost of a step for each term (76)."""
     optimizer: OptimizerSection = OptimizerSection()
     stream: StreamSection = StreamSection()
     validation: ValidationSection | None = None

@@ -20,6 +20,8 @@ from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.codecs import Codecs
 from student_train.distiller import Distiller
+from student_train.importance.overhead import Overhead
+from student_train.losses.anchor import Anchor
 from student_train.losses.objective import Objective
 from student_train.metrics import RunLog
 from student_train.recipe import OptimizerSection, RunRecipe
@@ -28,6 +30,7 @@ from student_train.stream.loader import load
 from student_train.stream.order import key_of
 from student_train.stream.parcel import Parcel
 from student_train.stream.rows import Cursor, Stream
+from student_train.student import build_student, cached_tokenizer
 from student_train.validation import validate, validation_needs
 
 HEAD_MATCHING_BATCHES = 64
@@ -70,14 +73,17 @@ class Trainer:
         with accelerator.autocast():
             packed = probe(self.distiller.student, self.cache.manifest.tokenizer.vocab_size) == "packed"
         ranks = accelerator.process_index, accelerator.num_processes
-        stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks)
+        stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks, self.objective.weigher)
         found = checkpoint.newest(recipe.out / "checkpoints")
         progress = self._begin() if found is None else self._accepted(checkpoint.restore_module(found, self.distiller), found)
         if recipe.activation_checkpointing:
             student = self.distiller.student
             enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        anchored = self.objective.losses.parameter_anchor is not None
+        start = self._start() if anchored else {}
         shared = Shared.of(accelerator, self.distiller, recipe.sharing)
+        anchor = Anchor.of(self.distiller.student, start) if anchored else None
         optimizer = build_optimizer(self.distiller, recipe.optimizer)
         if found is not None:
             checkpoint.restore_optimizer(found, optimizer)
@@ -88,13 +94,16 @@ class Trainer:
         self.distiller.head_pairs = progress.head_pairs
         batches = load(stream, progress.cursor, progress.step - progress.stream_start, pin_memory=device.type == "cuda")
         open_log = closing(RunLog(recipe.out, progress.step, accelerator, tensorboard=recipe.tensorboard))
+        overhead = Overhead(self.objective.losses.importance)
         with open_log as log, progress_bar() as display:
             bar = display.add_task("train", total=recipe.steps, completed=progress.step, unit="steps")
             while progress.step < recipe.steps and not self._patience_is_over(progress):
                 started = time.perf_counter()
                 micro = list(islice(batches, stream.micro_steps))
                 waited = time.perf_counter() - started
-                record = self._step(shared, optimizer, micro, progress.step)
+                shares = self._gradient_shares(shared, optimizer, micro[0], progress.step) if self._looks(progress.step) else {}
+                record = self._step(shared, optimizer, micro, progress.step, anchor) | shares
+                record |= overhead.seen(waited, record["forward_seconds"])
                 seconds = time.perf_counter() - started
                 tokens = int(record["tokens"])
                 progress = replace(
@@ -159,7 +168,9 @@ class Trainer:
             raise MismatchError("no keyword row in the first batches", expected="some, to match heads by", where=self.cache.uri)
         return shared.distiller.head_pairs
 
-    def _step(self, shared: Shared, optimizer: torch.optim.Optimizer, micro: list[Parcel], step: int) -> dict[str, float]:
+    def _step(
+        self, shared: Shared, optimizer: torch.optim.Optimizer, micro: list[Parcel], step: int, anchor: Anchor | None
+    ) -> dict[str, float]:
         """One optimizer step; every loss is a mean over the global batch: counts are summed over ranks before any backward."""
         recipe, accelerator = self.recipe, self.accelerator
         torch.manual_seed(key_of(recipe.seed, step, accelerator.process_index) % 2**63)
@@ -175,15 +186,19 @@ class Trainer:
         count_of = dict(zip(terms, of_terms, strict=True))
         scales = {name: weights[name] * accelerator.num_processes / max(1.0, count_of[name]) for name in terms}
         sums = torch.zeros(len(terms), dtype=torch.float64, device=accelerator.device)
+        forward_seconds = 0.0
         for number, parcel in enumerate(micro):
             with shared.micro_step(last=number == len(micro) - 1):
+                started = time.perf_counter()
                 with accelerator.autocast():
                     total, found = shared.model(parcel.to(accelerator.device), scales, step / recipe.steps)
+                forward_seconds += time.perf_counter() - started
                 total.backward()
             sums += torch.stack([found[name].double() if name in found else sums.new_zeros(()) for name in terms])
         values = dict(zip(terms, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
+        pulled = {} if anchor is None else {"parameter_anchor": anchor.pull(weights["parameter_anchor"])}
         norm = shared.clipped_norm(recipe.optimizer.clip_norm or math.inf)
-        means = {name: values[name] / max(1.0, count_of[name]) for name in terms if name in found}
+        means = {name: values[name] / max(1.0, count_of[name]) for name in terms if name in found} | pulled
         loss = sum(weights[name] * mean for name, mean in means.items())
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._not_finite(loss, norm, step, micro)
@@ -192,12 +207,36 @@ class Trainer:
         by_column = (("loss", means), ("weight", weights), ("count", count_of))
         parts = {f"{name}_{what}": by[name] for name in terms for what, by in by_column if name in by}
         rate = recipe.optimizer.learning_rate * factor
+        parts |= {f"parameter_anchor_{what}": by["parameter_anchor"] for what, by in by_column[:2] if "parameter_anchor" in by}
+        parts["forward_seconds"] = forward_seconds
         return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "row_fill": tokens / room, **parts}
+
+    def _looks(self, step: int) -> bool:
+        every = self.recipe.gradient_shares_every
+        return every is not None and step % every == 0
+
+    def _gradient_shares(self, shared: Shared, optimizer: torch.optim.Optimizer, parcel: Parcel, step: int) -> dict[str, float]:
+        """Each term's share of the sum of the terms' gradient norms, on one micro-batch, each term by itself (REQUIREMENTS 76)."""
+        accelerator = shared.accelerator
+        counts, weights = self.objective.counts(parcel.batch), self.objective.weights(step / self.recipe.steps)
+        norms = {}
+        for name in self.objective.terms:
+            scales = {other: weights[name] / max(1.0, counts[name]) if other == name else 0.0 for other in self.objective.terms}
+            with shared.micro_step(last=True):
+                with accelerator.autocast():
+                    total, _ = shared.model(parcel.to(accelerator.device), scales, step / self.recipe.steps)
+                total.backward()
+            norms[name] = shared.clipped_norm(math.inf)
+            optimizer.zero_grad(set_to_none=True)
+        return {f"{name}_gradient_share": norm / max(sum(norms.values()), 1e-30) for name, norm in norms.items()}
+
+    def _start(self) -> dict[str, torch.Tensor]:
+        """The student's weights as the run began with them; on a resumed run they are made again as they were made then."""
+        fresh, _ = build_student(self.recipe.student, self.cache)
+        return {name: p.detach() for name, p in fresh.named_parameters() if p.requires_grad}
 
     def _not_finite(self, loss: float, norm: float, step: int, micro: list[Parcel]) -> SignalStoreError:
         """With the segments of the step and how their texts begin, escapes shown (REQUIREMENTS 92)."""
-        from student_train.student import cached_tokenizer
-
         tokenizer = cached_tokenizer(self.cache)
         segments = sorted({segment for parcel in micro for segment in parcel.contents.segments})
         texts = [f"{n}: {tokenizer.decode(self.cache[n].input_ids[:24].tolist())!a}" for n in segments[:4]]
@@ -240,5 +279,5 @@ def _later(*cursors: Cursor) -> Cursor:
 def run_settings(recipe: RunRecipe) -> dict[str, Any]:
     """What of the recipe decides the numbers of a run: not where it is written, nor how it is watched."""
     left_out: dict[str, Any] = {"out": True, "cache": True, "tensorboard": True, "checkpoint": True, "sharing": True}
-    left_out |= {"compile": True, "activation_checkpointing": True, "stream": {"workers"}}
+    left_out |= {"compile": True, "activation_checkpointing": True, "stream": {"workers"}, "gradient_shares_every": True}
     return recipe.model_dump(mode="json", exclude=left_out)

@@ -220,6 +220,7 @@ def _specs(recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdenti
     specs: list[ArraySpec] = []
     if recipe.base is None:
         specs += [*layout.token_arrays(unit_tokens), *layout.segment_arrays(capacities.segments)]
+        specs += layout.tag_arrays(unit_tokens) if planned.has_tags else ()
     if signals.distribution is not None:
         specs += layout.distribution_arrays(signals.distribution, calibration.tail_rank, unit_tokens, planned.vocab_size)
     if signals.hidden is not None:

@@ -20,7 +20,7 @@ from teacher_cache.calibrate import calibrate_planned
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.fill import fill_units, finished_units
 from teacher_cache.plan import Plan, planned_part, read_plan, refuse_another_recipe, texts_after
-from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
+from teacher_cache.recipe import CacheRecipe, Source, source_part
 from teacher_cache.seal import seal
 from teacher_cache.unit_staging import Tally, load_plan_tokenizer, publish_units, rounded, stage_units
 from teacher_cache.workers import ALONE, Worker
@@ -36,6 +36,8 @@ def extend(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
         raise IncompleteError("the cache is not sealed", where=recipe.cache, remedy="Run teacher-cache build first.")
     planned = read_plan(objects)
     refuse_another_recipe("planned", planned.recipe, planned_part(recipe), recipe, ignore="sources")
+    if recipe.has_tags and not planned.has_tags:
+        raise MismatchError("the cache holds no tags", expected="sources without a tagger", found="one with", where=recipe.cache)
     _refuse_changed_sources(recipe, planned)
     new = list(_new_texts(recipe, planned))
     pending = planned.num_units > int(read_document(objects, seal_key(newest)).body["num_units"])
@@ -61,7 +63,7 @@ def _refuse_changed_sources(recipe: CacheRecipe, planned: Plan) -> None:
         raise MismatchError("the recipe lacks a source of the cache", expected=", ".join(sorted(missing)), where=recipe.cache)
     parts = [*planned.recipe["sources"], *(part for document in planned.extensions for part in document.body["recipe_sources"])]
     for part in parts:
-        now = by_name[part["name"]].model_dump(mode="json", exclude=set(LOCAL_PLACES))
+        now = source_part(by_name[part["name"]])
         changed = sorted(key for key in now.keys() | part.keys() if key != "max_documents" and now.get(key) != part.get(key))
         if changed:
             raise MismatchError(
@@ -115,8 +117,7 @@ def extension_body(recipe: CacheRecipe, objects: Objects, prefix: str, planned: 
 
 
 def _part(source: Source) -> dict[str, Any]:
-    part: dict[str, Any] = source.model_dump(mode="json", exclude={*LOCAL_PLACES, "max_documents"})
-    return part
+    return {name: value for name, value in source_part(source).items() if name != "max_documents"}
 
 
 def tallies_of(recipe: CacheRecipe, planned: Plan, identities: Sequence[SourceIdentity]) -> list[Tally]:

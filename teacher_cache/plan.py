@@ -32,7 +32,7 @@ from signal_store.progress import progress_bar
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.sources import documents
 from teacher_cache.positions import capacities_of
-from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
+from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source, source_part
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import NO_ROOM, Tally, load_recipe_tokenizer, publish_units, stage_units, tokenizer_files
 from teacher_cache.workers import ALONE, Worker
@@ -78,6 +78,12 @@ class Plan:
         """What was read, in all generations."""
         found = [source for document in (self.document, *self.extensions) for source in document.body["sources"]]
         return tuple(SourceIdentity.model_validate(s) for s in found)
+
+    @property
+    def has_tags(self) -> bool:
+        """Whether the units hold the roles of words; an overlay's are its base's."""
+        first = [SourceIdentity.model_validate(source) for source in self.document.body["sources"]]
+        return self.document.body["base"] is None and any(source.tagger is not None for source in first)
 
     @property
     def capacities(self) -> Capacities:
@@ -153,7 +159,7 @@ def planned_part(recipe: CacheRecipe) -> dict[str, Any]:
     if recipe.base is not None:
         return {"keywords": list(signals.attention.keywords), **positions} if signals.attention else positions
     part = recipe.model_dump(mode="json", include={"context", "overlap", "append_eos"})
-    part["sources"] = [source.model_dump(mode="json", exclude=set(LOCAL_PLACES)) for source in recipe.sources]
+    part["sources"] = [source_part(source) for source in recipe.sources]
     return {**part, "unit_tokens": recipe.resolved_unit_tokens, "keywords": list(recipe.keywords), **positions}
 
 

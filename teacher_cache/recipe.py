@@ -1,7 +1,7 @@
 """The recipe of a cache: whose thoughts, about which texts, which signals. One frozen model a section."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,6 +40,25 @@ class DatasetReference(Section):
     revision: str | None = None
 
 
+class TaggerSection(Section):
+    """What gives words their roles, for importance weights: jieba for Chinese, a spaCy pipeline's folder, or the source's Pygments
+    lexer for code (extra `nlp`)."""
+
+    parser: Literal["jieba", "spacy", "pygments"]
+    model: Path | None = None
+    """Folder of the spaCy pipeline."""
+    semantic_model: Path | None = None
+    """Folder of a token-classification checkpoint with BIO labels; None takes semantic roles from the dependencies."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.parser == "spacy") != (self.model is not None):
+            raise ValueError("model is the folder of a spaCy pipeline: needed with spacy, not with others")
+        if self.semantic_model is not None and self.parser != "spacy":
+            raise ValueError("semantic_model goes with spacy")
+        return self
+
+
 class Source(Section):
     """One data set: where it lies (exactly one of `folder`, `jsonl`, `parquet`, `dataset`), and which columns are text.
 
@@ -60,6 +79,8 @@ class Source(Section):
     messages: str | None = None
     lexer: str | None = None
     """Name of the Pygments lexer that finds keywords; None guesses from the file's name in a folder, else finds none."""
+    tagger: TaggerSection | None = None
+    """Stores the roles of this source's words, `tags/roles`."""
     max_documents: int | None = Field(None, ge=1, lt=2**53)
 
     @model_validator(mode="after")
@@ -79,6 +100,12 @@ class Source(Section):
 
 LOCAL_PLACES = ("folder", "jsonl", "parquet")
 """Fields of a source that say where it lies on this machine: no part of a cache's identity."""
+
+
+def source_part(source: Source) -> dict[str, Any]:
+    """What of a source decides the plan, as JSON; of its tagger the parser only, the digests of its models are in the manifest."""
+    part = source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger"})
+    return part if source.tagger is None else {**part, "tagger": source.tagger.parser}
 
 
 class CalibrationSection(Section):
@@ -144,6 +171,11 @@ class CacheRecipe(Section):
     def resolved_unit_tokens(self) -> int:
         """Tokens of a unit."""
         return self.unit_tokens or 2 ** (max(65_536, 16 * self.context) - 1).bit_length()
+
+    @property
+    def has_tags(self) -> bool:
+        """Whether any source's words get roles."""
+        return any(source.tagger is not None for source in self.sources)
 
     @property
     def keywords(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What a unit is made of, as planned: its tokens, its segments, the positions its signals are taken at. One small file a unit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 import numpy as np
@@ -31,6 +31,8 @@ class UnitPlan:
     document: NDArray[np.int64]
     token_hash: NDArray[np.uint64]
     finished: NDArray[np.uint8]
+    roles: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    """uint8 [tokens, 4] as `signal_store.roles` names them; empty where no source has a tagger, and not stored then."""
 
     @classmethod
     def of(cls, segments: Sequence[PlannedSegment]) -> Self:
@@ -49,11 +51,13 @@ class UnitPlan:
             document=np.asarray([s.document for s in segments], dtype=np.int64),
             token_hash=np.asarray([s.token_hash for s in segments], dtype=np.uint64),
             finished=np.asarray([s.finished for s in segments], dtype=np.uint8),
+            roles=np.concatenate([s.roles for s in segments]),
         )
 
     def to_bytes(self) -> bytes:
         """The stored form: safetensors, zstd."""
-        return bytes(zstd.compress(save({f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self)}), 3))
+        columns = {f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self)}
+        return bytes(zstd.compress(save({name: column for name, column in columns.items() if name != "roles" or column.size}), 3))
 
     @classmethod
     def from_bytes(cls, data: bytes, expected_digest: str, where: str) -> Self:

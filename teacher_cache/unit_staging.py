@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from signal_store.canonical import sha256
 from signal_store.errors import InputError, MismatchError
 from signal_store.layout import rounded_capacity
 from signal_store.ledger import plan_unit_key
-from signal_store.manifest import Capacities, SourceIdentity, Split
+from signal_store.manifest import Capacities, SourceIdentity, Split, TaggerIdentity
 from signal_store.objects import Objects
 from signal_store.progress import progress_bar
 from teacher_cache.corpus.document import Document as Text
+from teacher_cache.corpus.roles import Tagger, make_tagger, no_words, token_roles
 from teacher_cache.corpus.segments import PlannedSegment, cut
-from teacher_cache.corpus.tokens import tokenize
+from teacher_cache.corpus.tokens import RolesOf, tokenize
 from teacher_cache.positions import capacities_of
 from teacher_cache.recipe import CacheRecipe, Source
 from teacher_cache.unit_plan import UnitPlan
@@ -42,6 +44,7 @@ class Tally:
     num_empty_documents: int = 0
     num_segments: int = 0
     num_tokens: int = 0
+    tagger: TaggerIdentity | None = None
 
     def see(self, text: Text) -> None:
         """Count one text."""
@@ -58,6 +61,7 @@ class Tally:
             num_empty_documents=self.num_empty_documents,
             num_segments=self.num_segments,
             num_tokens=self.num_tokens,
+            tagger=self.tagger,
         )
 
 
@@ -174,7 +178,13 @@ def _segments(recipe: CacheRecipe, tokenizer: PreTrainedTokenizerFast, tally: Ta
             else:
                 tally.num_empty_documents += 1
 
-    tokenized = tokenize(read(), tokenizer, append_eos=recipe.append_eos, keywords=keywords)
+    roles_of: RolesOf | None = None
+    if recipe.has_tags:
+        tagger: Tagger = no_words
+        if tally.source.tagger is not None:
+            tagger, tally.tagger = make_tagger(tally.source.tagger)
+        roles_of = partial(token_roles, tagger)
+    tokenized = tokenize(read(), tokenizer, append_eos=recipe.append_eos, keywords=keywords, roles_of=roles_of)
     for index, document in enumerate(tokenized):
         tally.num_empty_documents += not len(document.input_ids)  # a normaliser may leave nothing
         for segment in cut(document, recipe.context, recipe.overlap, tally.number, numbers[index]):

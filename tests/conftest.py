@@ -89,6 +89,11 @@ EVERY_SIGNAL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def knowing_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+def knowing_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker, texts: dict[str, Path]) -> Cache:
     """A sealed cache with everything that any term reads, as exact as it can be stored."""
-    return build(recipe_for(tmp_path_factory.mktemp("knowing") / "cache.zarr", signals=EVERY_SIGNAL))
+    tagger = {"parser": "pygments"}
+    sources = [
+        {"name": "train", "jsonl": texts["train"], "lexer": "python", "tagger": tagger},
+        {"name": "held-out", "split": "validation", "jsonl": texts["validation"], "lexer": "python", "tagger": tagger},
+    ]
+    return build(recipe_for(tmp_path_factory.mktemp("knowing") / "cache.zarr", signals=EVERY_SIGNAL, sources=sources))

@@ -4,8 +4,11 @@ Arrays of one row per token share the global token index (unit * unit_tokens + p
 a capacity of rows per unit; `<signal>/segments/` says where a segment's rows begin and how many there are.
 """
 
+from typing import Any
+
 from signal_store.arrays import ArraySpec
 from signal_store.manifest import AttentionLayout, Capacities, HiddenLayout, StatsLayout
+from signal_store.roles import LEVELS
 from signal_store.signals import DistributionSignal, HiddenSignal, ReplaySignal, StatsSignal
 
 DISTRIBUTION_CHUNK_TOKENS = 16_384
@@ -28,6 +31,13 @@ def token_arrays(unit_tokens: int) -> tuple[ArraySpec, ...]:
         ArraySpec.of("tokens/loss_mask", "uint8", unit_tokens, "token"),
         ArraySpec.of("tokens/byte_end", "uint32", unit_tokens, "token", shuffle="shuffle"),
     )
+
+
+def tag_arrays(unit_tokens: int) -> tuple[ArraySpec, ...]:
+    """Roles of each token's word; what the numbers mean stands in the attributes."""
+    names: dict[str, Any] = {level: ",".join(names) for level, names in LEVELS.items()}
+    shape, columns = (len(LEVELS),), ",".join(LEVELS)
+    return (ArraySpec.of("tags/roles", "uint8", unit_tokens, "token", "level", row_shape=shape, columns=columns, **names),)
 
 
 def segment_arrays(capacity: int) -> tuple[ArraySpec, ...]:

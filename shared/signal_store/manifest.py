@@ -3,6 +3,8 @@
 from functools import cached_property
 from typing import Any, Literal
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from signal_store.arrays import ArraySpec
 from signal_store.canonical import digest
 from signal_store.errors import CorruptError, MismatchError
@@ -38,6 +40,16 @@ class TokenizerIdentity(Section):
     """Rows of the distribution; a model's padded rows beyond it are not part of the vocabulary."""
 
 
+class TaggerIdentity(Section):
+    """What gave a source's words their roles: the parser and its version, the digests of the pipeline's and of the semantic-role
+    model's files, where there are such."""
+
+    parser: Literal["jieba", "spacy", "pygments"]
+    version: str
+    digest: str | None
+    semantic_digest: str | None
+
+
 class SourceIdentity(Section):
     """One source: its name, its side, what was read and what was left out, and a digest of all its texts."""
 
@@ -48,6 +60,13 @@ class SourceIdentity(Section):
     num_empty_documents: int
     num_segments: int
     num_tokens: int
+    tagger: TaggerIdentity | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A source without a tagger is what it was before there were any: its digest too."""
+        found: dict[str, Any] = handler(self)
+        return {name: value for name, value in found.items() if name != "tagger" or value is not None}
 
 
 class Capacities(Section):

@@ -35,12 +35,14 @@ class OutputTerm:
     scale: float
     temperature: float = 1.0
     beta: float = 0.5
+    weighted: bool = True
+    """Whether the targets' weights are for this term."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTargets:
     """What the rows are compared with. `labels` int64 [N], IGNORE where none is stored; `codes` of the same rows; `codec` decodes
-    them; `weights` float32 [N] multiplies each row's losses, None is 1."""
+    them; `weights` float32 [N] multiplies each row's losses of the weighted terms, None is 1."""
 
     labels: Tensor
     codes: DistributionCodes | None = None
@@ -56,13 +58,15 @@ class _Block:
     labels: Tensor
     known: dict[float, KnownMasses]
     tail: Tensor | None
+    weights: Tensor | None
     vocab_size: int
     """Of the cache; the student's may be padded."""
 
     def part(self, rows: slice) -> "_Block":
         """Some of the rows."""
         known = {temperature: known[rows] for temperature, known in self.known.items()}
-        return _Block(self.labels[rows], known, None if self.tail is None else self.tail[rows], self.vocab_size)
+        tail, weights = (None if whole is None else whole[rows] for whole in (self.tail, self.weights))
+        return _Block(self.labels[rows], known, tail, weights, self.vocab_size)
 
 
 def _block_losses(
@@ -94,6 +98,9 @@ def _block_losses(
                 teachers[temperature] = _teacher(block, temperature, student)
             divergence_B, found_BV = divergence_of(term.kind, term.beta)(teachers[temperature], student)
             losses.append(temperature**2 * divergence_B)
+        if term.weighted and block.weights is not None:
+            losses[-1] = losses[-1] * block.weights
+            found_BV = found_BV.mul_(block.weights[:, None])
         slope = slopes[number]
         if gradient_BV is None:
             gradient_BV, factor = found_BV, slope
@@ -132,7 +139,7 @@ def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise:
     """Add the losses of a chunk to `sums`, and put the gradient in the place of its logits; returns the gradient's factor."""
     head, targets, codec = job.head, job.targets, job.targets.codec
     temperatures = {term.temperature for term in job.terms if term.kind != "cross_entropy"}
-    chunk = _Block(targets.labels[rows], {}, None, 0)
+    chunk = _Block(targets.labels[rows], {}, None, None if targets.weights is None else targets.weights[rows], 0)
     if temperatures:
         assert codec is not None
         assert targets.codes is not None
@@ -157,8 +164,7 @@ def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise:
             losses, gradient_BV, factor = _block_losses(logits_BV, block, plain, slopes)
         if head.softcap is not None:
             gradient_BV = gradient_BV * (1 - (logits_BV / head.softcap).square())
-        weights_B = None if targets.weights is None else targets.weights[rows][part]
-        sums += torch.stack([(loss if weights_B is None else loss * weights_B).sum() for loss in losses])
+        sums += torch.stack([loss.sum() for loss in losses])
         logits_CV[part] = gradient_BV
     return float(factor) * head.scale
 
@@ -185,8 +191,6 @@ class _ChunkedLoss(torch.autograd.Function):
             logits_CV = F.linear(hidden, weight, bias)
             factor = _add_chunk(logits_CV, rows, job, sums, precise)
             gradient_CV = logits_CV
-            if job.targets.weights is not None:
-                gradient_CV *= job.targets.weights[rows, None].to(gradient_CV.dtype)
             # The factor, a weight over a count, stays out of bfloat16, which would round it by up to 0.4 %.
             if grad_hidden is not None:
                 grad_hidden[rows] = (gradient_CV @ weight).to(precise).mul_(factor)

@@ -4,6 +4,7 @@ Each term says which of the five kinds of knowledge it carries (REQUIREMENTS 3).
 one does not import torch.
 """
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -188,6 +189,18 @@ class ParameterAnchorTerm(Section):
     weight: WeightField = _constant(0.01)
 
 
+class ImportanceSection(Section):
+    """Weights of the divergences' tokens, in [0.2, 3], by the roles of their words and the teacher's confidence (12-19)."""
+
+    rules: Path | None = None
+    """YAML on top of the shipped rule base."""
+    normalise: Literal["weights", "tokens"] = "weights"
+    """What the weighted sum is divided by: the weights' sum, which keeps the meaning of a learning rate, or the number of
+    tokens."""
+    overhead_budget: float = Field(0.037, gt=0)
+    """Share of a forward pass that a step may wait for its batch, before the run says so."""
+
+
 class Losses(Section):
     """Terms by name; one that is left out is off."""
 
@@ -209,6 +222,7 @@ class Losses(Section):
     attention_evolution: AttentionEvolutionTerm | None = None
     replay: ReplayTerm | None = None
     parameter_anchor: ParameterAnchorTerm | None = None
+    importance: ImportanceSection | None = None
 
     @property
     def divergences(self) -> dict[str, DivergenceTerm]:

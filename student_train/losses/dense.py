@@ -24,7 +24,7 @@ def dense_output_loss(
             rows = F.cross_entropy(logits, targets.labels, ignore_index=IGNORE, reduction="none")
         else:
             rows = dense_divergence(term, teacher_logprobs(logits, targets, term.temperature), logits)
-        sums.append((weights * rows).sum())
+        sums.append((weights * rows).sum() if term.weighted else rows.sum())
     total = sum((term.scale * value for term, value in zip(terms, sums, strict=True)), logits.new_zeros(()))
     return total, torch.stack(sums)
 

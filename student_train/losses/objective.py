@@ -13,6 +13,8 @@ from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
+from student_train.importance.rules import load_rules
+from student_train.importance.weigher import Weigher
 from student_train.losses.apc import Apc
 from student_train.losses.asr import Asr
 from student_train.losses.attention_statistics import AttentionStatistics
@@ -59,6 +61,8 @@ class Objective:
 
     losses: Losses
     states: Mapping[str, StateTerm]
+    weigher: Weigher | None = None
+    """Gives the weights of the divergences' tokens, where they have any."""
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -68,7 +72,7 @@ class Objective:
     @property
     def needs(self) -> Needs:
         """What is read of the cache besides tokens."""
-        start = Needs(bool(self.losses.divergences), (), ())
+        start = Needs(bool(self.losses.divergences), (), (), tags=self.weigher is not None)
         return reduce(Needs.union, (term.reads.cache for term in self.states.values()), start)
 
     @property
@@ -93,19 +97,22 @@ class Objective:
                 return self.states[name].pairs  # type: ignore[return-value]
         return ()
 
-    def counts(self, batch: CodedBatch) -> dict[str, int]:
-        """By term, how many of its own things are in a batch."""
-        found = {}
+    def counts(self, batch: CodedBatch) -> dict[str, float]:
+        """By term, how many of its own things are in a batch; of weighted divergences, what their weights add up to."""
+        found: dict[str, float] = {}
+        importance = self.losses.importance
+        by_weight = batch.importance is not None and importance is not None and importance.normalise == "weights"
+        rows = float(batch.importance.sum()) if by_weight and batch.importance is not None else len(batch.flat)
         for name in self.terms:
             if name in self.states:
                 found[name] = self.states[name].count(batch)
             else:
-                found[name] = int((batch.labels >= 0).sum()) if name == "cross_entropy" else len(batch.flat)
+                found[name] = int((batch.labels >= 0).sum()) if name == "cross_entropy" else rows
         return found
 
     def output_terms(self, scales: Mapping[str, float]) -> list[OutputTerm]:
         """The terms of the pass over the output head that weigh something, by name in `kind`."""
-        terms = [OutputTerm("cross_entropy", scales["cross_entropy"])] if self.losses.cross_entropy else []
+        terms = [OutputTerm("cross_entropy", scales["cross_entropy"], weighted=False)] if self.losses.cross_entropy else []
         for name, term in self.losses.divergences.items():
             beta = term.beta if isinstance(term, JsdTerm) else 0.5
             terms.append(OutputTerm(name, scales[name], term.temperature, beta))
@@ -122,7 +129,26 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
     _check_tail_rank(losses, cache, tail_rank)
     check_cache(losses, cache)
     on = {name: getattr(losses, name) for name in STATE_TERMS}
-    return Objective(losses, {name: STATE_TERMS[name](term, cache, student) for name, term in on.items() if term is not None})
+    weigher = None
+    if losses.importance is not None:
+        _check_tags(losses, cache)
+        weigher = Weigher.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
+    return Objective(
+        losses, {name: STATE_TERMS[name](term, cache, student) for name, term in on.items() if term is not None}, weigher
+    )
+
+
+def _check_tags(losses: Losses, cache: Cache) -> None:
+    if "tags/roles" not in cache.capacity_rows:
+        raise MismatchError(
+            "importance needs the roles of words, which the cache does not hold",
+            expected="tags/roles",
+            found="none",
+            where=cache.uri,
+            remedy="Build a cache whose sources have a tagger, or switch importance off.",
+        )
+    if not losses.divergences:
+        raise MismatchError("importance weighs the tokens of a divergence", expected="one", found="none", where="losses")
 
 
 def _check_tail_rank(losses: Losses, cache: Cache, tail_rank: int | None) -> None:

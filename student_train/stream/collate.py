@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodes
+from signal_store.layout import SCALARS
 from student_train.batch import AttentionCodes, CodedBatch, HiddenCodes, LaneCursor, ReplayCodes
+from student_train.importance.weigher import Weigher
 from student_train.stream.reader import Needs, State, UnitReader
 
 WIDTH_STEP = 64
@@ -51,7 +53,13 @@ def place(rows: Sequence[Sequence[tuple[UnitReader, int]]]) -> list[Placed]:
 
 
 def collate(
-    rows: Sequence[Sequence[tuple[UnitReader, int]]], width: int, needs: Needs, *, packed: bool, cursor: dict[int, LaneCursor]
+    rows: Sequence[Sequence[tuple[UnitReader, int]]],
+    width: int,
+    needs: Needs,
+    *,
+    packed: bool,
+    cursor: dict[int, LaneCursor],
+    weigher: Weigher | None = None,
 ) -> CodedBatch:
     """A micro-batch of these rows, each filled up to `width` tokens, or, where rows hold one segment, as long as the longest; a row
     may be empty."""
@@ -78,6 +86,12 @@ def collate(
     for row, start in enumerate(used):
         real[row, :start] = True
         positions[row, start:] = counting[: width - start] % longest  # filler too stays among positions that the student has
+    distribution = _distribution(placed, kept) if needs.distribution else None
+    importance = roles = None
+    if weigher is not None and placed and distribution is not None:
+        numbers = np.concatenate([p.unit.next_roles[rows] for p, rows in zip(placed, kept, strict=True)])
+        entropies = distribution.scalars[:, SCALARS.index("entropy")].float().numpy()
+        roles, importance = torch.from_numpy(numbers), torch.from_numpy(weigher.weights(numbers, entropies))
     row_batch, row_query, row_first, row_length, row_keyword = _attention_positions(placed, needs)
     return CodedBatch(
         input_ids=torch.from_numpy(ids),
@@ -85,7 +99,9 @@ def collate(
         real=torch.from_numpy(real),
         flat=_joined(flats),
         labels=_joined(labels),
-        distribution=_distribution(placed, kept) if needs.distribution else None,
+        distribution=distribution,
+        importance=importance,
+        roles=roles,
         hidden_flat=_hidden_flat(placed, needs, width),
         hidden={state: _hidden(placed, state) for state in needs.hidden} if placed else {},
         row_batch=row_batch,

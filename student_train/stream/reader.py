@@ -17,7 +17,7 @@ State = tuple[Tap, int]
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What the losses read: the distribution or not, hidden states by (tap, layer), attention rows by layer (of keywords, and with
-    `steps` of the tokens before them too), attention statistics by layer, paths of replay or not."""
+    `steps` of the tokens before them too), attention statistics by layer, paths of replay, roles of words."""
 
     distribution: bool
     hidden: tuple[State, ...]
@@ -25,13 +25,15 @@ class Needs:
     steps: bool = False
     statistics: tuple[int, ...] = ()
     replay: bool = False
+    tags: bool = False
 
     def union(self, other: "Needs") -> "Needs":
         """What either reads."""
         joined: dict[str, Any] = {
             name: tuple(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in ("hidden", "attention", "statistics")
         }
-        either: dict[str, Any] = {name: getattr(self, name) or getattr(other, name) for name in ("distribution", "steps", "replay")}
+        flags = ("distribution", "steps", "replay", "tags")
+        either: dict[str, Any] = {name: getattr(self, name) or getattr(other, name) for name in flags}
         return Needs(**joined, **either)
 
     def arrays(self, cache: Cache) -> list[str]:
@@ -41,6 +43,7 @@ class Needs:
         groups += ["hidden/rows/", *(f"hidden/{tap}/{layer}/" for tap, layer in self.hidden)] if self.hidden else []
         groups += ["attention/rows/", *(f"attention/{layer}/" for layer in self.attention)] if self.attention else []
         groups += [f"stats/attention/{layer}/" for layer in self.statistics]
+        groups += ["tags/"] if self.tags else []
         groups += ["replay/rows/", "replay/path/"] if self.replay else []
         return [spec.path for spec in cache.manifest.specs if spec.path.startswith(tuple(groups))]
 
@@ -124,6 +127,14 @@ class UnitReader:
             ids, mask = self.rows("tokens/input_ids"), self.rows("tokens/loss_mask")
             self._text = UnitText.of(ids.astype(np.int64), mask, self.segments)
         return self._text
+
+    @property
+    def next_roles(self) -> NDArray[np.uint8]:
+        """uint8 [n, 4]: roles of the token that each row predicts; none for a segment's last row, whose next token is elsewhere."""
+        found = np.zeros_like(self.rows("tags/roles"))
+        found[:-1] = self.rows("tags/roles")[1:]
+        found[self.segments["token_start"] + self.segments["length"] - 1] = 0
+        return found
 
     def read_all(self) -> None:
         """Read every array that is needed; first what says how long the others are."""

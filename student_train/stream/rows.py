@@ -17,6 +17,7 @@ from signal_store.cache import Cache
 from signal_store.errors import InputError
 from signal_store.manifest import Split
 from student_train.batch import CodedBatch, LaneCursor
+from student_train.importance.weigher import Weigher
 from student_train.recipe import StreamSection
 from student_train.stream.collate import collate
 from student_train.stream.lanes import Cut, Lane, Row, cut_rows
@@ -37,6 +38,8 @@ class Stream:
     packed: bool
     rank: int = 0
     world_size: int = 1
+    weigher: Weigher | None = None
+    """Gives the rows' importance, where the objective wants it."""
 
     def __post_init__(self) -> None:
         longest = self.cache.manifest.plan.context
@@ -129,7 +132,7 @@ class Stream:
                         lanes[lane] = self.lane(lane, cursor.get(lane, LaneCursor()))
                     rows.append(lanes[lane].row(inside, ahead))
                     after[lane] = lanes[lane].at
-                yield collate(rows, self.config.row_tokens, self.needs, packed=self.packed, cursor=after)
+                yield collate(rows, self.config.row_tokens, self.needs, packed=self.packed, cursor=after, weigher=self.weigher)
                 micro += workers
 
     def once(self, split: Split, needs: Needs = TOKENS_ONLY, max_tokens: int | None = None) -> Iterator[CodedBatch]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
-from pygments.token import Keyword, Operator
+from pygments.token import Comment, Keyword, Literal, Name, Operator, Punctuation
 from pygments.util import ClassNotFound
 
 from signal_store.errors import InputError
@@ -28,10 +28,30 @@ def _is_a(kind: Any, family: Any) -> bool:
     return kind in family
 
 
+def _plain(text: str) -> str:
+    """Pygments turns \\r\\n into \\n, which would shift every span after it."""
+    return text.replace("\r\n", "\n\n").replace("\r", "\n")
+
+
+def code_kinds(text: str, lexer: str) -> Iterator[tuple[int, int, str]]:
+    """(start, stop, role in code as `signal_store.roles.CODE` names it) of every piece of a program."""
+    for start, kind, value in _lexer(lexer).get_tokens_unprocessed(_plain(text)):
+        yield start, start + len(value), "whitespace" if value.isspace() else _role_of(kind)
+
+
+def _role_of(kind: Any) -> str:
+    definitions = (Name.Function, Name.Class, Name.Namespace)
+    if _is_a(kind, Keyword) or _is_a(kind, Operator.Word):
+        return "keyword"
+    if any(_is_a(kind, family) for family in definitions) or _is_a(kind, Name.Decorator):
+        return "definition"
+    families = {"identifier": Name, "comment": Comment, "literal": Literal, "operator": Operator}
+    found = next((role for role, family in families.items() if _is_a(kind, family)), None)
+    return found or ("operator" if _is_a(kind, Punctuation) else "none")
+
+
 def keyword_spans(text: str, lexer: str, words: frozenset[str]) -> Iterator[tuple[int, int]]:
     """Character spans of the listed keywords, in order."""
-    # Pygments turns \r\n into \n, which would shift every span after it.
-    plain = text.replace("\r\n", "\n\n").replace("\r", "\n")
-    for start, kind, value in _lexer(lexer).get_tokens_unprocessed(plain):
+    for start, kind, value in _lexer(lexer).get_tokens_unprocessed(_plain(text)):
         if value in words and (_is_a(kind, Keyword) or _is_a(kind, Operator.Word)):
             yield start, start + len(value)

@@ -19,14 +19,15 @@ NO_TOKEN = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class PlannedSegment:
-    """One segment. `loss_mask` as `layout.token_arrays` says; `keyword` bool [n]; `context_only` leading rows that hold no
-    signal; `next_token` the label of the last row or NO_TOKEN; `finished`: the segment ends its document as the model would
-    have, by the end-of-text token or a chat's closing turn."""
+    """One segment. `loss_mask` as `layout.token_arrays` says; `keyword` bool [n]; `roles` uint8 [n, 4] or [n, 0]; `context_only`
+    leading rows that hold no signal; `next_token` the label of the last row or NO_TOKEN; `finished`: the segment ends its document
+    as the model would have, by the end-of-text token or a chat's closing turn."""
 
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.uint8]
     byte_end: NDArray[np.uint32]
     keyword: NDArray[np.bool_]
+    roles: NDArray[np.uint8]
     context_only: int
     next_token: int
     source: int
@@ -68,6 +69,7 @@ def cut(document: TokenizedDocument, context: int, overlap: int, source: int, nu
             loss_mask=segment_mask,
             byte_end=document.byte_end[start:stop],
             keyword=keyword,
+            roles=document.roles[start:stop],
             context_only=own - start,
             next_token=int(document.input_ids[stop]) if stop < total else NO_TOKEN,
             source=source,

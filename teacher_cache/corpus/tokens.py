@@ -1,6 +1,6 @@
 """Documents as token ids, with what is known of each token: where it ends, whether it counts, whether it is a keyword."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,37 +8,50 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from signal_store.roles import LEVELS
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import keyword_spans
 
 DOCUMENTS_PER_CALL = 256
+RolesOf = Callable[[Document, NDArray[np.int64]], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedDocument:
     """`input_ids` uint32 [n]; `byte_end` uint32 [n], end of each token in the document's UTF-8; `counts` bool [n], whether
-    predicting this token counts; `keyword` bool [n]; `closed`: the document ends with the end-of-text token; `finished`: with
-    that, or with a chat's closing turn."""
+    predicting this token counts; `keyword` bool [n]; `roles` uint8 [n, 4], or [n, 0] where nobody tags; `closed`: the document
+    ends with the end-of-text token; `finished`: with that, or with a chat's closing turn."""
 
     input_ids: NDArray[np.uint32]
     byte_end: NDArray[np.uint32]
     counts: NDArray[np.bool_]
     keyword: NDArray[np.bool_]
+    roles: NDArray[np.uint8]
     closed: bool
     finished: bool
 
 
 def tokenize(
-    found: Iterable[Document], tokenizer: PreTrainedTokenizerFast, *, append_eos: bool, keywords: frozenset[str]
+    found: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    append_eos: bool,
+    keywords: frozenset[str],
+    roles_of: RolesOf | None = None,
 ) -> Iterator[TokenizedDocument]:
-    """Each document's tokens, in order; a few hundred documents go through the tokenizer at a time."""
+    """Each document's tokens, in order; a few hundred documents go through the tokenizer at a time. `roles_of` gives the roles of
+    spans of characters."""
     pending = iter(found)
     while batch := list(islice(pending, DOCUMENTS_PER_CALL)):
-        yield from _tokenize_batch(batch, tokenizer, append_eos, keywords)
+        yield from _tokenize_batch(batch, tokenizer, append_eos, keywords, roles_of)
 
 
 def _tokenize_batch(
-    batch: Sequence[Document], tokenizer: PreTrainedTokenizerFast, append_eos: bool, keywords: frozenset[str]
+    batch: Sequence[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    append_eos: bool,
+    keywords: frozenset[str],
+    roles_of: RolesOf | None,
 ) -> Iterator[TokenizedDocument]:
     plain = tokenizer.backend_tokenizer.encode_batch([d.text for d in batch if not d.complete], add_special_tokens=True)
     complete = tokenizer.backend_tokenizer.encode_batch([d.text for d in batch if d.complete], add_special_tokens=False)
@@ -57,8 +70,11 @@ def _tokenize_batch(
         if document.lexer is not None and keywords:
             last_chars = np.asarray([end - 1 for _, end in keyword_spans(document.text, document.lexer, keywords)], dtype=np.int64)
             keyword[_token_of(spans, last_chars)] = True
+        roles = np.zeros((len(ids), 0 if roles_of is None else len(LEVELS)), np.uint8)
+        if roles_of is not None:
+            roles[: len(spans)] = roles_of(document, spans)
         ended = eos is not None
-        yield TokenizedDocument(ids, _byte_ends(document.text, char_end), counts, keyword, ended, ended or document.complete)
+        yield TokenizedDocument(ids, _byte_ends(document.text, char_end), counts, keyword, roles, ended, ended or document.complete)
 
 
 def _covered(spans: NDArray[np.int64], counted: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

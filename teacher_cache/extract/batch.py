@@ -191,6 +191,7 @@ def plan_rows(work: UnitWork) -> Rows:
         rows = {f"segments/{name}": getattr(unit, name) for name in names}
         rows["segments/token_start"] = unit.token_start + first_token
         rows |= {f"tokens/{name}": getattr(unit, name) for name in ("input_ids", "loss_mask", "byte_end")}
+        rows |= {"tags/roles": unit.roles} if "tags/roles" in specs else {}
     for signal, places in (("hidden", work.hidden), ("attention", work.attention.position), ("replay", work.replay)):
         if f"{signal}/rows/position" in specs:
             counts = unit.rows_per_segment(places)

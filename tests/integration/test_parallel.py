@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from signal_store.cache import Cache
+from student_train.losses.objective import STATE_TERMS
 from student_train.recipe import RunRecipe
 from student_train.run import run
 from tests.tiny import COMMON
@@ -67,30 +68,49 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "student" / "model.safetensors")
 
 
+EVERYTHING: dict[str, Any] = {
+    "tla": {"temperature": 2.0},
+    "cross_entropy": {"weight": 0.5},
+    **{name: {"weight": 0.1} for name in STATE_TERMS},
+    "parameter_anchor": {"weight": 0.1},
+    "importance": {},
+}
+"""The objective that processes share in these tests: every term there is."""
+
+
+def rich(cache: Cache, out: Path, **changes: Any) -> RunRecipe:
+    return recipe_of(cache, out, losses=EVERYTHING, **changes)
+
+
+@pytest.fixture(scope="module")
+def cache(knowing_cache: Cache) -> Cache:
+    return knowing_cache
+
+
 @pytest.fixture(scope="module")
 def alone(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
-    run(recipe_of(cache, out))
+    run(rich(cache, out))
     return out
 
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulated_steps_equal_whole_ones(cache: Cache, alone: Path, tmp_path: Path, micro: int) -> None:
-    run(recipe_of(cache, tmp_path, stream={"row_tokens": 48, "rows_per_step": ROWS, "workers": 0, "micro_rows": micro}))
+    run(rich(cache, tmp_path, stream={"row_tokens": 48, "rows_per_step": ROWS, "workers": 0, "micro_rows": micro}))
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
     torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_two_processes_equal_one(cache: Cache, alone: Path, tmp_path: Path, mode: str) -> None:
-    together(recipe_of(cache, tmp_path, sharing={"mode": mode}))
+    together(rich(cache, tmp_path, sharing={"mode": mode}))
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
     torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
 
 
 def test_another_number_of_processes_goes_on_at_the_same_place(cache: Cache, alone: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(cache, tmp_path)
+    recipe = rich(cache, tmp_path)
     together(recipe)
     (tmp_path / "result.json").unlink()
     for step in (3, 4):
@@ -102,7 +122,7 @@ def test_another_number_of_processes_goes_on_at_the_same_place(cache: Cache, alo
 
 
 def test_activation_checkpointing_changes_nothing(cache: Cache, alone: Path, tmp_path: Path) -> None:
-    run(recipe_of(cache, tmp_path, activation_checkpointing=True))
+    run(rich(cache, tmp_path, activation_checkpointing=True))
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
 
 

@@ -40,9 +40,10 @@ def made_codes(codec: DistributionCodec, rows: int, seed: int = 0) -> Distributi
 KINDS = ("cross_entropy", "tla", "reverse_kl", "jsd", "total_variation")
 terms_of = st.lists(
     st.builds(
-        OutputTerm, st.sampled_from(KINDS[1:]), st.sampled_from([0.7, 2.0]), st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([0.1, 0.5])
+        OutputTerm, st.sampled_from(KINDS[1:]), st.sampled_from([0.7, 2.0]), st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([0.1, 0.5]),
+        st.booleans(),
     )
-    | st.builds(OutputTerm, st.just("cross_entropy"), st.sampled_from([0.3, 1.0])),
+    | st.builds(OutputTerm, st.just("cross_entropy"), st.sampled_from([0.3, 1.0]), weighted=st.booleans()),
     min_size=1,
     max_size=4,
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""How much each token of a teacher's soft targets counts (REQUIREMENTS 12-19)."""

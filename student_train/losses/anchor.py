@@ -1,0 +1,44 @@
+"""The anchor of the parameters (REQUIREMENTS 9): ‖θ - θ₀‖² / ‖θ₀‖² over the student's trainable ones, θ₀ where the run began
+(L2-SP, Li et al. 2018).
+
+It counts no token and needs no forward pass: value and gradient are in closed form, and the gradient joins those of the losses
+after the last backward pass. Works shard by shard.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from student_train.sharing import like
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """`start` θ₀, as the parameters lie on this rank."""
+
+    parameters: list[nn.Parameter]
+    start: list[Tensor]
+    squared_norm: float
+
+    @classmethod
+    def of(cls, student: nn.Module, start: Mapping[str, Tensor]) -> Self:
+        """`start`: whole parameters by name, as they were before any training."""
+        named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        mine = [like(start[name].to(p.device), p) for name, p in named]
+        return cls([p for _, p in named], mine, sum(float(start[name].double().square().sum()) for name, _ in named))
+
+    @torch.no_grad()
+    def pull(self, weight: float) -> float:
+        """Add weight times the gradient to the parameters' own; the value, before the weight."""
+        total = 0.0
+        for parameter, start in zip(self.parameters, self.start, strict=True):
+            apart = parameter.detach() - start
+            squares = apart.double().square().sum()
+            total += float(squares.full_tensor() if isinstance(squares, DTensor) else squares)
+            pull = apart * (2 * weight / self.squared_norm)
+            parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+        return total / self.squared_norm
