@@ -1,8 +1,9 @@
-"""What a training step costs: the same student on the same rows, each way in a process of its own, in turns, in one run.
+"""What a training step costs: the same student on the same rows, each way in a process of its own, all of them alive and taking turns
+step by step, so that what disturbs one disturbs all.
 
 (a) Hugging Face's own cross-entropy, as it comes and with our setting of the allocator; (b) our chunked cross-entropy; (c) forward KL from the cache, plain and compiled, and the other
 divergences, and a mixture; (d) with hidden states and attention too; (e) a live teacher beside it, full-vocabulary KL in plain PyTorch, and
-TRL's loss where trl is installed. Seconds of a step (forward, backward, clipping, AdamW) and peak memory of the process.
+TRL's loss where trl is installed. Seconds of a step (data, forward, backward, clipping, AdamW) and peak memory of the process.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ from fill import make_teacher, recipe_of
 from model_taps.loading import load_model
 from signal_store.cache import Cache, open_cache
 from signal_store.command_line import guarded, keep_freed_memory
+from signal_store.errors import SignalStoreError
+from signal_store.progress import progress_bar
 from student_train.batch import CodedBatch
 from student_train.codecs import Codecs
 from student_train.distiller import Distiller
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import OptimizerSection, StreamSection
+from student_train.stream.loader import load
 from student_train.stream.rows import Stream
 from student_train.trainer import build_optimizer
 
@@ -133,23 +136,19 @@ def step_of(
     return live_step(student, live, trl_loss if "TRL" in way else plain_kl), student, needs
 
 
-def one(way: str, cache: Cache, teacher: str, kind: str, rows: int, steps: int) -> dict[str, float]:
-    """Median seconds of a step, share of it that waited for data, and peak memory, in this process."""
+def serve(way: str, cache: Cache, teacher: str, kind: str, rows: int) -> None:
+    """Make one step for each line that comes; answer with its seconds and how long it waited for data; at the end, the peak memory."""
     if way != OTHERS[0]:
         keep_freed_memory()
     student = make_student(kind, cache.manifest.tokenizer.vocab_size)
     forward, module, needs = step_of(way, cache, teacher, student)
     optimizer = build_optimizer(module, OptimizerSection(learning_rate=1e-4))
-    context = cache.manifest.plan.context
-    config = StreamSection(row_tokens=context, rows_per_step=rows, workers=1)
-    from student_train.stream.loader import load
-
-    batches = load(Stream(cache, needs, config, packed=True), {}, 0, pin_memory=False)
-    seconds: list[float] = []
-    waits: list[float] = []
-    for parcel in islice(_timed(batches, waits), WARM_UP + steps):
+    config = StreamSection(row_tokens=cache.manifest.plan.context, rows_per_step=rows, workers=1)
+    parcels = load(Stream(cache, needs, config, packed=True), {}, 0, pin_memory=False)
+    for _line in sys.stdin:
         started = time.perf_counter()
-        batch = parcel.batch
+        batch = next(parcels).batch
+        waited = time.perf_counter() - started
         with torch.autocast("cpu", torch.bfloat16):
             loss = forward(batch)
         loss.backward()
@@ -158,43 +157,56 @@ def one(way: str, cache: Cache, teacher: str, kind: str, rows: int, steps: int) 
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    step = statistics.median(seconds[WARM_UP:])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": step, "wait": statistics.median(waits[WARM_UP:]) / step, "peak_bytes": peak, "tokens": rows * context}
-
-
-def _timed(batches: Any, waits: list[float]) -> Any:
-    while True:
-        started = time.perf_counter()
-        parcel = next(batches)
-        waits.append(time.perf_counter() - started)
-        yield parcel
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        sys.stdout.write(json.dumps({"seconds": seconds, "wait": waited, "peak_bytes": peak}) + "\n")
+        sys.stdout.flush()
 
 
 def pair(kind: str, cache: str, teacher: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All ways, `rounds` times in turns; medians over rounds of seconds and of ratios to (b)."""
-    ways = [*OTHERS[:2], *OURS, OTHERS[2], *(OTHERS[3:] if args.trl else ())]
-    rounds: list[dict[str, dict[str, float]]] = []
-    for _ in range(args.rounds):
-        found = {}
-        for way in ways:
-            command = [sys.executable, __file__, "--one", way, "--kind", kind, "--cache", cache, "--teacher", teacher]
-            command += ["--rows", str(args.rows), "--steps", str(args.steps)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[way] = json.loads(done.stdout.strip().splitlines()[-1])
-        rounds.append(found)
+    """All ways, `steps` turns of one step each; medians over turns of seconds, and of the ratios to (b) and to (a) of the same turn."""
+    every = [*OTHERS[:2], *OURS, OTHERS[2], *(OTHERS[3:] if args.trl else ())]
+    ways = [way for way in every if kind == "demo" or (way[:2] in ("a:", "b:", "c:", "d:", "e:") and way != "c: forward KL at 2")]
+    processes: dict[str, subprocess.Popen[str]] = {}
+    for way in ways:
+        command = [sys.executable, __file__, "--serve", way, "--kind", kind, "--cache", cache, "--teacher", teacher]
+        command += ["--rows", str(args.rows)]
+        processes[way] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        step(processes[way])  # one after the other: they would fight while they load
+    turns: list[dict[str, dict[str, float]]] = []
+    with progress_bar() as progress:
+        bar = progress.add_task(kind, total=WARM_UP + args.steps, unit="turns")
+        for _ in range(WARM_UP + args.steps):
+            turns.append({way: step(process) for way, process in processes.items()})
+            progress.advance(bar)
+    for process in processes.values():
+        process.communicate()
+    counted = turns[WARM_UP:]
     summary = {}
     for way in ways:
         b, a = "b: chunked cross-entropy", OTHERS[0]
         summary[way] = {
-            "seconds": statistics.median(r[way]["seconds"] for r in rounds),
-            "to_b": statistics.median(r[way]["seconds"] / r[b]["seconds"] for r in rounds),
-            "to_a": statistics.median(r[way]["seconds"] / r[a]["seconds"] for r in rounds),
-            "peak_bytes": statistics.median(r[way]["peak_bytes"] for r in rounds),
-            "wait": statistics.median(r[way]["wait"] for r in rounds),
+            "seconds": statistics.median(t[way]["seconds"] for t in counted),
+            "to_b": statistics.median(t[way]["seconds"] / t[b]["seconds"] for t in counted),
+            "to_a": statistics.median(t[way]["seconds"] / t[a]["seconds"] for t in counted),
+            "peak_bytes": turns[-1][way]["peak_bytes"],
+            "wait": statistics.median(t[way]["wait"] / t[way]["seconds"] for t in counted),
         }
-    return {"tokens": rounds[0][ways[0]]["tokens"], "rounds": args.rounds, "ways": summary}
+    context = open_cache(cache).manifest.plan.context
+    return {"tokens": args.rows * context, "turns": len(counted), "ways": summary}
+
+
+def step(process: subprocess.Popen[str]) -> dict[str, float]:
+    """One step of a way."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise SignalStoreError("a way ended", found=f"exit code {process.wait()}", where=" ".join(map(str, process.args)))  # type: ignore[arg-type]
+    found: dict[str, float] = json.loads(answer)
+    return found
 
 
 def show(kind: str, found: dict[str, Any]) -> None:
@@ -218,16 +230,15 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/demo/cache.zarr", help="the demo pair's")
     parser.add_argument("--teacher", default=str(TOOLS / "demo_teacher"))
     parser.add_argument("--pairs", nargs="+", default=["demo", "large"], choices=list(STUDENTS))
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=8, help="rows of a step, each as long as the cache's context")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12, help="turns")
     parser.add_argument("--trl", action="store_true", help="TRL's loss too; trl must be installed")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="demo", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
-    if args.one:
-        sys.stdout.write(json.dumps(one(args.one, open_cache(args.cache), args.teacher, args.kind, args.rows, args.steps)) + "\n")
+    if args.serve:
+        serve(args.serve, open_cache(args.cache), args.teacher, args.kind, args.rows)
         return
     found: dict[str, Any] = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     with tempfile.TemporaryDirectory() as name:
