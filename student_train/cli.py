@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from signal_store.command_line import run_app
+from signal_store.errors import InputError
 from signal_store.recipe_file import load_recipe
 from student_train.recipe import RunRecipe
 from student_train.sweep_recipe import SweepRecipe
@@ -66,6 +67,46 @@ def sweep(
     typer.echo(json.dumps(report) if as_json else markdown(report))
     if report["failed"]:
         raise typer.Exit(1)
+
+
+@app.command("show-weights")
+def show_weights(
+    cache: Annotated[str, typer.Argument(help="A cache with tags.", metavar="CACHE")],
+    segment: Annotated[int, typer.Option(help="Number of the segment.")] = 0,
+    rules: Annotated[Path | None, typer.Option(help="YAML on top of the shipped rules.")] = None,
+    surface: Annotated[Path | None, typer.Option(help="Also draw the weight over impact and confidence, as a picture.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a segment's text coloured by the importance of its tokens: blue 0.2, grey 1, red 3."""
+    from signal_store.cache import open_cache
+    from student_train.importance.rules import load_rules
+    from student_train.importance.show import coloured, save_surface, token_weights
+
+    loaded = load_rules(rules)
+    opened = open_cache(cache)
+    if not -len(opened) <= segment < len(opened):
+        raise InputError("no such segment", expected=f"0 to {len(opened) - 1}", found=segment, where=cache)
+    tokens = token_weights(opened, segment, loaded)
+    if surface is not None:
+        save_surface(loaded, surface)
+    if as_json:
+        typer.echo(json.dumps([{"text": t.text, "weight": t.weight, "roles": t.roles} for t in tokens]))
+        return
+    from rich.console import Console
+
+    Console().print(coloured(tokens))
+
+
+@app.command("plot-shares")
+def plot_shares(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with gradient_shares_every.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("gradient_shares.png"),
+) -> None:
+    """Draw each term's share of the gradient over the steps of a run."""
+    from student_train.gradient_shares import save_shares
+
+    save_shares(run, out)
+    typer.echo(str(out))
 
 
 def main() -> None:

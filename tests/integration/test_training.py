@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError, SignalStoreError
+from signal_store.errors import InputError, MismatchError, SignalStoreError
+from student_train.gradient_shares import save_shares, shares_of
 from student_train.recipe import RunRecipe
 from student_train.run import run
 from tests.integration.test_parallel import losses, recipe_of
@@ -65,3 +66,18 @@ def test_a_run_goes_on_bit_for_bit(cache: Cache, tmp_path: Path, workers: int) -
     run(recipe_of(cache, broken, stream=stream))
     assert losses(broken) == losses(whole)
     assert (broken / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
+
+
+def test_shares_of_the_gradient_are_logged_and_drawn_and_change_nothing(cache: Cache, tmp_path: Path) -> None:
+    for name, changes in (("plain", {}), ("shares", {"gradient_shares_every": 2})):
+        run(recipe_of(cache, tmp_path / name, **changes))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "shares")
+    steps, shares = shares_of(tmp_path / "shares")
+    assert steps == [1, 3]
+    assert shares.keys() == {"tla", "cross_entropy", "lhsm", "apc", "asr"}
+    assert [sum(column) for column in zip(*shares.values(), strict=True)] == pytest.approx([1, 1])
+    assert min(min(values) for values in shares.values()) > 0
+    save_shares(tmp_path / "shares", tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").stat().st_size > 5_000
+    with pytest.raises(InputError, match="no gradient shares"):
+        shares_of(tmp_path / "plain")

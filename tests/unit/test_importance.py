@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signal_store.cache import open_cache
+from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.roles import LEVELS, POS
+from student_train.importance.overhead import Overhead
 from student_train.importance.rules import Corners, load_rules
+from student_train.importance.show import coloured, save_surface, token_weights
 from student_train.importance.weigher import Weigher, surface
+from student_train.losses.config import ImportanceSection
 from teacher_cache.build import build
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.roles import Word, make_tagger, token_roles
@@ -191,3 +194,26 @@ def test_a_tagged_cache_grows_and_untagged_ones_refuse(recipe_for: Callable[...,
     assert "tags/roles" not in open_cache(plain.uri).capacity_rows
     with pytest.raises(MismatchError, match="no tags"):
         extend(recipe_for(tmp_path / "plain.zarr", sources=[{**code, "tagger": None}, prose], signals=signals))
+
+
+def test_weights_can_be_looked_at(knowing_cache: Cache, exact_cache: Cache, tmp_path: Path) -> None:
+    tokens = token_weights(knowing_cache, 0, RULES)
+    assert "".join(t.text for t in tokens)[:12] == "# part 0\ndef"
+    assert tokens[0].weight is None
+    weights = {t.text: t.weight for t in tokens[1:] if t.roles.get("code") in ("keyword", "comment")}
+    assert all(w is not None and 0.2 <= w <= 3.0 for w in weights.values())
+    assert coloured(tokens).plain == "".join(t.text for t in tokens)
+    save_surface(RULES, tmp_path / "surface.png")
+    assert (tmp_path / "surface.png").stat().st_size > 10_000
+    with pytest.raises(MismatchError, match="tags/roles"):
+        token_weights(exact_cache, 0, RULES)
+
+
+def test_waiting_is_measured_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    overhead = Overhead(ImportanceSection())
+    assert overhead.seen(0.01, 1.0) == {"importance_overhead": 0.01, "importance_alarm": 0.0}
+    for _ in range(9):
+        found = overhead.seen(0.5, 1.0)
+    assert found["importance_alarm"] == 1.0
+    assert capsys.readouterr().err.count("more than 3.7%") == 1
+    assert Overhead(None).seen(9.0, 1.0) == {}

@@ -115,11 +115,14 @@ def distillkit(room: Room, temperature: float, checkout: Path) -> Loss:
     compressor = peer.codec(room.cache.manifest.tokenizer.vocab_size, RECOMMENDED, normalize_t=True)
     sparse_kl = importlib.import_module("distillkit.lossfuncs.kl").sparse_kl_div_inner
     missing = importlib.import_module("distillkit.missing_probability").MissingProbabilityHandling("symmetric_uniform")
+    packed: dict[int, dict[str, Tensor]] = {}  # what it would have stored, compressed once for each step
 
     def loss(student: PreTrainedModel, batch: CodedBatch, thought: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p = room.head.logits(thought)[:, : room.cache.manifest.tokenizer.vocab_size].log_softmax(1)
-            ids, values = compressor.decompress_to_sparse(compressor.compress(log_p[None]))
+            if id(batch) not in packed:
+                log_p = room.head.logits(thought)[:, : room.cache.manifest.tokenizer.vocab_size].log_softmax(1)
+                packed[id(batch)] = compressor.compress(log_p[None])
+            ids, values = compressor.decompress_to_sparse(packed[id(batch)])
         logits = F.linear(student_hidden(student, batch), output_head(student).weight).float()
         total: Tensor = sparse_kl(logits[None], ids, values.float(), missing=missing, temperature=temperature)
         return temperature**2 * total / len(batch.flat)

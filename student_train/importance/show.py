@@ -1,0 +1,85 @@
+"""Weights to look at: a segment's text, token by token, and the surface between the corners."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from signal_store.layout import SCALARS
+from signal_store.roles import LEVELS
+from student_train.importance.rules import LEAST, MOST, Rules
+from student_train.importance.weigher import Weigher, surface
+from student_train.student import cached_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWeight:
+    """A token's text, the weight of the row that predicts it (None for a segment's first token), and what it is."""
+
+    text: str
+    weight: float | None
+    roles: dict[str, str]
+
+
+def token_weights(cache: Cache, segment: int, rules: Rules) -> list[TokenWeight]:
+    """Of one segment; MismatchError where the cache has no tags or no distribution."""
+    for path in ("tags/roles", "distribution/scalars"):
+        if path not in cache.capacity_rows:
+            raise MismatchError("weights need what the cache does not hold", expected=path, found="none", where=cache.uri)
+    tokenizer, found = cached_tokenizer(cache), cache[segment]
+    rows = slice(found.token_start, found.token_start + len(found))
+    roles = cache.read("tags/roles", rows.start, rows.stop)
+    entropy = cache.read("distribution/scalars", rows.start, rows.stop)[:, SCALARS.index("entropy")]
+    weights = Weigher.of(rules, cache.manifest.tokenizer.vocab_size).weights(
+        roles[1:], np.nan_to_num(entropy[:-1].astype(np.float32))
+    )
+    shown: list[TokenWeight] = []
+    for place, token in enumerate(found.input_ids.tolist()):
+        said = {level: names[n] for n, (level, names) in zip(roles[place], LEVELS.items(), strict=True) if n}
+        shown.append(TokenWeight(str(tokenizer.decode([token])), float(weights[place - 1]) if place else None, said))
+    return shown
+
+
+def coloured(tokens: list[TokenWeight]) -> Text:
+    """The text, from blue (0.2) through grey (1) to red (3)."""
+    text = Text()
+    for token in tokens:
+        colour = "" if token.weight is None else ",".join(map(str, _colour(token.weight)))
+        text.append(token.text, style=f"black on rgb({colour})" if colour else None)
+    return text
+
+
+def _colour(weight: float) -> tuple[int, int, int]:
+    share = (np.log(weight) - np.log(LEAST)) / (np.log(MOST) - np.log(LEAST))
+    blue, grey, red = (120, 160, 255), (225, 225, 225), (255, 120, 110)
+    middle = -np.log(LEAST) / (np.log(MOST) - np.log(LEAST))  # a weight of 1
+    first, second, along = (blue, grey, share / middle) if share < middle else (grey, red, (share - middle) / (1 - middle))
+    r, g, b = (round(a + (c - a) * float(along)) for a, c in zip(first, second, strict=True))
+    return r, g, b
+
+
+def plot_surface(rules: Rules, axes: Any = None) -> Any:
+    """The weight over impact and the teacher's confidence, with lines of equal weight; returns the matplotlib Axes."""
+    import matplotlib.pyplot as plt
+
+    axes = axes or plt.subplots(figsize=(5.4, 4.4), layout="constrained")[1]
+    grid = np.linspace(0, 1, 121, dtype=np.float32)
+    weights = surface(grid[None], grid[:, None], rules.corners)
+    mesh = axes.pcolormesh(grid, grid, weights, cmap="viridis", vmin=LEAST, vmax=MOST, shading="gouraud")
+    lines = axes.contour(grid, grid, weights, levels=(0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5), colors="white", linewidths=0.8)
+    axes.clabel(lines, fmt="%g", fontsize=8)
+    axes.set(xlabel="impact of the word", ylabel="confidence of the teacher, 1 - H / log V", title="weight of a token")
+    axes.figure.colorbar(mesh, ax=axes, label="weight")
+    return axes
+
+
+def save_surface(rules: Rules, path: Path) -> None:
+    """The plot as a picture."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    plot_surface(rules).figure.savefig(path, dpi=150)
