@@ -3,6 +3,8 @@
 from typing import Any
 
 from signal_store.cache import open_cache
+from student_train.importance.rules import load_rules
+from student_train.losses.config import KINDS
 from student_train.losses.objective import Objective, resolve
 from student_train.recipe import RunRecipe
 from student_train.stream.rows import Stream
@@ -29,12 +31,19 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         }
         for name, term in objective.terms.items()
     ]
+    kinds = {kind: [name for name, term in objective.terms.items() if term.kind == kind] for kind in KINDS}
+    importance = objective.losses.importance
+    weights_of_tokens = "1 each"
+    if importance is not None:
+        weights_of_tokens = f"0.2 to 3, rules {load_rules(importance.rules).digest[:19]}, divided by {importance.normalise}"
     tokens = sum(source.num_tokens for source in cache.sources if source.split == "train")
     per_step = recipe.stream.row_tokens * recipe.stream.rows_per_step
     return {
         "cache_id": cache.manifest.cache_id,
         "parameters": sum(p.numel() for p in student.parameters()),
         "terms": terms,
+        "kinds": kinds,
+        "weights_of_tokens": weights_of_tokens,
         "weights_at_progress": {str(p): objective.weights(p) for p in (0.0, 0.2, 0.6, 1.0)},
         "tokens_per_step": per_step,
         "train_tokens": tokens,

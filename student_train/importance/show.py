@@ -15,10 +15,15 @@ from student_train.importance.rules import LEAST, MOST, Rules
 from student_train.importance.weigher import Weigher, surface
 from student_train.student import cached_tokenizer
 
+UNFINISHED = "\ufffd"
+"""What a tokenizer decodes part of a character to."""
+LONGEST_CHARACTER = 8
+
 
 @dataclass(frozen=True, slots=True)
 class TokenWeight:
-    """A token's text, the weight of the row that predicts it (None for a segment's first token), and what it is."""
+    """A token's text, the weight of the row that predicts it (None for a segment's first token), and what it is. Tokens that are
+    parts of one character stand together, with their mean weight."""
 
     text: str
     weight: float | None
@@ -38,9 +43,17 @@ def token_weights(cache: Cache, segment: int, rules: Rules) -> list[TokenWeight]
         roles[1:], np.nan_to_num(entropy[:-1].astype(np.float32))
     )
     shown: list[TokenWeight] = []
+    pending: list[int] = []
     for place, token in enumerate(found.input_ids.tolist()):
-        said = {level: names[n] for n, (level, names) in zip(roles[place], LEVELS.items(), strict=True) if n}
-        shown.append(TokenWeight(str(tokenizer.decode([token])), float(weights[place - 1]) if place else None, said))
+        pending.append(token)
+        text = str(tokenizer.decode(pending))
+        if text.endswith(UNFINISHED) and len(pending) < LONGEST_CHARACTER and place + 1 < len(found):
+            continue
+        first = place + 1 - len(pending)
+        own = weights[max(0, first - 1) : place]
+        said = {level: names[n] for n, (level, names) in zip(roles[first], LEVELS.items(), strict=True) if n}
+        shown.append(TokenWeight(text, float(own.mean()) if first else None, said))
+        pending = []
     return shown
 
 
