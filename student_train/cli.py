@@ -45,9 +45,8 @@ def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson
     table = Table("term", "kind", "weight", "settings", "what it is", "reads of the cache", "taps of the student")
     for term in found["terms"]:
         settings = ", ".join(f"{k}: {v}" for k, v in term["settings"].items())
-        table.add_row(
-            term["term"], term["kind"], term["weight"], settings, term["formula"], "\n".join(term["reads"]), "\n".join(term["taps"])
-        )
+        places = "\n".join(term["reads"]), "\n".join(term["taps"])
+        table.add_row(term["term"], term["kind"], term["weight"], settings, term["formula"], *places)
     console = Console()
     console.print(table)
     console.print({key: value for key, value in found.items() if key != "terms"})
