@@ -61,7 +61,7 @@ class CodedBatch:
 
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
     counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None; `importance` float32
-    [N] their weights and `roles` uint8 [N, 4] those of the tokens that they predict, or None. `hidden_flat` [P] and
+    [N] their weights, or None. `hidden_flat` [P] and
     `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries),
     `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics` float16 [segments, H, 4]
     by teacher layer. `replay` paths or None. `segments`: which segments are in it, `sources` their sources' numbers, `segment_rows`
@@ -76,7 +76,6 @@ class CodedBatch:
     labels: Tensor
     distribution: DistributionCodes | None
     importance: Tensor | None
-    roles: Tensor | None
     hidden_flat: Tensor
     hidden: dict[tuple[Tap, int], HiddenCodes]
     row_batch: Tensor

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from signal_store.signals import Section, Seed
-from student_train.losses.config import PRESETS, Losses
+from student_train.losses.config import PRESETS, Losses, Term
 
 
 class LoraSection(Section):
@@ -145,7 +145,7 @@ class RunRecipe(Section):
     def _check(self) -> Self:
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset}")
-        if all(term is None for _, term in self.objective):
+        if not any(isinstance(term, Term) for _, term in self.objective):
             raise ValueError("no loss: give a preset or losses")
         if self.export == "best" and self.validation is None:
             raise ValueError("export: best needs validation")

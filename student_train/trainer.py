@@ -21,6 +21,7 @@ from student_train.checkpoint import Progress
 from student_train.codecs import Codecs
 from student_train.distiller import Distiller
 from student_train.importance.overhead import Overhead
+from student_train.importance.rules import load_rules
 from student_train.losses.anchor import Anchor
 from student_train.losses.objective import Objective
 from student_train.metrics import RunLog
@@ -84,6 +85,7 @@ class Trainer:
         start = self._start() if anchored else {}
         shared = Shared.of(accelerator, self.distiller, recipe.sharing)
         anchor = Anchor.of(self.distiller.student, start) if anchored else None
+        del start
         optimizer = build_optimizer(self.distiller, recipe.optimizer)
         if found is not None:
             checkpoint.restore_optimizer(found, optimizer)
@@ -94,7 +96,7 @@ class Trainer:
         self.distiller.head_pairs = progress.head_pairs
         batches = load(stream, progress.cursor, progress.step - progress.stream_start, pin_memory=device.type == "cuda")
         open_log = closing(RunLog(recipe.out, progress.step, accelerator, tensorboard=recipe.tensorboard))
-        overhead = Overhead(self.objective.losses.importance)
+        overhead = Overhead(self.objective.losses.importance, speaks=accelerator.is_main_process)
         with open_log as log, progress_bar() as display:
             bar = display.add_task("train", total=recipe.steps, completed=progress.step, unit="steps")
             while progress.step < recipe.steps and not self._patience_is_over(progress):
@@ -102,6 +104,7 @@ class Trainer:
                 micro = list(islice(batches, stream.micro_steps))
                 waited = time.perf_counter() - started
                 shares = self._gradient_shares(shared, optimizer, micro[0], progress.step) if self._looks(progress.step) else {}
+                started = time.perf_counter() - waited
                 record = self._step(shared, optimizer, micro, progress.step, anchor) | shares
                 record |= overhead.seen(waited, record["forward_seconds"])
                 seconds = time.perf_counter() - started
@@ -189,10 +192,10 @@ class Trainer:
         forward_seconds = 0.0
         for number, parcel in enumerate(micro):
             with shared.micro_step(last=number == len(micro) - 1):
-                started = time.perf_counter()
+                started = self._now()
                 with accelerator.autocast():
                     total, found = shared.model(parcel.to(accelerator.device), scales, step / recipe.steps)
-                forward_seconds += time.perf_counter() - started
+                forward_seconds += self._now() - started
                 total.backward()
             sums += torch.stack([found[name].double() if name in found else sums.new_zeros(()) for name in terms])
         values = dict(zip(terms, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
@@ -210,6 +213,12 @@ class Trainer:
         parts |= {f"parameter_anchor_{what}": by["parameter_anchor"] for what, by in by_column[:2] if "parameter_anchor" in by}
         parts["forward_seconds"] = forward_seconds
         return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "row_fill": tokens / room, **parts}
+
+    def _now(self) -> float:
+        """Seconds; where a forward pass is measured for importance weights, after a GPU has done what it was told."""
+        if self.objective.weigher is not None and self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _looks(self, step: int) -> bool:
         every = self.recipe.gradient_shares_every
@@ -280,4 +289,9 @@ def run_settings(recipe: RunRecipe) -> dict[str, Any]:
     """What of the recipe decides the numbers of a run: not where it is written, nor how it is watched."""
     left_out: dict[str, Any] = {"out": True, "cache": True, "tensorboard": True, "checkpoint": True, "sharing": True}
     left_out |= {"compile": True, "activation_checkpointing": True, "stream": {"workers"}, "gradient_shares_every": True}
-    return recipe.model_dump(mode="json", exclude=left_out)
+    settings = recipe.model_dump(mode="json", exclude=left_out)
+    importance = recipe.objective.importance
+    if importance is not None:  # what the rules say decides the numbers, not where they lie nor when a wait is too long
+        settings["importance_rules"] = load_rules(importance.rules).digest
+        settings["losses"] = {**settings["losses"], "importance": {"normalise": importance.normalise}}
+    return settings

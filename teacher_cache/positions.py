@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model_taps.attention_statistics import STATISTICS_EVERY
 from signal_store.manifest import Capacities
 from signal_store.signals import EveryNth, Positions, RandomFraction, ReplaySignal, Signals, Stratified
 from teacher_cache.unit_plan import UnitPlan
-
-STATISTICS_EVERY = 16
-"""Attention statistics are means over every n-th row of a segment."""
 
 Places = NDArray[np.int64]
 

@@ -105,7 +105,9 @@ LOCAL_PLACES = ("folder", "jsonl", "parquet")
 def source_part(source: Source) -> dict[str, Any]:
     """What of a source decides the plan, as JSON; of its tagger the parser only, the digests of its models are in the manifest."""
     part = source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger"})
-    return part if source.tagger is None else {**part, "tagger": source.tagger.parser}
+    if source.tagger is None:
+        return part
+    return {**part, "tagger": {"parser": source.tagger.parser, "semantic": source.tagger.semantic_model is not None}}
 
 
 class CalibrationSection(Section):

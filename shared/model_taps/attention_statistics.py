@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30
+STATISTICS_EVERY = 16
+"""Statistics are means over every n-th row of a segment."""
 
 
 def attention_statistics(rows_RHL: Tensor, lengths_R: Tensor, segment_R: Tensor, segments: int) -> Tensor:

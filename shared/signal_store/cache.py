@@ -190,8 +190,9 @@ class Cache:
     def read_unit(self, unit: int, rows: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """The first rows of a unit's arrays, by path so many. `read` is the slow, obvious twin."""
         found: dict[str, NDArray[Any]] = {}
-        for part in self.parts:
-            found |= part.read_unit(unit, {path: count for path, count in rows.items() if path in part.specs})
+        owners = {path: self._part(path) for path in rows}
+        for part in set(owners.values()):
+            found |= part.read_unit(unit, {path: count for path, count in rows.items() if owners[path] is part})
         return {path: found[path] for path in rows}
 
     @cached_property

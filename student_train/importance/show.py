@@ -22,7 +22,7 @@ LONGEST_CHARACTER = 8
 
 @dataclass(frozen=True, slots=True)
 class TokenWeight:
-    """A token's text, the weight of the row that predicts it (None for a segment's first token), and what it is. Tokens that are
+    """A token's text, the weight of the row that predicts it (None where no row that counts does), and what it is. Tokens that are
     parts of one character stand together, with their mean weight."""
 
     text: str
@@ -39,6 +39,7 @@ def token_weights(cache: Cache, segment: int, rules: Rules) -> list[TokenWeight]
     rows = slice(found.token_start, found.token_start + len(found))
     roles = cache.read("tags/roles", rows.start, rows.stop)
     entropy = cache.read("distribution/scalars", rows.start, rows.stop)[:, SCALARS.index("entropy")]
+    counts = cache.read("tokens/loss_mask", rows.start, rows.stop)[:-1] > 0
     weights = Weigher.of(rules, cache.manifest.tokenizer.vocab_size).weights(
         roles[1:], np.nan_to_num(entropy[:-1].astype(np.float32))
     )
@@ -50,9 +51,10 @@ def token_weights(cache: Cache, segment: int, rules: Rules) -> list[TokenWeight]
         if text.endswith(UNFINISHED) and len(pending) < LONGEST_CHARACTER and place + 1 < len(found):
             continue
         first = place + 1 - len(pending)
-        own = weights[max(0, first - 1) : place]
+        mine = slice(max(0, first - 1), place)
+        own = weights[mine][counts[mine]]
         said = {level: names[n] for n, (level, names) in zip(roles[first], LEVELS.items(), strict=True) if n}
-        shown.append(TokenWeight(text, float(own.mean()) if first else None, said))
+        shown.append(TokenWeight(text, float(own.mean()) if first and len(own) else None, said))
         pending = []
     return shown
 

@@ -28,17 +28,17 @@ class Anchor:
     def of(cls, student: nn.Module, start: Mapping[str, Tensor]) -> Self:
         """`start`: whole parameters by name, as they were before any training."""
         named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        mine = [like(start[name].to(p.device), p) for name, p in named]
+        mine = [like(start[name].to(p.device), p).to(p.device) for name, p in named]  # shards may be offloaded
         return cls([p for _, p in named], mine, sum(float(start[name].double().square().sum()) for name, _ in named))
 
     @torch.no_grad()
     def pull(self, weight: float) -> float:
         """Add weight times the gradient to the parameters' own; the value, before the weight."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
         for parameter, start in zip(self.parameters, self.start, strict=True):
             apart = parameter.detach() - start
             squares = apart.double().square().sum()
-            total += float(squares.full_tensor() if isinstance(squares, DTensor) else squares)
+            total += (squares.full_tensor() if isinstance(squares, DTensor) else squares).to(total.device)
             pull = apart * (2 * weight / self.squared_norm)
             parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
-        return total / self.squared_norm
+        return float(total) / self.squared_norm

@@ -157,8 +157,8 @@ class AttentionStatisticsTerm(Term):
 
 
 class SmoothnessTerm(Term):
-    """(t / t_ref) · ‖h_t - h_{t-1}‖² over the segment's variance of h, t counted along the response (30); `relative`: only what
-    exceeds the teacher's; mean over tokens that count."""
+    """(t / t_ref) · ‖h_t - h_{t-1}‖² over the segment's variance of h, t counted along the tokens of the segment that count (30);
+    `relative`: only what exceeds the teacher's; mean over tokens that count."""
 
     kind: ClassVar[Kind] = "temporal"
     weight: WeightField = _constant(0.05)

@@ -47,21 +47,25 @@ class AttentionEvolution(StateTerm):
 
     def forward(self, seen: Seen) -> Tensor:
         """See the module."""
+        with torch.autocast(seen.final.device.type, enabled=False):
+            return self._sum(seen)
+
+    def _sum(self, seen: Seen) -> Tensor:
         rows_KT = step_rows(seen.batch)
+        rows = {pair: seen.rows["stored", pair.student] for pair in self.pairs}
+        if not len(rows_KT):
+            return 0 * torch.stack([own.sum() for own in rows.values()]).sum()
+        keys = min(own.shape[2] for own in rows.values())  # a layer of which other rows are wanted too may be padded further
         differences = []
-        for pair in self.pairs:
-            own_RGL = seen.rows["stored", pair.student]
+        for pair, own_RGL in rows.items():
             teacher = decoded_rows(seen.batch, pair.teacher)
-            if teacher is None or not len(rows_KT):
-                return own_RGL.sum() * 0
+            assert teacher is not None
             heads = seen.head_pairs[pair.teacher]
             everywhere = torch.ones(len(own_RGL), dtype=torch.bool, device=own_RGL.device)
             chosen = teacher.of(everywhere, [t for t, _ in heads])
-            differences.append(row_differences(chosen, own_RGL[:, [s for _, s in heads]])[rows_KT])
-        keys = max(d.shape[3] for d in differences)
-        aligned = [torch.nn.functional.pad(d, (0, keys - d.shape[3])) for d in differences]
-        numel_K = seen.batch.row_length[rows_KT].sum(1) * len(self.pairs) * aligned[0].shape[2]
-        return tensor_nuclear_norm(torch.stack([d.transpose(1, 2) for d in aligned], 1), numel_K, MAX_ERROR).sum()
+            differences.append(row_differences(chosen, own_RGL[:, [s for _, s in heads], :keys])[rows_KT].transpose(1, 2))
+        numel_K = seen.batch.row_length[rows_KT].sum(1) * len(self.pairs) * differences[0].shape[1]
+        return tensor_nuclear_norm(torch.stack(differences, 1), numel_K, MAX_ERROR).sum()
 
 
 def step_rows(batch: CodedBatch) -> Tensor:
@@ -92,13 +96,12 @@ def row_differences(teacher: TeacherRows, student_RHL: Tensor) -> Tensor:
 
 def tensor_nuclear_norm(tensor_KAHTL: Tensor, numel_K: Tensor, noise: float) -> Tensor:
     """[K]: mean over the four unfoldings of their smoothed nuclear norms, over √numel. `noise`: largest error of an entry."""
-    k, _, _, _, keys = tensor_KAHTL.shape
-    unfoldings = [tensor_KAHTL.movedim(axis, 1).reshape(k, tensor_KAHTL.shape[axis], -1) for axis in (1, 2, 3)]
-    unfoldings.append(tensor_KAHTL.reshape(k, -1, keys))  # the keys' unfolding, transposed: the same singular values
+    unfoldings = [tensor_KAHTL.movedim(axis, 1).flatten(2) for axis in range(1, 5)]
     scale_K = numel_K.to(tensor_KAHTL.dtype).clamp(min=1).sqrt()
     floor_K1 = (noise * scale_K)[:, None]
     total_K = torch.zeros_like(scale_K)
     for matrix in unfoldings:
-        squares = torch.linalg.eigvalsh(matrix @ matrix.mT).clamp(min=0)
+        short = matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT
+        squares = torch.linalg.eigvalsh(short @ short.mT).clamp(min=0)
         total_K = total_K + ((squares + floor_K1.square()).sqrt() - floor_K1).sum(1)
     return total_K / (len(unfoldings) * scale_K)

@@ -20,7 +20,7 @@ def teacher_states(seen: Seen, state: State) -> Tensor:
 
 def student_states(seen: Seen, state: State) -> Tensor:
     """[P, d] of the same tokens, in the graph."""
-    return seen.states[state].flatten(0, 1)[seen.batch.hidden_flat]
+    return seen.states[state].flatten(0, -2)[seen.batch.hidden_flat]  # some families walk their FFN without the batch axis
 
 
 def in_channel_units(seen: Seen, state: State, states_PD: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class ActivationMmd(StateTerm):
             Needs(False, tuple(("ffn_gate", p.teacher) for p in self.pairs), ()),
             tuple(("ffn_gate", p.student) for p in self.pairs),
         )
-        self._maps: dict[tuple[int, str], Tensor] = {}
+        self._maps: dict[tuple[int, int, str], Tensor] = {}
 
     def count(self, batch: CodedBatch) -> int:
         """Segments with enough sampled tokens."""
@@ -79,8 +79,9 @@ class ActivationMmd(StateTerm):
         total = torch.zeros((), device=seen.final.device)
         for pair, kernel, weight in zip(self.pairs, self.kernels, weights, strict=True):
             with torch.autocast(seen.final.device.type, enabled=False):
-                own = self._mapped(student_states(seen, ("ffn_gate", pair.student)))
-                other = self._mapped(teacher_states(seen, ("ffn_gate", pair.teacher)))
+                states = student_states(seen, ("ffn_gate", pair.student)), teacher_states(seen, ("ffn_gate", pair.teacher))
+                directions = min(self.section.directions, *(x.shape[1] for x in states))
+                own, other = (self._mapped(x, directions) for x in states)
                 assert isinstance(kernel, Kernel)
                 if not len(groups.index):
                     total = total + 0 * (own.sum() + kernel.log_width.sum() + kernel.share.sum())
@@ -88,12 +89,12 @@ class ActivationMmd(StateTerm):
                 total = total + weight * squared_mmd(groups.of(own), groups.of(other), groups, kernel).sum()
         return total
 
-    def _mapped(self, states_PD: Tensor) -> Tensor:
-        """LayerNorm, then `directions` frozen orthonormal directions, or all where there are no more; drawn by the width alone."""
+    def _mapped(self, states_PD: Tensor, directions: int) -> Tensor:
+        """LayerNorm, then frozen orthonormal directions, drawn by the width alone."""
         width = states_PD.shape[1]
-        key = (width, str(states_PD.device))
+        key = (width, directions, str(states_PD.device))
         if key not in self._maps:
-            drawn = torch.randn(width, min(width, self.section.directions), generator=torch.Generator().manual_seed(width))
+            drawn = torch.randn(width, directions, generator=torch.Generator().manual_seed(width))
             self._maps[key] = torch.linalg.qr(drawn)[0].to(states_PD.device)
         mapped: Tensor = F.layer_norm(states_PD.float(), (width,)) @ self._maps[key]
         return mapped

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from model_taps.attention import RowQuery
+from model_taps.attention_statistics import STATISTICS_EVERY
 from student_train.batch import CodedBatch
 
 Rows = Literal["stored", "statistics"]
 """`stored`: those whose teacher's twins are in the batch; `statistics`: every 16th row of a segment."""
-STATISTICS_EVERY = 16
-"""As the cache's own statistics are taken."""
 
 
 def query_of(kind: Rows, batch: CodedBatch) -> RowQuery:

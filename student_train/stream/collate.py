@@ -87,11 +87,11 @@ def collate(
         real[row, :start] = True
         positions[row, start:] = counting[: width - start] % longest  # filler too stays among positions that the student has
     distribution = _distribution(placed, kept) if needs.distribution else None
-    importance = roles = None
+    importance = None
     if weigher is not None and placed and distribution is not None:
         numbers = np.concatenate([p.unit.next_roles[rows] for p, rows in zip(placed, kept, strict=True)])
         entropies = distribution.scalars[:, SCALARS.index("entropy")].float().numpy()
-        roles, importance = torch.from_numpy(numbers), torch.from_numpy(weigher.weights(numbers, entropies))
+        importance = torch.from_numpy(weigher.weights(numbers, entropies))
     row_batch, row_query, row_first, row_length, row_keyword = _attention_positions(placed, needs)
     return CodedBatch(
         input_ids=torch.from_numpy(ids),
@@ -101,7 +101,6 @@ def collate(
         labels=_joined(labels),
         distribution=distribution,
         importance=importance,
-        roles=roles,
         hidden_flat=_hidden_flat(placed, needs, width),
         hidden={state: _hidden(placed, state) for state in needs.hidden} if placed else {},
         row_batch=row_batch,

@@ -91,6 +91,7 @@ class UnitReader:
     segments: dict[str, NDArray[np.int64]]
     _rows: dict[str, NDArray[Any]] = field(default_factory=dict)
     _text: UnitText | None = None
+    _next_roles: NDArray[np.uint8] | None = None
 
     @classmethod
     def of(cls, cache: Cache, unit: int, needs: Needs) -> "UnitReader":
@@ -131,10 +132,12 @@ class UnitReader:
     @property
     def next_roles(self) -> NDArray[np.uint8]:
         """uint8 [n, 4]: roles of the token that each row predicts; none for a segment's last row, whose next token is elsewhere."""
-        found = np.zeros_like(self.rows("tags/roles"))
-        found[:-1] = self.rows("tags/roles")[1:]
-        found[self.segments["token_start"] + self.segments["length"] - 1] = 0
-        return found
+        if self._next_roles is None:
+            found = np.zeros_like(self.rows("tags/roles"))
+            found[:-1] = self.rows("tags/roles")[1:]
+            found[self.segments["token_start"] + self.segments["length"] - 1] = 0
+            self._next_roles = found
+        return self._next_roles
 
     def read_all(self) -> None:
         """Read every array that is needed; first what says how long the others are."""

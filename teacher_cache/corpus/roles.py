@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model_taps.loading import LOADING_ERRORS
 from signal_store.canonical import sha256
 from signal_store.errors import InputError, NotFoundError
 from signal_store.manifest import TaggerIdentity
@@ -193,7 +194,8 @@ def _spacy_words(pipeline: Any, semantic: Any, document: Document) -> Iterator[W
     for token in pipeline(document.text):
         if token.is_space:
             continue
-        pos = "entity_noun" if token.ent_type_ and token.pos_ in ("NOUN", "PROPN", "") else _UNIVERSAL.get(token.pos_, "other")
+        said_pos = _UNIVERSAL.get(token.pos_, "other") if token.pos_ else "none"
+        pos = "entity_noun" if token.ent_type_ and said_pos in ("noun", "none") else said_pos
         dependency = _DEPENDENCY.get(token.dep_.lower().split(":")[0], "other" if token.dep_ else "none")
         start, stop = token.idx, token.idx + len(token.text)
         if semantic is None:
@@ -212,17 +214,28 @@ def _spacy_pipeline(folder: Path) -> Any:
         raise _missing("spacy") from error
     try:
         return spacy.load(folder)
-    except (OSError, ValueError) as error:
-        raise NotFoundError("no spaCy pipeline here", found=str(error).splitlines()[0], where=folder) from error
+    except (*LOADING_ERRORS, ImportError, KeyError) as error:
+        raise NotFoundError("no spaCy pipeline here", found=_reason(error), where=folder) from error
 
 
 def _semantic_model(folder: Path) -> Any:
     from transformers import pipeline
 
+    if not folder.is_dir():
+        raise NotFoundError("no such folder", found=folder, where="sources.tagger.semantic_model")
+    options: dict[str, Any] = {"aggregation_strategy": "simple", "stride": 64}  # long texts in windows that overlap
     try:
-        return pipeline("token-classification", model=str(folder), tokenizer=str(folder), aggregation_strategy="simple")
-    except (OSError, ValueError, KeyError) as error:
-        raise NotFoundError("no token-classification model here", found=str(error).splitlines()[0], where=folder) from error
+        found = pipeline("token-classification", model=str(folder), tokenizer=str(folder), **options)
+    except (*LOADING_ERRORS, KeyError) as error:
+        raise NotFoundError("no token-classification model here", found=_reason(error), where=folder) from error
+    if not getattr(found.tokenizer, "is_fast", False):
+        raise InputError("the semantic model's tokenizer gives no offsets", expected="a fast one", where=folder)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """Its first line that says something."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _semantic_spans(model: Any, text: str) -> Iterator[tuple[int, str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from model_taps.loading import load_model
 from signal_store.cache import Cache
@@ -17,7 +17,7 @@ from student_train.losses.objective import STATE_TERMS, Objective, resolve
 from student_train.recipe import StreamSection
 from student_train.stream.collate import collate
 from student_train.stream.rows import Stream
-from tests.tiny import CONTEXT, make_model
+from tests.tiny import COMMON, CONTEXT, make_model
 
 ZERO = {
     "lhsm": 1e-5,
@@ -88,6 +88,16 @@ def test_another_student_has_and_each_term_stands_alone(knowing_cache: Cache) ->
         assert gradients, name
         assert all(g.isfinite().all() for g in gradients), name
         assert sum(float(g.abs().sum()) for g in gradients) > 0, name
+
+
+def test_a_student_of_other_widths_and_depth_learns_from_every_term(knowing_cache: Cache) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("llama", **{**COMMON, **shape}, vocab_size=knowing_cache.manifest.tokenizer.vocab_size)
+    student = AutoModelForCausalLM.from_config(config)
+    found = means_of(*alone(student, knowing_cache, everything(STATE_TERMS)))
+    assert found.keys() == STATE_TERMS.keys()
+    assert all(value > 0 for value in found.values()), found
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
 
 
 def test_a_batch_without_anything_has_a_gradient_of_zero(knowing_cache: Cache) -> None:

@@ -211,6 +211,7 @@ def test_weights_can_be_looked_at(knowing_cache: Cache, exact_cache: Cache, tmp_
 
 def test_waiting_is_measured_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     overhead = Overhead(ImportanceSection())
+    assert overhead.seen(9.0, 1.0) == {}  # workers start
     assert overhead.seen(0.01, 1.0) == {"importance_overhead": 0.01, "importance_alarm": 0.0}
     for _ in range(9):
         found = overhead.seen(0.5, 1.0)

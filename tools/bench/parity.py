@@ -217,7 +217,8 @@ def ends(room: Room, seeds: int, temperature: float, checkout: Path | None) -> d
     pairs = zip(losses["from the cache"], losses["live teacher"], strict=True)
     found["from the cache - live"] = spread([a - b for a, b in pairs])
     gained = found["cross-entropy"]["mean"] - found["live teacher"]["mean"]
-    found["share of the gain"] = (found["cross-entropy"]["mean"] - found["from the cache"]["mean"]) / gained
+    if gained > 0:  # at a temperature that teaches worse than no teacher, there is nothing to share
+        found["share of the gain"] = (found["cross-entropy"]["mean"] - found["from the cache"]["mean"]) / gained
     return found
 
 
