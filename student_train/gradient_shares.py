@@ -5,6 +5,7 @@ from typing import Any
 
 from signal_store.errors import InputError, NotFoundError
 from student_train.metrics import METRICS, read_metrics
+from student_train.plots import pyplot
 
 SUFFIX = "_gradient_share"
 
@@ -24,10 +25,9 @@ def shares_of(run: Path) -> tuple[list[int], dict[str, list[float]]]:
 
 def plot_shares(steps: list[int], shares: dict[str, list[float]], axes: Any = None) -> Any:
     """Shares stacked over steps; returns the matplotlib Axes."""
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     axes = axes or plt.subplots(figsize=(7, 4), layout="constrained")[1]
-    axes.stackplot(steps, *shares.values(), labels=list(shares), colors=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
+    axes.stackplot(steps, *shares.values(), labels=list(shares), colors=plt.get_cmap("tab20").colors)
     axes.set(
         xlabel="step",
         ylabel="share of the gradient norm",
@@ -41,7 +41,4 @@ def plot_shares(steps: list[int], shares: dict[str, list[float]], axes: Any = No
 
 def save_shares(run: Path, out: Path) -> None:
     """The plot of a run as a picture."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     plot_shares(*shares_of(run)).figure.savefig(out, dpi=150)

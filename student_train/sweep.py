@@ -25,6 +25,7 @@ from rich.table import Table
 
 from signal_store.errors import InputError
 from student_train.metrics import METRICS
+from student_train.plots import pyplot
 from student_train.sweep_recipe import PlannedRun, SweepRecipe, planned_runs
 
 POLL_SECONDS = 0.5
@@ -94,6 +95,7 @@ def sweep(recipe: SweepRecipe, jobs: int) -> dict[str, Any]:
     """Run everything, `jobs` at a time; the report, which is also written to `report.json`, `report.md` and `report.png`."""
     if jobs < 1:
         raise InputError("jobs must be at least 1", found=jobs, where="--jobs")
+    pyplot()  # refuses now, not after hours, where the report could not be drawn
     runs = [Running(planned) for planned in planned_runs(recipe)]
     recipe.out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -174,11 +176,7 @@ def _cell(group: dict[str, Any], name: str) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Mean and spread of the metric by group, best at the top."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     groups = [group for group in reversed(report["groups"]) if report["metric"] in group["mean"]]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(groups)), layout="constrained")
     means = [group["mean"][report["metric"]] for group in groups]

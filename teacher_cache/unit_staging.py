@@ -21,7 +21,7 @@ from signal_store.progress import progress_bar
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.roles import Tagger, make_tagger, no_words, token_roles
 from teacher_cache.corpus.segments import PlannedSegment, cut
-from teacher_cache.corpus.tokens import RolesOf, tokenize
+from teacher_cache.corpus.tokens import tokenize
 from teacher_cache.positions import capacities_of
 from teacher_cache.recipe import CacheRecipe, Source
 from teacher_cache.unit_plan import UnitPlan
@@ -45,6 +45,7 @@ class Tally:
     num_segments: int = 0
     num_tokens: int = 0
     tagger: TaggerIdentity | None = None
+    words: Tagger = no_words
 
     def see(self, text: Text) -> None:
         """Count one text."""
@@ -107,6 +108,9 @@ def stage_units(
     """Write the unit plans of all the tallies' texts to `prefix`; no unit needs more than `room` where there is one."""
     units: list[dict[str, Any]] = []
     needs = NO_ROOM
+    for tally in tallies:  # all of them before anything is tokenised: one may be missing
+        if tally.source.tagger is not None:
+            tally.words, tally.tagger = make_tagger(tally.source.tagger)
     max_columns = recipe.resolved_max_columns
     with progress_bar() as progress:
         bar = progress.add_task("plan", total=None, unit="tokens")
@@ -178,12 +182,7 @@ def _segments(recipe: CacheRecipe, tokenizer: PreTrainedTokenizerFast, tally: Ta
             else:
                 tally.num_empty_documents += 1
 
-    roles_of: RolesOf | None = None
-    if recipe.has_tags:
-        tagger: Tagger = no_words
-        if tally.source.tagger is not None:
-            tagger, tally.tagger = make_tagger(tally.source.tagger)
-        roles_of = partial(token_roles, tagger)
+    roles_of = partial(token_roles, tally.words) if recipe.has_tags else None
     tokenized = tokenize(read(), tokenizer, append_eos=recipe.append_eos, keywords=keywords, roles_of=roles_of)
     for index, document in enumerate(tokenized):
         tally.num_empty_documents += not len(document.input_ids)  # a normaliser may leave nothing

@@ -13,6 +13,7 @@ from signal_store.layout import SCALARS
 from signal_store.roles import LEVELS
 from student_train.importance.rules import LEAST, MOST, Rules
 from student_train.importance.weigher import Weigher, surface
+from student_train.plots import pyplot
 from student_train.student import cached_tokenizer
 
 UNFINISHED = "\ufffd"
@@ -79,8 +80,7 @@ def _colour(weight: float) -> tuple[int, int, int]:
 
 def plot_surface(rules: Rules, axes: Any = None) -> Any:
     """The weight over impact and the teacher's confidence, with lines of equal weight; returns the matplotlib Axes."""
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     axes = axes or plt.subplots(figsize=(5.4, 4.4), layout="constrained")[1]
     grid = np.linspace(0, 1, 121, dtype=np.float32)
     weights = surface(grid[None], grid[:, None], rules.corners)
@@ -94,7 +94,4 @@ def plot_surface(rules: Rules, axes: Any = None) -> Any:
 
 def save_surface(rules: Rules, path: Path) -> None:
     """The plot as a picture."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     plot_surface(rules).figure.savefig(path, dpi=150)
