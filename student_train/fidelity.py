@@ -14,7 +14,7 @@ from signal_store.distribution_codec import DistributionCodec, DistributionCodes
 
 OVERLAP = 10
 BINS = 15
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 TEACHER_SUMS = ("rows", "agree", "overlap", "kl", "teacher_entropy", "student_entropy")
 
 
