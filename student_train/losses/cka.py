@@ -11,45 +11,30 @@ from transformers import PreTrainedModel
 from signal_store.cache import Cache
 from student_train.batch import CodedBatch
 from student_train.losses.config import ResidualCkaTerm
-from student_train.losses.features import groups_in, groups_of, student_states, teacher_states
-from student_train.losses.pairing import depth_weights, state_pairs
-from student_train.losses.term import Reads, Seen, StateTerm
-from student_train.stream.reader import Needs
+from student_train.losses.features import PairedTerm, groups_in, groups_of
+from student_train.losses.term import Seen
 
 MIN_TOKENS = 8
 TINY = 1e-12
 
 
-class ResidualCka(StateTerm):
+class ResidualCka(PairedTerm):
     """See the module."""
 
     def __init__(self, section: ResidualCkaTerm, cache: Cache, student: PreTrainedModel) -> None:
-        super().__init__()
-        self.section = section
-        self.pairs = state_pairs("residual_cka", "attention_output", cache, student)
-        self.reads = Reads(
-            Needs(False, tuple(("attention_output", p.teacher) for p in self.pairs), ()),
-            tuple(("attention_output", p.student) for p in self.pairs),
-        )
+        super().__init__("residual_cka", ("attention_output", "attention_output"), section.depth_decay, cache, student)
+        self.max_tokens = section.max_tokens
 
     def count(self, batch: CodedBatch) -> int:
         """Segments with enough sampled tokens."""
         return groups_in(batch, MIN_TOKENS)
 
-    def forward(self, seen: Seen) -> Tensor:
-        """Layers weighed by depth."""
-        weights = depth_weights(len(self.pairs), self.section.depth_decay, seen.progress)
-        groups = groups_of(seen.batch, self.section.max_tokens, MIN_TOKENS)
-        total = torch.zeros((), device=seen.final.device)
-        for pair, weight in zip(self.pairs, weights, strict=True):
-            with torch.autocast(seen.final.device.type, enabled=False):
-                own = student_states(seen, ("attention_output", pair.student)).float()
-                other = teacher_states(seen, ("attention_output", pair.teacher))
-                if not len(groups.index):
-                    total = total + 0 * own.sum()
-                    continue
-                total = total + weight * (1 - debiased_cka(groups.of(own), groups.of(other), groups.inside)).sum()
-        return total
+    def pair_sum(self, _number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+        """See the module."""
+        groups = groups_of(seen.batch, self.max_tokens, MIN_TOKENS)
+        if not len(groups.index):
+            return 0 * own_Pd.sum()
+        return (1 - debiased_cka(groups.of(own_Pd), groups.of(other_PD), groups.inside)).sum()
 
 
 def debiased_cka(a_GMD: Tensor, b_GME: Tensor, inside_GM: Tensor) -> Tensor:

@@ -12,41 +12,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
 from student_train.losses.config import LhsmTerm
-from student_train.losses.features import make_projection, student_states, teacher_states
-from student_train.losses.pairing import state_pairs
-from student_train.losses.term import Reads, Seen, StateTerm
-from student_train.stream.reader import Needs
+from student_train.losses.features import PairedTerm, make_projection
+from student_train.losses.term import Seen
 
 
-class Lhsm(StateTerm):
-    """See the module."""
+class Lhsm(PairedTerm):
+    """See the module; layers weigh alike."""
 
     def __init__(self, section: LhsmTerm, cache: Cache, student: PreTrainedModel) -> None:
-        super().__init__()
-        self.pairs = state_pairs("lhsm", "block_output", cache, student)
+        super().__init__("lhsm", ("block_output", "block_output"), 1.0, cache, student)
         self.projects_teacher = section.project == "teacher"
-        own = student.config.get_text_config().hidden_size
         order = -1 if self.projects_teacher else 1
-        self.projections = nn.ModuleList(make_projection(*(own, p.teacher_width)[::order]) for p in self.pairs)
-        self.reads = Reads(
-            Needs(False, tuple(("block_output", p.teacher) for p in self.pairs), ()),
-            tuple(("block_output", p.student) for p in self.pairs),
-        )
+        self.projections = nn.ModuleList(make_projection(*(self.own_width, p.teacher_width)[::order]) for p in self.pairs)
 
-    def count(self, batch: CodedBatch) -> int:
-        """Sampled tokens."""
-        return len(batch.hidden_flat)
-
-    def forward(self, seen: Seen) -> Tensor:
-        """Mean over layers."""
-        parts = []
-        for pair, projection in zip(self.pairs, self.projections, strict=True):
-            ends = student_states(seen, ("block_output", pair.student)), teacher_states(seen, ("block_output", pair.teacher))
-            mapped, other = ends[::-1] if self.projects_teacher else ends
-            parts.append(lhsm_sum(mapped, other, projection))  # type: ignore[arg-type]
-        return torch.stack(parts).mean()
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, _seen: Seen) -> Tensor:
+        """See the module."""
+        mapped, other = (other_PD, own_Pd) if self.projects_teacher else (own_Pd, other_PD)
+        return lhsm_sum(mapped, other, self.projections[number])  # type: ignore[arg-type]
 
 
 def lhsm_sum(mapped_PD: Tensor, target_PE: Tensor, projection: nn.Linear) -> Tensor:

@@ -16,10 +16,8 @@ from transformers import PreTrainedModel
 from signal_store.cache import Cache
 from student_train.batch import CodedBatch
 from student_train.losses.config import ActivationMmdTerm
-from student_train.losses.features import Groups, groups_in, groups_of, student_states, teacher_states
-from student_train.losses.pairing import depth_weights, state_pairs
-from student_train.losses.term import Reads, Seen, StateTerm
-from student_train.stream.reader import Needs
+from student_train.losses.features import Groups, PairedTerm, groups_in, groups_of
+from student_train.losses.term import Seen
 
 MIN_TOKENS = 8
 GAUSSIANS = 5
@@ -54,40 +52,29 @@ class Kernel(nn.Module):
         return torch.stack(parts).sum(0)
 
 
-class ActivationMmd(StateTerm):
+class ActivationMmd(PairedTerm):
     """See the module."""
 
     def __init__(self, section: ActivationMmdTerm, cache: Cache, student: PreTrainedModel) -> None:
-        super().__init__()
+        super().__init__("activation_mmd", ("ffn_gate", "ffn_gate"), section.depth_decay, cache, student)
         self.section = section
-        self.pairs = state_pairs("activation_mmd", "ffn_gate", cache, student)
         self.kernels = nn.ModuleList(Kernel() for _ in self.pairs)
-        self.reads = Reads(
-            Needs(False, tuple(("ffn_gate", p.teacher) for p in self.pairs), ()),
-            tuple(("ffn_gate", p.student) for p in self.pairs),
-        )
         self._maps: dict[tuple[int, int, str], Tensor] = {}
 
     def count(self, batch: CodedBatch) -> int:
         """Segments with enough sampled tokens."""
         return groups_in(batch, MIN_TOKENS)
 
-    def forward(self, seen: Seen) -> Tensor:
-        """Layers weighed by depth."""
-        weights = depth_weights(len(self.pairs), self.section.depth_decay, seen.progress)
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+        """See the module."""
+        kernel = self.kernels[number]
+        assert isinstance(kernel, Kernel)
         groups = groups_of(seen.batch, self.section.max_tokens, MIN_TOKENS)
-        total = torch.zeros((), device=seen.final.device)
-        for pair, kernel, weight in zip(self.pairs, self.kernels, weights, strict=True):
-            with torch.autocast(seen.final.device.type, enabled=False):
-                states = student_states(seen, ("ffn_gate", pair.student)), teacher_states(seen, ("ffn_gate", pair.teacher))
-                directions = min(self.section.directions, *(x.shape[1] for x in states))
-                own, other = (self._mapped(x, directions) for x in states)
-                assert isinstance(kernel, Kernel)
-                if not len(groups.index):
-                    total = total + 0 * (own.sum() + kernel.log_width.sum() + kernel.share.sum())
-                    continue
-                total = total + weight * squared_mmd(groups.of(own), groups.of(other), groups, kernel).sum()
-        return total
+        directions = min(self.section.directions, own_Pd.shape[1], other_PD.shape[1])
+        own, other = (self._mapped(x, directions) for x in (own_Pd, other_PD))
+        if not len(groups.index):
+            return 0 * (own.sum() + kernel.log_width.sum() + kernel.share.sum())
+        return squared_mmd(groups.of(own), groups.of(other), groups, kernel).sum()
 
     def _mapped(self, states_PD: Tensor, directions: int) -> Tensor:
         """LayerNorm, then frozen orthonormal directions, drawn by the width alone."""
