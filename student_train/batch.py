@@ -5,7 +5,7 @@ Legend: B rows, S tokens a row, N rows of the distribution that count, P sampled
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Self
 
 import torch
@@ -46,6 +46,25 @@ class ReplayCodes:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidenceCodes:
+    """Sentences of questions: `segment` int64 [E] number in the batch, `ranges` int64 [E, 2] first token and the one after the
+    last, counted from the segment's first; `shares` float16 [E] by teacher layer."""
+
+    segment: Tensor
+    ranges: Tensor
+    shares: dict[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageCodes:
+    """Key words: `segment` int64 [W] number in the batch, `token` int64 [W], `probability` float16 [W] that it is said."""
+
+    segment: Tensor
+    token: Tensor
+    probability: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LaneCursor:
     """A place in a lane of the stream: `rows` of it were taken; the next is row `row` of window `window` of epoch `epoch`."""
 
@@ -64,9 +83,9 @@ class CodedBatch:
     [N] their weights, or None. `hidden_flat` [P] and
     `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries),
     `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics` float16 [segments, H, 4]
-    by teacher layer. `replay` paths or None. `segments`: which segments are in it, `sources` their sources' numbers, `segment_rows`
-    how many of the N rows each has, `hidden_rows` how many of the P states, `context_only` how many of its first tokens are there
-    as context only. `cursor`: where the lanes that it drew from go on.
+    by teacher layer. `replay` paths, `evidence` and `coverage` or None. `segments`: which segments are in it, `sources` their
+    sources' numbers, `segment_rows` how many of the N rows each has, `hidden_rows` how many of the P states, `context_only` how
+    many of its first tokens are there as context only. `cursor`: where the lanes that it drew from go on.
     """
 
     input_ids: Tensor
@@ -86,6 +105,8 @@ class CodedBatch:
     attention: dict[int, AttentionCodes]
     statistics: dict[int, Tensor]
     replay: ReplayCodes | None
+    evidence: EvidenceCodes | None
+    coverage: CoverageCodes | None
     segments: tuple[int, ...]
     sources: tuple[int, ...]
     segment_rows: tuple[int, ...]
@@ -108,6 +129,6 @@ def _mapped(value: Any, change: Callable[[Any], Any], kind: type) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: _mapped(item, change, kind) for key, item in value.items()}
-    if isinstance(value, DistributionCodes | HiddenCodes | AttentionCodes | ReplayCodes):
+    if is_dataclass(value) and not isinstance(value, type | LaneCursor):
         return type(value)(**{f.name: _mapped(getattr(value, f.name), change, kind) for f in fields(value)})
     return value

@@ -21,7 +21,7 @@ from student_train.fidelity import measure_rows
 from student_train.losses.attention_rows import HeadPairs, decoded_rows, match_heads
 from student_train.losses.chunked import OutputTargets, output_loss
 from student_train.losses.objective import Objective
-from student_train.losses.rows import Rows, joined_queries, split_rows
+from student_train.losses.rows import joined_queries, split_rows, stored_rows
 from student_train.losses.term import Seen
 
 Sums = dict[str, Tensor]
@@ -71,13 +71,15 @@ class Distiller(nn.Module):
         objective = self.objective
         wanted = objective.student_rows
         states = self._open_taps.enter_context(tap_states(self.student, objective.student_states))
-        taken = self._open_taps.enter_context(tap_attention_rows(joined_queries(wanted, batch)))
+        queries = {rows_of: rows_of(batch) for rows_of in wanted}
+        taken = self._open_taps.enter_context(tap_attention_rows(joined_queries(wanted, queries)))
         final, head = self._hidden(batch), output_head(self.student)
         targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution, batch.importance)
         terms = objective.output_terms(scales)
         total, row_sums = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
         sums = dict(zip((term.kind for term in terms), row_sums, strict=True))
-        seen = Seen(batch, self.codecs, states, split_rows(wanted, batch, taken), final, head, self.head_pairs, progress)
+        rows = split_rows(wanted, queries, taken)
+        seen = Seen(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
         for name, term in self.terms.items():
             sums[name] = term(seen)
             total = total + scales[name] * sums[name]
@@ -102,8 +104,8 @@ class Distiller(nn.Module):
         keyword = batch.row_keyword
         if not keyword.any():
             return False
-        wanted: dict[Rows, tuple[int, ...]] = {"stored": self.objective.student_rows["stored"]}
-        with tap_attention_rows(joined_queries(wanted, batch)) as taken:
+        query = stored_rows(batch)
+        with tap_attention_rows(dict.fromkeys(self.objective.student_rows[stored_rows], query)) as taken:
             self._hidden(batch)
         for pair in self.objective.matched_layers:
             teacher = decoded_rows(batch, pair.teacher)

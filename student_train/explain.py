@@ -61,6 +61,8 @@ def _reads(objective: Objective, name: str) -> list[str]:
         *(f"attention/{layer}" for layer in needs.attention),
         *(f"stats/attention/{layer}" for layer in needs.statistics),
         *(["replay"] if needs.replay else []),
+        *(f"evidence/{layer}" for layer in needs.evidence),
+        *(["coverage"] if needs.coverage else []),
     ]
 
 

@@ -35,6 +35,7 @@ from student_train.student import build_student, cached_tokenizer
 from student_train.validation import validate, validation_needs
 
 HEAD_MATCHING_BATCHES = 64
+HEAD_MATCHING_ROWS = 4
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimizerSection) -> float:
@@ -157,8 +158,8 @@ class Trainer:
         return progress
 
     def _match_heads(self, shared: Shared, stream: Stream) -> dict[int, list[tuple[int, int]]]:
-        """On the stream's first rows, the same for every rank."""
-        config = stream.config.model_copy(update={"micro_rows": stream.micro_rows})
+        """On the stream's first rows, the same for every rank and whatever a micro-batch holds."""
+        config = stream.config.model_copy(update={"micro_rows": math.gcd(HEAD_MATCHING_ROWS, stream.config.rows_per_step)})
         first = replace(stream, config=config, rank=0, world_size=1)
         shared.distiller.student.eval()
         matched = any(

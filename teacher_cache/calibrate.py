@@ -82,6 +82,7 @@ class Calibrated:
         if signals.replay is not None:
             states.append(("block_output", self.manifest.teacher.num_layers))
             gradients += calibration.replay_layers if signals.replay.gradient else ()
+        rows += calibration.evidence_layers
         return Listening(tuple(dict.fromkeys(states)), tuple(dict.fromkeys(rows)), tuple(dict.fromkeys(gradients)))
 
 
@@ -132,7 +133,7 @@ def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = A
         section = section.model_copy(update={"device": f"cuda:{worker.local % torch.cuda.device_count()}"})
     needs_head = (signals.distribution is not None and signals.distribution.rank != 0) or signals.replay is not None
     needs_head |= signals.stats is not None and signals.stats.gradient
-    rows = signals.attention is not None or (signals.stats is not None and signals.stats.attention)
+    rows = signals.attention is not None or (signals.stats is not None and signals.stats.attention) or signals.evidence is not None
     return load_teacher(section, vocab_size, capture_rows=rows, needs_head=needs_head)
 
 
@@ -189,6 +190,7 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
         attention=tuple(AttentionLayout.model_validate(a) for a in body["attention"]),
         stats=None if body["stats"] is None else StatsLayout.model_validate(body["stats"]),
         replay_layers=tuple(body["replay_layers"]),
+        evidence_layers=tuple(body.get("evidence_layers", ())),
     )
     teacher = TeacherIdentity.model_validate(body["teacher"])
     first = planned.document.body
@@ -238,6 +240,12 @@ def _specs(recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdenti
     if signals.replay is not None:
         specs += layout.row_range_arrays("replay", capacities.segments)
         specs += layout.replay_arrays(signals.replay, calibration.replay_layers, width, capacities)
+    if signals.evidence is not None:
+        specs += layout.row_range_arrays("evidence", capacities.segments)
+        specs += layout.evidence_arrays(calibration.evidence_layers, capacities)
+    if signals.coverage is not None:
+        specs += layout.row_range_arrays("coverage", capacities.segments)
+        specs += layout.coverage_arrays(capacities, planned.vocab_size)
     return specs
 
 

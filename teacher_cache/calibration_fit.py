@@ -16,7 +16,7 @@ from signal_store.errors import InputError
 from signal_store.hidden_codec import HiddenCodec
 from signal_store.objects import Objects
 from signal_store.progress import progress_bar
-from signal_store.signals import Signals
+from signal_store.signals import EvidenceSignal, Signals
 from teacher_cache.plan import Plan
 from teacher_cache.positions import attention_rows
 from teacher_cache.recipe import CacheRecipe
@@ -141,6 +141,8 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     ]
     body["stats"] = _stats_layers(signals, teacher)
     body["replay_layers"] = list(_layers(signals.replay.layers, signals.replay.depths, teacher)) if signals.replay else []
+    if signals.evidence is not None:
+        body["evidence_layers"] = _evidence_layers(signals.evidence, teacher)
     return body, arrays
 
 
@@ -206,6 +208,14 @@ def _stats_layers(signals: Signals, teacher: Teacher) -> dict[str, Any] | None:
         "attention_layers": [layer for layer in layers if layer in able],
         "num_heads": teacher.identity.num_heads,
     }
+
+
+def _evidence_layers(signal: EvidenceSignal, teacher: Teacher) -> list[int]:
+    able = softmax_attention_layers(teacher.model)
+    layers = [layer for layer in _layers(signal.layers, signal.depths, teacher) if layer in able]
+    if not layers:
+        raise InputError("no softmax attention at these layers", expected=list(able), where="signals.evidence")
+    return layers
 
 
 def fit_hidden(states_ND: Tensor, rank: int | None) -> tuple[HiddenCodec, float]:

@@ -247,6 +247,12 @@ def _quick(recipe: CacheRecipe) -> Estimate:
         paths = signals.replay.steps + 1 + (len(signals.replay.layers or signals.replay.depths) if signals.replay.gradient else 0)
         row = 2 * config.hidden_size * paths * needs.replay_rows / tokens
         ranges["replay"] = (0.5 * row, 1.1 * row)
+    if signals.evidence is not None:
+        shares = (12 + 2 * len(signals.evidence.layers or signals.evidence.depths)) * needs.evidence_rows / tokens
+        ranges["evidence"] = (0.2 * shares, 1.1 * shares)
+    if signals.coverage is not None:
+        words = 14 * needs.coverage_rows / tokens
+        ranges["coverage"] = (0.2 * words, 1.1 * words)
     if signals.attention is not None:
         layers = 1 if signals.attention.layers == "last" else len(signals.attention.layers)
         heads = signals.attention.heads if isinstance(signals.attention.heads, int) else len(signals.attention.heads)

@@ -404,6 +404,15 @@ def _refuse_empty_signals(recipe: CacheRecipe, needs: Capacities) -> None:
             found="none",
             where="signals.replay",
         )
+    for name, needed, task in (("evidence", needs.evidence_rows, "qa"), ("coverage", needs.coverage_rows, "summary")):
+        if getattr(signals, name) is not None and not needed:
+            raise InputError(
+                f"the {name} signal has nothing to look at",
+                expected=f"a source with task: {task} whose prompts hold "
+                + ("two sentences" if task == "qa" else "nouns or names"),
+                found="none",
+                where=f"signals.{name}",
+            )
 
 
 def _check_context(recipe: CacheRecipe) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from model_taps.attention_statistics import STATISTICS_EVERY
+from model_taps.spread import evenly
 from signal_store.manifest import Capacities
 from signal_store.signals import EveryNth, Positions, RandomFraction, ReplaySignal, Signals, Stratified
 from teacher_cache.unit_plan import UnitPlan
@@ -80,6 +82,30 @@ def replay_positions(unit: UnitPlan, signal: ReplaySignal) -> Places:
     return _per_segment(unit, chosen)
 
 
+def evidence_sentences(unit: UnitPlan) -> Places:
+    """[n, 2]: sentences of segments that have at least two of them; shares of one alone say nothing."""
+    segment = unit.segment_of_token[unit.sentences[:, 0]]
+    return unit.sentences[np.bincount(segment, minlength=len(unit.length))[segment] > 1]
+
+
+def evidence_queries(unit: UnitPlan, queries: int) -> Places:
+    """Ascending places of the answers' rows, evenly spread, of segments that have evidence."""
+    has = np.unique(unit.segment_of_token[evidence_sentences(unit)[:, 0]])
+    counted = np.flatnonzero((unit.loss_mask > 0) & np.isin(unit.segment_of_token, has))
+    rows_S = torch.from_numpy(unit.rows_per_segment(counted))
+    spread = evenly(rows_S, queries)
+    found: Places = counted[spread.index[spread.inside].numpy()]
+    return found
+
+
+def coverage_words(unit: UnitPlan, words: int) -> Places:
+    """[n, 2] place and token of the key words, the first so many of each segment."""
+    segment = unit.segment_of_token[unit.key_words[:, 0]]
+    counts = np.bincount(segment, minlength=len(unit.length))
+    rank = np.arange(len(segment)) - (np.cumsum(counts) - counts)[segment]
+    return unit.key_words[rank < words]
+
+
 def capacities_of(unit: UnitPlan, signals: Signals, max_columns: int | None) -> Capacities:
     """Rows this unit needs."""
     attention = attention_rows(unit, signals.attention.previous_steps, max_columns) if signals.attention else None
@@ -89,6 +115,8 @@ def capacities_of(unit: UnitPlan, signals: Signals, max_columns: int | None) -> 
         attention_rows=len(attention.position) if attention else 0,
         attention_entries=int(attention.length.sum()) if attention else 0,
         replay_rows=len(replay_positions(unit, signals.replay)) if signals.replay else 0,
+        evidence_rows=len(evidence_sentences(unit)) if signals.evidence else 0,
+        coverage_rows=len(coverage_words(unit, signals.coverage.words)) if signals.coverage else 0,
     )
 
 

@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from signal_store.manifest import Split
-from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals
+from signal_store.manifest import Split, Task
+from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals, without_empty
 
 
 class TeacherSection(Section):
@@ -81,6 +81,9 @@ class Source(Section):
     """Name of the Pygments lexer that finds keywords; None guesses from the file's name in a folder, else finds none."""
     tagger: TaggerSection | None = None
     """Stores the roles of this source's words, `tags/roles`."""
+    task: Task | None = None
+    """What the texts ask for: `qa`, of which the evidence signal takes the prompt's sentences, or `summary`, of which the coverage
+    signal takes the prompt's key words (it needs a tagger)."""
     max_documents: int | None = Field(None, ge=1, lt=2**53)
 
     @model_validator(mode="after")
@@ -95,6 +98,10 @@ class Source(Section):
             raise ValueError(f"give one of text, prompt and completion, messages (given: {', '.join(kinds)})")
         if self.folder is not None and kinds:
             raise ValueError("a folder's files are plain text; columns are for tables")
+        if self.task is not None and self.prompt is None and self.messages is None:
+            raise ValueError(f"task: {self.task} needs prompt and completion, or messages")
+        if self.task == "summary" and self.tagger is None:
+            raise ValueError("task: summary needs a tagger, which tells the key words")
         return self
 
 
@@ -104,7 +111,7 @@ LOCAL_PLACES = ("folder", "jsonl", "parquet")
 
 def source_part(source: Source) -> dict[str, Any]:
     """What of a source decides the plan, as JSON; of its tagger the parser only, the digests of its models are in the manifest."""
-    part = source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger"})
+    part = without_empty(source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger"}), "task")
     if source.tagger is None:
         return part
     return {**part, "tagger": {"parser": source.tagger.parser, "semantic": source.tagger.semantic_model is not None}}

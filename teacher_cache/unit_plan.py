@@ -13,6 +13,9 @@ from signal_store.canonical import sha256
 from signal_store.errors import CorruptError
 from teacher_cache.corpus.segments import PlannedSegment
 
+LATER = ("roles", "sentences", "key_words")
+"""Columns that are not stored where they are empty: a plan without them is what it was before there were any."""
+
 
 @dataclass(frozen=True, slots=True)
 class UnitPlan:
@@ -33,17 +36,22 @@ class UnitPlan:
     finished: NDArray[np.uint8]
     roles: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
     """uint8 [tokens, 4] as `signal_store.roles` names them; empty where no source has a tagger, and not stored then."""
+    sentences: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """[s, 2]: first token and the one after the last of each sentence of a question; not stored where there is none."""
+    key_words: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """[w, 2]: place and token id of each key word of a text to sum up, by segment; not stored where there is none."""
 
     @classmethod
     def of(cls, segments: Sequence[PlannedSegment]) -> Self:
         """The plan of a unit that holds these segments, in order."""
         lengths = np.asarray([len(s) for s in segments], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
         return cls(
             input_ids=np.concatenate([s.input_ids for s in segments]),
             loss_mask=np.concatenate([s.loss_mask for s in segments]),
             byte_end=np.concatenate([s.byte_end for s in segments]),
             keyword=np.flatnonzero(np.concatenate([s.keyword for s in segments])),
-            token_start=np.cumsum(lengths) - lengths,
+            token_start=starts,
             length=lengths,
             context_only=np.asarray([s.context_only for s in segments], dtype=np.int64),
             next_token=np.asarray([s.next_token for s in segments], dtype=np.int64),
@@ -52,12 +60,15 @@ class UnitPlan:
             token_hash=np.asarray([s.token_hash for s in segments], dtype=np.uint64),
             finished=np.asarray([s.finished for s in segments], dtype=np.uint8),
             roles=np.concatenate([s.roles for s in segments]),
+            sentences=np.concatenate([s.sentences + start for s, start in zip(segments, starts, strict=True)]),
+            key_words=np.concatenate([s.key_words + np.asarray([start, 0]) for s, start in zip(segments, starts, strict=True)]),
         )
 
     def to_bytes(self) -> bytes:
         """The stored form: safetensors, zstd."""
         columns = {f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self)}
-        return bytes(zstd.compress(save({name: column for name, column in columns.items() if name != "roles" or column.size}), 3))
+        columns = {name: column for name, column in columns.items() if name not in LATER or column.size}
+        return bytes(zstd.compress(save(columns), 3))
 
     @classmethod
     def from_bytes(cls, data: bytes, expected_digest: str, where: str) -> Self:

@@ -63,6 +63,7 @@ class Tally:
             num_segments=self.num_segments,
             num_tokens=self.num_tokens,
             tagger=self.tagger,
+            task=self.source.task,
         )
 
 

@@ -11,7 +11,19 @@ from transformers import PreTrainedTokenizerFast
 from signal_store.cache import Cache
 from teacher_cache.build import build
 from teacher_cache.recipe import CacheRecipe
-from tests.tiny import CODE, CONTEXT, HEADS, PROSE, WIDTH, make_model, make_tokenizer, write_jsonl
+from tests.tiny import (
+    CODE,
+    CONTEXT,
+    HEADS,
+    PROSE,
+    QUESTIONS,
+    SUMMARIES,
+    WIDTH,
+    make_model,
+    make_tokenizer,
+    write_jsonl,
+    write_rows,
+)
 
 settings.register_profile("unhurried", deadline=None)  # wall-clock is never asserted
 settings.load_profile("unhurried")
@@ -85,6 +97,8 @@ EVERY_SIGNAL: dict[str, Any] = {
     "attention": {"heads": HEADS, "previous_steps": 3},
     "stats": {"layers": [1, 4]},
     "replay": {"positions_per_segment": 4},
+    "evidence": {"layers": [1, 4]},
+    "coverage": {},
 }
 
 
@@ -96,4 +110,10 @@ def knowing_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMa
         {"name": "train", "jsonl": texts["train"], "lexer": "python", "tagger": tagger},
         {"name": "held-out", "split": "validation", "jsonl": texts["validation"], "lexer": "python", "tagger": tagger},
     ]
+    asked = {"prompt": "prompt", "completion": "completion"}
+    for task, rows in (("qa", QUESTIONS), ("summary", SUMMARIES)):
+        for split, some in (("train", rows[4:]), ("validation", rows[:4])):
+            path = write_rows(tmp_path_factory.mktemp(task) / f"{split}.jsonl", some)
+            part = {"name": f"{task}-{split}", "split": split, "jsonl": path, "task": task, **asked}
+            sources.append({**part, "lexer": "python", "tagger": tagger})
     return build(recipe_for(tmp_path_factory.mktemp("knowing") / "cache.zarr", signals=EVERY_SIGNAL, sources=sources))

@@ -50,6 +50,16 @@ PROSE = [
     "Rows of tokens are packed so that no step is wasted.",
 ]
 
+NAMES = ("add", "grow", "read", "print", "open", "self", "size", "data", "error", "range", "len", "init")
+QUESTIONS = [
+    {"prompt": f"def {a}(x):\n    return x\nfor {b} in x:\n    pass\n# {c}?\n", "completion": f"{a}({b})"}
+    for a, b, c in zip(NAMES * 2, NAMES[5:] + NAMES * 2, NAMES[3:] + NAMES * 2, strict=False)
+]
+SUMMARIES = [
+    {"prompt": f"def {a}({b}, x):\n    return {c}\n", "completion": f" # {a} of {c}\n"}
+    for a, b, c in zip(NAMES * 2, NAMES[4:] + NAMES * 2, NAMES[7:] + NAMES * 2, strict=False)
+]
+
 
 def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
@@ -79,4 +89,9 @@ def make_model(family: str, vocab_size: int, *, seed: int = 0, scale: float = 1.
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

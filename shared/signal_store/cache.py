@@ -354,6 +354,7 @@ def _joined_manifest(parts: Sequence[SealedPart]) -> Manifest:
             "attention": tuple(a for c in calibrations for a in c.attention),
             "stats": owner["stats"].stats if "stats" in owner else None,
             "replay_layers": tuple(n for c in calibrations for n in c.replay_layers),
+            "evidence_layers": tuple(n for c in calibrations for n in c.evidence_layers),
         }
     )
     signals = Signals.model_construct(**{name: held.get(name) for name in Signals.model_fields})

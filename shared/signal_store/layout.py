@@ -231,3 +231,21 @@ def replay_arrays(signal: ReplaySignal, layers: tuple[int, ...], width: int, cap
     )
     gradients = [a for n in layers for a in coded_row_arrays(f"replay/gradient/{n}", "int8", rows, width, "channel")]
     return (position_array("replay", capacities.replay_rows), *path, *(gradients if signal.gradient else ()))
+
+
+def evidence_arrays(layers: tuple[int, ...], capacities: Capacities) -> tuple[ArraySpec, ...]:
+    """One row per sentence of a prompt: where it begins, its tokens, and by layer its share of the answer's attention."""
+    rows = rounded_capacity(capacities.evidence_rows)
+    shares = (ArraySpec.of(f"evidence/{n}/share", "float16", rows, "row", shuffle="shuffle") for n in layers)
+    length = ArraySpec.of("evidence/rows/length", "uint32", rows, "row", shuffle="shuffle")
+    return (position_array("evidence", capacities.evidence_rows), length, *shares)
+
+
+def coverage_arrays(capacities: Capacities, vocab_size: int) -> tuple[ArraySpec, ...]:
+    """One row per key word of a prompt: where it first stands, its first token, and the probability that the summary says it."""
+    rows = rounded_capacity(capacities.coverage_rows)
+    return (
+        position_array("coverage", capacities.coverage_rows),
+        ArraySpec.of("coverage/rows/token", id_dtype(vocab_size), rows, "row", shuffle="shuffle"),
+        ArraySpec.of("coverage/words/probability", "float16", rows, "row", shuffle="shuffle"),
+    )

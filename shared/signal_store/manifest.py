@@ -8,10 +8,11 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 from signal_store.arrays import ArraySpec
 from signal_store.canonical import digest
 from signal_store.errors import CorruptError, MismatchError
-from signal_store.signals import Section, Signals, Tap
+from signal_store.signals import Section, Signals, Tap, without_empty
 
 FORMAT_VERSION = 1
 Split = Literal["train", "validation"]
+Task = Literal["qa", "summary"]
 
 
 class TeacherIdentity(Section):
@@ -61,12 +62,12 @@ class SourceIdentity(Section):
     num_segments: int
     num_tokens: int
     tagger: TaggerIdentity | None = None
+    task: Task | None = None
 
     @model_serializer(mode="wrap")
     def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A source without a tagger is what it was before there were any: its digest too."""
-        found: dict[str, Any] = handler(self)
-        return {name: value for name, value in found.items() if name != "tagger" or value is not None}
+        """A source without a tagger or task is what it was before there were any: its digest too."""
+        return without_empty(handler(self), "tagger", "task")
 
 
 class Capacities(Section):
@@ -77,6 +78,12 @@ class Capacities(Section):
     attention_rows: int
     attention_entries: int
     replay_rows: int
+    evidence_rows: int = 0
+    coverage_rows: int = 0
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty(handler(self), "evidence_rows", "coverage_rows")
 
     def union(self, other: "Capacities") -> "Capacities":
         """Room for both."""
@@ -154,6 +161,11 @@ class CalibrationIdentity(Section):
     attention: tuple[AttentionLayout, ...]
     stats: StatsLayout | None
     replay_layers: tuple[int, ...]
+    evidence_layers: tuple[int, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_empty(handler(self), "evidence_layers")
 
 
 class Manifest(Section):

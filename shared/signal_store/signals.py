@@ -1,8 +1,8 @@
 """The recipe of signals: what of the teacher's thought is written down. Part of a cache's identity."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 """Whole numbers that JSON carries everywhere."""
@@ -17,6 +17,11 @@ class Section(BaseModel):
     """Base of every recipe section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def without_empty(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    """What is serialised, less these names where they hold nothing: what came later changes no digest of what was before."""
+    return {name: value for name, value in content.items() if name not in names or value}
 
 
 class DistributionSignal(Section):
@@ -164,7 +169,30 @@ class ReplaySignal(Section):
         return self
 
 
-def _refuse_twice(signal: "HiddenSignal | StatsSignal | ReplaySignal") -> None:
+class EvidenceSignal(Section):
+    """Which sentences of a question its answer looks at (REQUIREMENTS 7), of sources with `task: qa`: the share of attention that
+    each sentence of the prompt gets from the answer's rows, at the layers with softmax attention among those at these depths."""
+
+    depths: tuple[DepthFraction, ...] = Field((0.5, 0.75), min_length=1)
+    layers: tuple[int, ...] | None = Field(None, min_length=1)
+    queries: int = Field(32, ge=1, le=65_536)
+    """Rows of the answer that are looked at, evenly spread."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _refuse_twice(self)
+        return self
+
+
+class CoverageSignal(Section):
+    """Which key words of a text its summary says (REQUIREMENTS 8), of sources with `task: summary` and a tagger: the probability
+    that a word of the prompt, told by its first token, comes up in one of the summary's rows at least."""
+
+    words: int = Field(32, ge=1, le=256)
+    """Nouns and names of a segment's prompt, of code its identifiers, the most frequent first."""
+
+
+def _refuse_twice(signal: "HiddenSignal | StatsSignal | ReplaySignal | EvidenceSignal") -> None:
     if signal.layers is not None and len(set(signal.layers)) != len(signal.layers):
         raise ValueError("layers names one twice")
 
@@ -177,9 +205,16 @@ class Signals(Section):
     attention: AttentionSignal | None = None
     stats: StatsSignal | None = None
     replay: ReplaySignal | None = None
+    evidence: EvidenceSignal | None = None
+    coverage: CoverageSignal | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if all(signal is None for _, signal in self):
             raise ValueError("every signal is off: nothing would be stored")
         return self
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without evidence and coverage is what it was before there were any: its digest too."""
+        return without_empty(handler(self), "evidence", "coverage")

@@ -13,6 +13,7 @@ from student_train.batch import CodedBatch
 from student_train.losses.attention_rows import attention_kl, decoded_rows
 from student_train.losses.config import ApcTerm
 from student_train.losses.pairing import row_pairs
+from student_train.losses.rows import stored_rows
 from student_train.losses.term import Reads, Seen, StateTerm
 from student_train.stream.reader import Needs
 
@@ -24,7 +25,7 @@ class Apc(StateTerm):
         super().__init__()
         layers = tuple(a.layer for a in cache.manifest.calibration.attention)
         self.pairs = row_pairs("apc", layers, cache, student)
-        self.reads = Reads(Needs(False, (), layers), rows={"stored": tuple(p.student for p in self.pairs)})
+        self.reads = Reads(Needs(False, (), layers), rows={stored_rows: tuple(p.student for p in self.pairs)})
 
     def count(self, batch: CodedBatch) -> int:
         """Keywords."""
@@ -35,7 +36,7 @@ class Apc(StateTerm):
         keyword = seen.batch.row_keyword
         parts = []
         for pair in self.pairs:
-            own_RGL = seen.rows["stored", pair.student]
+            own_RGL = seen.rows[stored_rows, pair.student]
             teacher = decoded_rows(seen.batch, pair.teacher)
             if teacher is None:
                 parts.append(own_RGL.sum() * 0)

@@ -14,7 +14,7 @@ from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.losses.config import AttentionStatisticsTerm
 from student_train.losses.pairing import row_pairs
-from student_train.losses.rows import query_of, segment_of_token
+from student_train.losses.rows import RowsOf, segment_of_token, statistics_rows
 from student_train.losses.term import Reads, Seen, StateTerm
 from student_train.stream.reader import Needs
 
@@ -36,8 +36,8 @@ class AttentionStatistics(StateTerm):
                 remedy="Build a cache (or an overlay) that does, or switch attention_statistics off.",
             )
         self.pairs = row_pairs("attention_statistics", layout.attention_layers, cache, student)
-        rows = {"statistics": tuple(dict.fromkeys(p.student for p in self.pairs))}
-        self.reads = Reads(Needs(False, (), (), statistics=layout.attention_layers), rows=rows)  # type: ignore[arg-type]
+        rows: dict[RowsOf, tuple[int, ...]] = {statistics_rows: tuple(dict.fromkeys(p.student for p in self.pairs))}
+        self.reads = Reads(Needs(False, (), (), statistics=layout.attention_layers), rows=rows)
 
     def count(self, batch: CodedBatch) -> int:
         """Segments that have statistics."""
@@ -46,13 +46,13 @@ class AttentionStatistics(StateTerm):
     def forward(self, seen: Seen) -> Tensor:
         """Mean over layers."""
         batch = seen.batch
-        query = query_of("statistics", batch)
+        query = seen.queries[statistics_rows]
         segment_R = segment_of_token(batch)[query.batch, query.query]
         known = _known(batch, self.pairs[0].teacher)
         levels = torch.tensor(DECILES, device=seen.final.device)
         parts = []
         for pair in self.pairs:
-            rows = seen.rows["statistics", pair.student]
+            rows = seen.rows[statistics_rows, pair.student]
             own = attention_statistics(rows, query.lengths, segment_R, len(batch.segments))[known]
             other = batch.statistics[pair.teacher].float()[known] if pair.teacher in batch.statistics else own.detach()
             apart = own.quantile(levels, dim=1) - other.quantile(levels, dim=1) if len(own) else rows[:0]

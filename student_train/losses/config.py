@@ -183,6 +183,22 @@ class ReplayTerm(Term):
     discount: float = Field(0.9, gt=0, le=1)
 
 
+class EvidenceTerm(Term):
+    """KL(a_T ‖ a_S), a the share of the answer's attention that each sentence of its question gets (7); mean over segments of
+    sources with `task: qa`."""
+
+    kind: ClassVar[Kind] = "task"
+    weight: WeightField = _constant(0.1)
+
+
+class CoverageTerm(Term):
+    """|c_T - c_S|, c the probability that the summary says a key word of its text (8); mean over key words of sources with
+    `task: summary`."""
+
+    kind: ClassVar[Kind] = "task"
+    weight: WeightField = _constant(0.2)
+
+
 class ParameterAnchorTerm(Section):
     """‖θ - θ₀‖² / ‖θ₀‖², θ₀ the weights that the run began with (L2-SP, 9)."""
 
@@ -221,6 +237,8 @@ class Losses(Section):
     smoothness: SmoothnessTerm | None = None
     attention_evolution: AttentionEvolutionTerm | None = None
     replay: ReplayTerm | None = None
+    evidence: EvidenceTerm | None = None
+    coverage: CoverageTerm | None = None
     parameter_anchor: ParameterAnchorTerm | None = None
     importance: ImportanceSection | None = None
 

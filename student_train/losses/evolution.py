@@ -17,6 +17,7 @@ from student_train.batch import CodedBatch
 from student_train.losses.attention_rows import TeacherRows, decoded_rows
 from student_train.losses.config import AttentionEvolutionTerm
 from student_train.losses.pairing import row_pairs
+from student_train.losses.rows import stored_rows
 from student_train.losses.term import Reads, Seen, StateTerm
 from student_train.stream.reader import Needs
 
@@ -39,7 +40,7 @@ class AttentionEvolution(StateTerm):
             )
         layers = tuple(a.layer for a in cache.manifest.calibration.attention)
         self.pairs = row_pairs("attention_evolution", layers, cache, student)
-        self.reads = Reads(Needs(False, (), layers, steps=True), rows={"stored": tuple(p.student for p in self.pairs)})
+        self.reads = Reads(Needs(False, (), layers, steps=True), rows={stored_rows: tuple(p.student for p in self.pairs)})
 
     def count(self, batch: CodedBatch) -> int:
         """Keywords with three tokens before them."""
@@ -52,7 +53,7 @@ class AttentionEvolution(StateTerm):
 
     def _sum(self, seen: Seen) -> Tensor:
         rows_KT = step_rows(seen.batch)
-        rows = {pair: seen.rows["stored", pair.student] for pair in self.pairs}
+        rows = {pair: seen.rows[stored_rows, pair.student] for pair in self.pairs}
         if not len(rows_KT):
             return 0 * torch.stack([own.sum() for own in rows.values()]).sum()
         keys = min(own.shape[2] for own in rows.values())  # a layer of which other rows are wanted too may be padded further

@@ -1,13 +1,12 @@
 """What the terms on sampled hidden states share: layers in pairs, the teacher's states decoded, the student's gathered, tokens
 grouped by segment."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model_taps.slices import State
+from model_taps.spread import Groups, evenly
 from signal_store.cache import Cache
 from signal_store.signals import Tap
 from student_train.batch import CodedBatch
@@ -81,28 +80,10 @@ def make_projection(width: int, target_width: int) -> nn.Linear:
     return projection
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Sampled states by segment: `index` int64 [G, M] into the P states, `inside` bool [G, M]."""
-
-    index: Tensor
-    inside: Tensor
-
-    def of(self, states_PD: Tensor) -> Tensor:
-        """[G, M, D], zero outside."""
-        return states_PD[self.index] * self.inside[..., None].to(states_PD.dtype)
-
-
 def groups_of(batch: CodedBatch, max_tokens: int, min_tokens: int) -> Groups:
     """At most `max_tokens` of each segment's sampled states, evenly spread; segments with fewer than `min_tokens` are left out."""
     rows = torch.tensor(batch.hidden_rows, dtype=torch.int64, device=batch.hidden_flat.device)
-    start = rows.cumsum(0) - rows
-    start, rows = start[rows >= min_tokens], rows[rows >= min_tokens]
-    taken = rows.clamp(max=max_tokens)
-    place = torch.arange(max_tokens, device=rows.device)
-    inside = place < taken[:, None]
-    index = start[:, None] + place * rows[:, None] // taken[:, None]
-    return Groups(index.where(inside, start[:, None]), inside)
+    return evenly(rows, max_tokens, min_tokens)
 
 
 def groups_in(batch: CodedBatch, min_tokens: int) -> int:

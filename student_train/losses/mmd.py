@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from model_taps.spread import Groups
 from signal_store.cache import Cache
 from student_train.batch import CodedBatch
 from student_train.losses.config import ActivationMmdTerm
-from student_train.losses.features import Groups, PairedTerm, groups_in, groups_of
+from student_train.losses.features import PairedTerm, groups_in, groups_of
 from student_train.losses.term import Seen
 
 MIN_TOKENS = 8

@@ -21,14 +21,16 @@ from student_train.losses.attention_statistics import AttentionStatistics
 from student_train.losses.chunked import OutputTerm
 from student_train.losses.cka import ResidualCka
 from student_train.losses.config import JsdTerm, Losses, ParameterAnchorTerm, Term
+from student_train.losses.coverage import Coverage
 from student_train.losses.direction import Direction
+from student_train.losses.evidence import Evidence
 from student_train.losses.evolution import AttentionEvolution
 from student_train.losses.lhsm import Lhsm
 from student_train.losses.mmd import ActivationMmd
 from student_train.losses.pairing import LayerPair
 from student_train.losses.reconstruction import InputReconstruction
 from student_train.losses.replay import Replay
-from student_train.losses.rows import Rows
+from student_train.losses.rows import RowsOf
 from student_train.losses.smoothness import Smoothness
 from student_train.losses.term import StateTerm
 from student_train.stream.reader import Needs
@@ -49,6 +51,8 @@ STATE_TERMS: dict[str, Callable[[Any, Cache, PreTrainedModel], StateTerm]] = {
     "smoothness": Smoothness,
     "attention_evolution": AttentionEvolution,
     "replay": Replay,
+    "evidence": Evidence,
+    "coverage": Coverage,
 }
 """What computes each term that is not formed in the pass over the output head."""
 SIGNALS = {"lhsm": "hidden", "apc": "attention"}
@@ -81,9 +85,9 @@ class Objective:
         return tuple(dict.fromkeys(state for term in self.states.values() for state in term.reads.states))
 
     @property
-    def student_rows(self) -> dict[Rows, tuple[int, ...]]:
+    def student_rows(self) -> dict[RowsOf, tuple[int, ...]]:
         """By kind of rows, the student's layers whose attention is looked at."""
-        found: dict[Rows, tuple[int, ...]] = {}
+        found: dict[RowsOf, tuple[int, ...]] = {}
         for term in self.states.values():
             for kind, layers in (term.reads.rows or {}).items():
                 found[kind] = tuple(dict.fromkeys((*found.get(kind, ()), *layers)))

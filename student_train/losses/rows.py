@@ -1,27 +1,53 @@
 """Which attention rows of the student the terms look at, and how those of several terms share one capture of a layer."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model_taps.attention import RowQuery
 from model_taps.attention_statistics import STATISTICS_EVERY
+from model_taps.spread import evenly
 from student_train.batch import CodedBatch
 
-Rows = Literal["stored", "statistics"]
-"""`stored`: those whose teacher's twins are in the batch; `statistics`: every 16th row of a segment."""
+RowsOf = Callable[[CodedBatch], RowQuery]
+"""Where rows of one kind are; terms that name the same share them."""
 
 
-def query_of(kind: Rows, batch: CodedBatch) -> RowQuery:
-    """Where the rows of a kind are."""
-    if kind == "stored":
-        return RowQuery(batch.row_batch, batch.row_query, batch.row_first)
+def stored_rows(batch: CodedBatch) -> RowQuery:
+    """Those whose teacher's twins are in the batch."""
+    return RowQuery(batch.row_batch, batch.row_query, batch.row_first)
+
+
+def statistics_rows(batch: CodedBatch) -> RowQuery:
+    """Every 16th row of a segment."""
     context = torch.tensor((*batch.context_only, 0), device=batch.real.device)[segment_of_token(batch)]
     own = batch.real & (batch.position_ids >= context)
     row, column = ((batch.position_ids % STATISTICS_EVERY == STATISTICS_EVERY - 1) & own).nonzero(as_tuple=True)
     return RowQuery(row, column, column - batch.position_ids[row, column])
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRows:
+    """At most `most` of the rows that count, evenly spread, of each segment with evidence: those that the teacher's shares are
+    of."""
+
+    most: int
+
+    def __call__(self, batch: CodedBatch) -> RowQuery:
+        """Rows segment by segment."""
+        rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=batch.flat.device)
+        if batch.evidence is None or not len(batch.evidence.segment):
+            flat = batch.flat[:0]
+        else:
+            asked = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+            asked[batch.evidence.segment] = True
+            spread = evenly(rows, self.most)
+            flat = batch.flat[spread.index[spread.inside & asked[:, None]]]
+        width = batch.input_ids.shape[1]
+        row, column = flat // width, flat % width
+        return RowQuery(row, column, column - batch.position_ids[row, column])
 
 
 def segment_of_token(batch: CodedBatch) -> Tensor:
@@ -30,9 +56,12 @@ def segment_of_token(batch: CodedBatch) -> Tensor:
     return begins.flatten().cumsum(0).view(begins.shape) - 1
 
 
-def joined_queries(wanted: Mapping[Rows, Sequence[int]], batch: CodedBatch) -> dict[int, RowQuery]:
+Wanted = Mapping[RowsOf, Sequence[int]]
+"""By kind of rows, the student's layers that are asked for them."""
+
+
+def joined_queries(wanted: Wanted, queries: Mapping[RowsOf, RowQuery]) -> dict[int, RowQuery]:
     """By layer of the student, the rows of every kind that it is asked for, one kind after another."""
-    queries = {kind: query_of(kind, batch) for kind in wanted}
     found = {}
     for layer in sorted({layer for layers in wanted.values() for layer in layers}):
         mine = [queries[kind] for kind, layers in wanted.items() if layer in layers]
@@ -40,14 +69,11 @@ def joined_queries(wanted: Mapping[Rows, Sequence[int]], batch: CodedBatch) -> d
     return found
 
 
-def split_rows(
-    wanted: Mapping[Rows, Sequence[int]], batch: CodedBatch, taken: Mapping[int, Tensor]
-) -> dict[tuple[Rows, int], Tensor]:
+def split_rows(wanted: Wanted, queries: Mapping[RowsOf, RowQuery], taken: Mapping[int, Tensor]) -> dict[tuple[RowsOf, int], Tensor]:
     """What was captured for `joined_queries`, by kind and layer."""
-    lengths = {kind: len(query_of(kind, batch)) for kind in wanted}
     found = {}
     for layer, rows in taken.items():
         kinds = [kind for kind, layers in wanted.items() if layer in layers]
-        for kind, part in zip(kinds, rows.split([lengths[kind] for kind in kinds]), strict=True):
+        for kind, part in zip(kinds, rows.split([len(queries[kind]) for kind in kinds]), strict=True):
             found[kind, layer] = part
     return found

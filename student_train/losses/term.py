@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from model_taps.attention import RowQuery
 from model_taps.head import OutputHead
 from model_taps.slices import State
 from student_train.batch import CodedBatch
 from student_train.codecs import Codecs
 from student_train.losses.attention_rows import HeadPairs
-from student_train.losses.rows import Rows
+from student_train.losses.rows import RowsOf
 from student_train.stream.reader import TOKENS_ONLY, Needs
 
 
@@ -28,18 +29,20 @@ class Reads:
 
     cache: Needs = TOKENS_ONLY
     states: tuple[State, ...] = ()
-    rows: Mapping[Rows, tuple[int, ...]] | None = None
+    rows: Mapping[RowsOf, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one forward pass showed. `states` [B, S, d] by tap and layer; `rows` [R, H, L] by kind and layer; `final` [B · S, d]
+    """What one forward pass showed. `states` [B, S, d] by tap and layer; `queries` where attention rows of each kind are and
+    `rows` [R, H, L] what they say by kind and layer; `final` [B · S, d]
     before the output head; `progress` of the run in [0, 1]."""
 
     batch: CodedBatch
     codecs: Codecs
     states: Mapping[State, Tensor]
-    rows: Mapping[tuple[Rows, int], Tensor]
+    queries: Mapping[RowsOf, RowQuery]
+    rows: Mapping[tuple[RowsOf, int], Tensor]
     final: Tensor
     head: OutputHead
     head_pairs: HeadPairs

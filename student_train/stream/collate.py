@@ -10,7 +10,7 @@ from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodes
 from signal_store.layout import SCALARS
-from student_train.batch import AttentionCodes, CodedBatch, HiddenCodes, LaneCursor, ReplayCodes
+from student_train.batch import AttentionCodes, CodedBatch, CoverageCodes, EvidenceCodes, HiddenCodes, LaneCursor, ReplayCodes
 from student_train.importance.weigher import Weigher
 from student_train.stream.reader import Needs, State, UnitReader
 
@@ -111,6 +111,8 @@ def collate(
         attention={layer: _attention(placed, layer, needs) for layer in needs.attention} if placed else {},
         statistics={layer: _statistics(placed, layer) for layer in needs.statistics} if placed else {},
         replay=_replay(placed, width) if needs.replay and placed else None,
+        evidence=_evidence(placed, needs) if needs.evidence and placed else None,
+        coverage=_coverage(placed) if needs.coverage and placed else None,
         segments=tuple(p.unit.first_segment + p.segment for p in placed),
         sources=tuple(p.of("source") for p in placed),
         segment_rows=tuple(len(rows) for rows in labels),
@@ -215,8 +217,32 @@ def _statistics(placed: Sequence[Placed], layer: int) -> Tensor:
     return torch.from_numpy(np.stack([p.unit.rows(path)[p.segment] for p in placed]))
 
 
+def _sampled(placed: Sequence[Placed], signal: str) -> list[NDArray[np.int64]]:
+    """By segment, its rows of a sampled signal."""
+    return [np.arange(p.of(f"{signal}_row_start"), p.of(f"{signal}_row_start") + p.of(f"{signal}_rows")) for p in placed]
+
+
+def _numbers(rows: Sequence[NDArray[np.int64]]) -> Tensor:
+    """The batch's number of the segment that each row is of."""
+    return torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r) for r in rows]))
+
+
+def _evidence(placed: Sequence[Placed], needs: Needs) -> EvidenceCodes:
+    rows = _sampled(placed, "evidence")
+    starts = [p.unit.rows("evidence/rows/position")[r] - p.of("token_start") for p, r in zip(placed, rows, strict=True)]
+    start, length = _joined(starts), _gathered(placed, "evidence/rows/length", rows).long()
+    shares = {layer: _gathered(placed, f"evidence/{layer}/share", rows) for layer in needs.evidence}
+    return EvidenceCodes(_numbers(rows), torch.stack([start, start + length], 1), shares)
+
+
+def _coverage(placed: Sequence[Placed]) -> CoverageCodes:
+    rows = _sampled(placed, "coverage")
+    token = _gathered(placed, "coverage/rows/token", rows).long()
+    return CoverageCodes(_numbers(rows), token, _gathered(placed, "coverage/words/probability", rows))
+
+
 def _replay(placed: Sequence[Placed], width: int) -> ReplayCodes:
-    rows = [np.arange(p.of("replay_row_start"), p.of("replay_row_start") + p.of("replay_rows")) for p in placed]
+    rows = _sampled(placed, "replay")
     places = [p.unit.rows("replay/rows/position")[r] for p, r in zip(placed, rows, strict=True)]
     starts = [p.row * width + p.column - p.of("token_start") for p in placed]
     return ReplayCodes(

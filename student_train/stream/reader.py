@@ -17,7 +17,8 @@ State = tuple[Tap, int]
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What the losses read: the distribution or not, hidden states by (tap, layer), attention rows by layer (of keywords, and with
-    `steps` of the tokens before them too), attention statistics by layer, paths of replay, roles of words."""
+    `steps` of the tokens before them too), attention statistics by layer, paths of replay, roles of words, evidence by layer,
+    coverage."""
 
     distribution: bool
     hidden: tuple[State, ...]
@@ -26,13 +27,16 @@ class Needs:
     statistics: tuple[int, ...] = ()
     replay: bool = False
     tags: bool = False
+    evidence: tuple[int, ...] = ()
+    coverage: bool = False
 
     def union(self, other: "Needs") -> "Needs":
         """What either reads."""
         joined: dict[str, Any] = {
-            name: tuple(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in ("hidden", "attention", "statistics")
+            name: tuple(dict.fromkeys(getattr(self, name) + getattr(other, name)))
+            for name in ("hidden", "attention", "statistics", "evidence")
         }
-        flags = ("distribution", "steps", "replay", "tags")
+        flags = ("distribution", "steps", "replay", "tags", "coverage")
         either: dict[str, Any] = {name: getattr(self, name) or getattr(other, name) for name in flags}
         return Needs(**joined, **either)
 
@@ -45,6 +49,8 @@ class Needs:
         groups += [f"stats/attention/{layer}/" for layer in self.statistics]
         groups += ["tags/"] if self.tags else []
         groups += ["replay/rows/", "replay/path/"] if self.replay else []
+        groups += ["evidence/rows/", *(f"evidence/{layer}/" for layer in self.evidence)] if self.evidence else []
+        groups += ["coverage/rows/", "coverage/words/"] if self.coverage else []
         return [spec.path for spec in cache.manifest.specs if spec.path.startswith(tuple(groups))]
 
 
@@ -98,8 +104,8 @@ class UnitReader:
         """With its segment table read."""
         columns = {name: column.astype(np.int64) for name, column in cache.segment_columns(unit, *SEGMENT_COLUMNS).items()}
         columns["token_start"] -= unit * cache.manifest.plan.unit_tokens
-        for signal, wanted in (("hidden", needs.hidden), ("attention", needs.attention), ("replay", needs.replay)):
-            if wanted and f"{signal}/rows/position" in cache.capacity_rows:
+        for signal in ("hidden", "attention", "replay", "evidence", "coverage"):
+            if getattr(needs, signal) and f"{signal}/rows/position" in cache.capacity_rows:
                 ranges = cache.segment_columns(unit, "row_start", "rows", group=f"{signal}/segments")
                 first_row = unit * cache.capacity_rows[f"{signal}/rows/position"]
                 columns[f"{signal}_row_start"] = ranges["row_start"].astype(np.int64) - first_row

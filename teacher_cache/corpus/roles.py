@@ -133,21 +133,25 @@ def no_words(_document: Document) -> Iterator[Word]:
     return iter(())
 
 
-def token_roles(tagger: Tagger, document: Document, spans: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """uint8 [tokens, 4]: each token has the roles of the word that it shares most characters with. `spans` [tokens, 2]."""
+def token_roles(tagger: Tagger, document: Document, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """uint8 [tokens, 4]: each token has the roles of the word that it shares most characters with; bool [tokens]: whether it is the
+    first of a word. `spans` [tokens, 2]."""
     roles = np.zeros((len(spans), len(LEVELS)), np.uint8)
+    begins = np.zeros(len(spans), bool)
     best = np.zeros(len(spans), np.int64)
     ends = np.maximum.accumulate(spans[:, 1]) if len(spans) else spans[:, 0]
     for word in tagger(document):
         first = int(np.searchsorted(ends, word.start, side="right"))
         code = [names.index(getattr(word, level)) for level, names in LEVELS.items()]
+        is_first = True
         for token in range(first, len(spans)):
             if spans[token, 0] >= word.stop:
                 break
             shared = min(int(spans[token, 1]), word.stop) - max(int(spans[token, 0]), word.start)
             if shared > best[token]:
-                best[token], roles[token] = shared, code
-    return roles
+                best[token], roles[token], begins[token] = shared, code, is_first
+                is_first = False
+    return roles, begins
 
 
 def _jieba_words(document: Document) -> Iterator[Word]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.corpus.tokens import TokenizedDocument
+from teacher_cache.corpus.tokens import NONE, TokenizedDocument
 
 COUNTS_NOT, COUNTS, DISTRIBUTION_ONLY = 0, 1, 2
 NO_TOKEN = 2**32 - 1
@@ -21,7 +21,8 @@ NO_TOKEN = 2**32 - 1
 class PlannedSegment:
     """One segment. `loss_mask` as `layout.token_arrays` says; `keyword` bool [n]; `roles` uint8 [n, 4] or [n, 0]; `context_only`
     leading rows that hold no signal; `next_token` the label of the last row or NO_TOKEN; `finished`: the segment ends its document
-    as the model would have, by the end-of-text token or a chat's closing turn."""
+    as the model would have, by the end-of-text token or a chat's closing turn; `sentences` and `key_words` as of a document, those
+    that lie in a segment with rows that count."""
 
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.uint8]
@@ -33,6 +34,8 @@ class PlannedSegment:
     source: int
     document: int
     finished: bool
+    sentences: NDArray[np.int64]
+    key_words: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -75,5 +78,20 @@ def cut(document: TokenizedDocument, context: int, overlap: int, source: int, nu
             source=source,
             document=number,
             finished=stop == total and document.finished,
+            sentences=_inside(document.sentences, start, stop) if segment_mask.any() else NONE,
+            key_words=_words_inside(document.key_words, start, stop) if segment_mask.any() else NONE,
         )
         own, start = stop, stop - overlap
+
+
+def _inside(ranges: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+    """Ranges of a document's tokens, what of them lies in start..stop, counted from start."""
+    clipped = ranges.clip(start, stop) - start
+    found: NDArray[np.int64] = clipped[clipped[:, 0] < clipped[:, 1]]
+    return found
+
+
+def _words_inside(words: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+    inside = words[(words[:, 0] >= start) & (words[:, 0] < stop)]
+    found: NDArray[np.int64] = inside - np.asarray([start, 0])
+    return found

@@ -115,10 +115,10 @@ def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
 def _document(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast) -> Document:
     if source.messages is not None:
         text, spans = render_chat(tokenizer, _column(row, source.messages, source, list), where=f"source {source.name}")
-        return Document(text, spans, source.lexer, complete=True)
+        return Document(text, spans, source.lexer, complete=True, task=source.task)
     if source.prompt is not None and source.completion is not None:
         prompt, completion = (_column(row, name, source, str) for name in (source.prompt, source.completion))
-        return Document(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), source.lexer)
+        return Document(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), source.lexer, task=source.task)
     return Document(_column(row, source.text or "text", source, str), lexer=source.lexer)
 
 

@@ -11,16 +11,19 @@ from transformers import PreTrainedTokenizerFast
 from signal_store.roles import LEVELS
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import keyword_spans
+from teacher_cache.corpus.passages import key_words, sentences
 
 DOCUMENTS_PER_CALL = 256
-RolesOf = Callable[[Document, NDArray[np.int64]], NDArray[np.uint8]]
+NONE: NDArray[np.int64] = np.zeros((0, 2), np.int64)
+RolesOf = Callable[[Document, NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.bool_]]]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedDocument:
     """`input_ids` uint32 [n]; `byte_end` uint32 [n], end of each token in the document's UTF-8; `counts` bool [n], whether
     predicting this token counts; `keyword` bool [n]; `roles` uint8 [n, 4], or [n, 0] where nobody tags; `closed`: the document
-    ends with the end-of-text token; `finished`: with that, or with a chat's closing turn."""
+    ends with the end-of-text token; `finished`: with that, or with a chat's closing turn; `sentences` int64 [s, 2] (first token,
+    one after the last) of a question's prompt, `key_words` int64 [w, 2] (place, token) of a prompt to sum up."""
 
     input_ids: NDArray[np.uint32]
     byte_end: NDArray[np.uint32]
@@ -29,6 +32,8 @@ class TokenizedDocument:
     roles: NDArray[np.uint8]
     closed: bool
     finished: bool
+    sentences: NDArray[np.int64]
+    key_words: NDArray[np.int64]
 
 
 def tokenize(
@@ -72,9 +77,20 @@ def _tokenize_batch(
             keyword[_token_of(spans, last_chars)] = True
         roles = np.zeros((len(ids), 0 if roles_of is None else len(LEVELS)), np.uint8)
         if roles_of is not None:
-            roles[: len(spans)] = roles_of(document, spans)
+            roles[: len(spans)], begins_word = roles_of(document, spans)
         ended = eos is not None
-        yield TokenizedDocument(ids, _byte_ends(document.text, char_end), counts, keyword, roles, ended, ended or document.complete)
+        prompt = int(counts.argmax()) if counts.any() else 0
+        yield TokenizedDocument(
+            ids,
+            _byte_ends(document.text, char_end),
+            counts,
+            keyword,
+            roles,
+            ended,
+            ended or document.complete,
+            sentences(document, spans) if document.task == "qa" else NONE,
+            key_words(ids, roles, begins_word, prompt) if document.task == "summary" else NONE,
+        )
 
 
 def _covered(spans: NDArray[np.int64], counted: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

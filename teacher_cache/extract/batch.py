@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_taps.attention_statistics import attention_statistics
+from model_taps.evidence import evidence_shares
 from model_taps.head import final_norm
 from signal_store.arrays import ArraySpec
 from signal_store.hidden_codec import HiddenCodec
 from signal_store.manifest import Manifest
 from teacher_cache.calibrate import Calibrated
 from teacher_cache.extract.attention import extract_attention
+from teacher_cache.extract.coverage import extract_coverage
 from teacher_cache.extract.distribution import extract_distribution
 from teacher_cache.extract.hidden import extract_states
 from teacher_cache.extract.replay import ascend
@@ -26,6 +28,9 @@ from teacher_cache.positions import (
     AttentionRows,
     Places,
     attention_rows,
+    coverage_words,
+    evidence_queries,
+    evidence_sentences,
     hidden_positions,
     replay_positions,
     statistics_positions,
@@ -71,9 +76,26 @@ class UnitWork:
         return replay_positions(self.plan, signal) if signal else NO_PLACES
 
     @cached_property
+    def sentences(self) -> Places:
+        """[n, 2] sentences of questions."""
+        return evidence_sentences(self.plan) if self.manifest.signals.evidence else np.zeros((0, 2), np.int64)
+
+    @cached_property
+    def queries(self) -> Places:
+        """Places of the answers' rows that look for evidence."""
+        signal = self.manifest.signals.evidence
+        return evidence_queries(self.plan, signal.queries) if signal else NO_PLACES
+
+    @cached_property
+    def words(self) -> Places:
+        """[n, 2] key words of texts to sum up, with their tokens."""
+        signal = self.manifest.signals.coverage
+        return coverage_words(self.plan, signal.words) if signal else np.zeros((0, 2), np.int64)
+
+    @cached_property
     def rows(self) -> Places:
         """All places whose attention rows are captured."""
-        return np.union1d(self.attention.position, self.statistics)
+        return np.unique(np.concatenate([self.attention.position, self.statistics, self.queries]))
 
 
 def extract_batch(calibrated: Calibrated, work: UnitWork, batch: TeacherBatch) -> Extracted:
@@ -99,6 +121,10 @@ def extract_batch(calibrated: Calibrated, work: UnitWork, batch: TeacherBatch) -
         parts.append(_statistics(calibrated, work, batch, thoughts))
     if signals.replay is not None:
         parts.append(_replay(calibrated, work, thoughts))
+    if signals.evidence is not None:
+        parts.append(_evidence(calibrated, work, thoughts))
+    if signals.coverage is not None:
+        parts.append(_coverage(calibrated, work, batch, thoughts))
     rows = {path: array for part in parts for path, array in part.rows.items()}
     return Extracted(rows, {name: count for part in parts for name, count in part.saturated.items()})
 
@@ -109,18 +135,49 @@ def _local(places: Places, thoughts: Thoughts, like: Tensor) -> Tensor:
     return torch.from_numpy(inside).to(like.device)
 
 
+def _logits(calibrated: Calibrated, thoughts: Thoughts, rows: slice | Tensor) -> Tensor:
+    """float32 logits of some of the batch's tokens."""
+    if calibrated.teacher.head is not None:
+        return calibrated.teacher.head.logits(thoughts.hidden[rows])
+    assert thoughts.logits is not None
+    return thoughts.logits[rows]
+
+
+def _evidence(calibrated: Calibrated, work: UnitWork, thoughts: Thoughts) -> Extracted:
+    """Rows of one per sentence of the batch's questions."""
+    unit, device = work.plan, calibrated.teacher.device
+    inside = (work.sentences[:, 0] >= thoughts.tokens.start) & (work.sentences[:, 0] < thoughts.tokens.stop)
+    ranges, segments = work.sentences[inside], len(unit.length)
+    asked = np.isin(thoughts.row_places, work.queries)
+    segment_R = torch.from_numpy(unit.segment_of_token[thoughts.row_places[asked]]).to(device)
+    segment_P = unit.segment_of_token[ranges[:, 0]]
+    own = torch.from_numpy(ranges - unit.token_start[segment_P][:, None]).to(device)
+    kept, of = torch.from_numpy(asked).to(device), torch.from_numpy(segment_P).to(device)
+    rows: dict[str, Any] = {}
+    for layer in calibrated.manifest.calibration.evidence_layers:
+        shares = evidence_shares(thoughts.rows[layer][kept], segment_R, own, of, segments)
+        rows[f"evidence/{layer}/share"] = numpy_of(shares.half(), "float16")
+    return Extracted(rows, {})
+
+
+def _coverage(calibrated: Calibrated, work: UnitWork, batch: TeacherBatch, thoughts: Thoughts) -> Extracted:
+    """Rows of one per key word of the batch's texts."""
+    unit, tokens = work.plan, thoughts.tokens
+    words = work.words[(work.words[:, 0] >= tokens.start) & (work.words[:, 0] < tokens.stop)]
+    segment_W = unit.segment_of_token[words[:, 0]] - batch.first
+    counted = np.flatnonzero(unit.loss_mask[tokens] > 0)
+    segment_N = unit.segment_of_token[tokens][counted] - batch.first
+    wanted = np.isin(segment_N, segment_W)
+    found = extract_coverage(partial(_logits, calibrated, thoughts), counted[wanted], segment_N[wanted], words[:, 1], segment_W)
+    return Extracted({"coverage/words/probability": numpy_of(found.half(), "float16")}, {})
+
+
 def _distribution(calibrated: Calibrated, work: UnitWork, thoughts: Thoughts) -> Extracted:
-    signal, head = calibrated.manifest.signals.distribution, calibrated.teacher.head
+    signal = calibrated.manifest.signals.distribution
     assert signal is not None
-
-    def logits_of(rows: slice) -> Tensor:
-        if head is not None:
-            return head.logits(thoughts.hidden[rows])
-        assert thoughts.logits is not None
-        return thoughts.logits[rows]
-
     labels = torch.from_numpy(work.plan.labels()[thoughts.tokens]).to(thoughts.hidden.device)
     key = (work.number, thoughts.tokens.start)
+    logits_of = partial(_logits, calibrated, thoughts)
     found = extract_distribution(calibrated.distribution, logits_of, thoughts.hidden, labels, signal.samples, key)
     return _blank(found, calibrated.manifest, work.plan.is_context[thoughts.tokens])
 
@@ -192,7 +249,9 @@ def plan_rows(work: UnitWork) -> Rows:
         rows["segments/token_start"] = unit.token_start + first_token
         rows |= {f"tokens/{name}": getattr(unit, name) for name in ("input_ids", "loss_mask", "byte_end")}
         rows |= {"tags/roles": unit.roles} if "tags/roles" in specs else {}
-    for signal, places in (("hidden", work.hidden), ("attention", work.attention.position), ("replay", work.replay)):
+    sampled = {"hidden": work.hidden, "attention": work.attention.position, "replay": work.replay}
+    sampled |= {"evidence": work.sentences[:, 0], "coverage": work.words[:, 0]}
+    for signal, places in sampled.items():
         if f"{signal}/rows/position" in specs:
             counts = unit.rows_per_segment(places)
             first_row = work.number * specs[f"{signal}/rows/position"].capacity_rows
@@ -205,6 +264,10 @@ def plan_rows(work: UnitWork) -> Rows:
         rows["attention/rows/offset"] = first_entry + np.cumsum(lengths) - lengths
         rows["attention/rows/length"] = lengths
         rows["attention/rows/keyword"] = work.attention.keyword
+    if manifest.signals.evidence is not None:
+        rows["evidence/rows/length"] = work.sentences[:, 1] - work.sentences[:, 0]
+    if manifest.signals.coverage is not None:
+        rows["coverage/rows/token"] = work.words[:, 1]
     return _typed(rows, specs)
 
 

@@ -36,6 +36,8 @@ TERMS = {
     "smoothness": 0.8,
     "attention_evolution": 0.9,
     "replay": 0.95,
+    "evidence": 0.9,
+    "coverage": 0.9,
 }
 """By term, how much of the untaught student's distance may be left."""
 
@@ -52,12 +54,39 @@ def shuffled(batch: CodedBatch) -> CodedBatch:
     replay = batch.replay
     if replay is not None:
         replay = replace(replay, values=moved(replay.values), scale=moved(replay.scale), nll=moved(replay.nll))
-    return replace(batch, hidden=hidden, attention=attention, statistics=statistics, replay=replay)
+    evidence, coverage = batch.evidence, batch.coverage
+    if evidence is not None:
+        evidence = replace(evidence, shares={layer: moved(shares) for layer, shares in evidence.shares.items()})
+    if coverage is not None:
+        coverage = replace(coverage, probability=moved(coverage.probability))
+    found = {"hidden": hidden, "attention": attention, "statistics": statistics, "replay": replay}
+    return replace(batch, **found, evidence=evidence, coverage=coverage)  # type: ignore[arg-type]
+
+
+STRENGTH = 3 * torch.rand(10_000, generator=torch.Generator().manual_seed(5))
+
+
+def drawn(batch: CodedBatch) -> CodedBatch:
+    """What a teacher would give to whom each token, by its id, is so and so strong: attention goes to the strong ones, and a summary
+    says them."""
+    batch = drawn_attention(batch)
+    evidence, coverage = batch.evidence, batch.coverage
+    if evidence is not None and len(evidence.segment):
+        starts = [int(((batch.position_ids == 0) & batch.real).flatten().nonzero()[s]) for s in evidence.segment.tolist()]
+        ids = batch.input_ids.flatten()
+        pairs = zip(starts, evidence.ranges.tolist(), strict=True)
+        mass = torch.stack([STRENGTH[ids[at + first : at + last]].exp().sum() for at, (first, last) in pairs])
+        whole = torch.zeros(len(batch.segments)).index_add(0, evidence.segment, mass)
+        shares = (mass / whole[evidence.segment]).half()
+        evidence = replace(evidence, shares=dict.fromkeys(evidence.shares, shares))
+    if coverage is not None:
+        coverage = replace(coverage, probability=(STRENGTH[coverage.token] / 3).half())
+    return replace(batch, evidence=evidence, coverage=coverage)
 
 
 def drawn_attention(batch: CodedBatch) -> CodedBatch:
-    """Rows of attention that go to each token by its own strength, exp(3 f(id)), f the same for all text."""
-    strength = 3 * torch.rand(10_000, generator=torch.Generator().manual_seed(5))
+    """Rows of attention that go to each token by its own strength, the same for all text."""
+    strength = STRENGTH
     rows = [
         strength[batch.input_ids[b, first : query + 1]].softmax(0)
         for b, first, query in zip(batch.row_batch, batch.row_first, batch.row_query, strict=True)
@@ -97,14 +126,14 @@ def taught(cache: Cache, name: str, how: str) -> float:
     """The distance after training, with the term (`taught`), with others' signals (`shuffled`), or only what the term itself owns
     (`untaught`): its projection learns, the student does not."""
     distiller, objective, stream = prepared(cache, name)
-    held_out = [drawn_attention(batch) for batch in stream.once("validation", objective.needs)]
+    held_out = [drawn(batch) for batch in stream.once("validation", objective.needs)]
     parameters: list[nn.Parameter] = list(distiller.terms.parameters())
     if how != "untaught":
         parameters += list(distiller.student.parameters())
     batches = stream.micro_batches({}, 0)
     optimizer = torch.optim.AdamW(parameters, lr=5e-3) if parameters else None
     for _ in range(STEPS):
-        batch = drawn_attention(next(batches))
+        batch = drawn(next(batches))
         if objective.matched_layers and not distiller.head_pairs:
             distiller.choose_heads(batch)
         if how == "shuffled":

@@ -30,6 +30,8 @@ ZERO = {
     "smoothness": 1e-4,
     "attention_evolution": 1e-3,
     "replay": 2e-2,
+    "evidence": 1e-5,
+    "coverage": 1e-3,
 }
 """What is left of a term where the student is its teacher: the codecs' rounding. The others have a floor of their own: `asr` and
 `input_reconstruction` (1 for a head that has learned nothing)."""

@@ -19,7 +19,7 @@ from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import keyword_spans
 from teacher_cache.corpus.segments import NO_TOKEN, cut
 from teacher_cache.corpus.sources import documents
-from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
+from teacher_cache.corpus.tokens import NONE, TokenizedDocument, tokenize
 from teacher_cache.recipe import Source
 from tests.tiny import CODE, PROSE, make_tokenizer
 
@@ -106,7 +106,7 @@ def test_segments_cover_every_token_once(total: int, context: int, overlap: int,
     overlap = min(overlap, context - 1)
     counts = np.asarray(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)))
     ids = np.arange(1, total + 1, dtype=np.uint32)
-    document = TokenizedDocument(ids, ids, counts, counts, np.zeros((total, 0), np.uint8), closed, closed)
+    document = TokenizedDocument(ids, ids, counts, counts, np.zeros((total, 0), np.uint8), closed, closed, NONE, NONE)
     segments = list(cut(document, context, overlap, source=0, number=3))
     own = np.concatenate([s.input_ids[s.context_only :] for s in segments])
     assert (own == ids).all()

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model_taps.spread import Groups
 from student_train.losses.cka import debiased_cka
 from student_train.losses.direction import direction_rows
 from student_train.losses.evolution import tensor_nuclear_norm
-from student_train.losses.features import Groups
 from student_train.losses.mmd import Kernel, squared_mmd
 from student_train.losses.pairing import depth_weights
 from student_train.losses.reconstruction import relative_l1

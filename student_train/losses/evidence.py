@@ -1,0 +1,60 @@
+"""Evidence: which sentences of a question the answer looks at (REQUIREMENTS 7).
+
+KL(a_T ‖ a_S) over the sentences of a prompt, a the share of attention that each gets from the answer's rows, heads averaged; mean
+over layers and over segments of sources with `task: qa`. No head is matched, and models of any number of heads compare.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from model_taps.evidence import evidence_shares, shares_of
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from student_train.batch import CodedBatch
+from student_train.losses.config import EvidenceTerm
+from student_train.losses.pairing import row_pairs
+from student_train.losses.rows import AnswerRows, segment_of_token
+from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
+
+TINY = 1e-8
+
+
+class Evidence(StateTerm):
+    """See the module."""
+
+    def __init__(self, _section: EvidenceTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        signal, layers = cache.manifest.signals.evidence, cache.manifest.calibration.evidence_layers
+        if signal is None:
+            raise MismatchError(
+                "evidence needs a signal that the cache does not hold",
+                expected="evidence",
+                found="none",
+                where=cache.uri,
+                remedy="Build a cache with signals.evidence from a source with task: qa, or switch evidence off.",
+            )
+        self.pairs = row_pairs("evidence", layers, cache, student)
+        self.answers = AnswerRows(signal.queries)
+        self.reads = Reads(
+            Needs(False, (), (), evidence=layers), rows={self.answers: tuple(dict.fromkeys(p.student for p in self.pairs))}
+        )
+
+    def count(self, batch: CodedBatch) -> int:
+        """Segments with evidence."""
+        return 0 if batch.evidence is None else len(batch.evidence.segment.unique())
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Mean over layers."""
+        codes, query = seen.batch.evidence, seen.queries[self.answers]
+        rows = [seen.rows[self.answers, pair.student] for pair in self.pairs]
+        if codes is None or not len(codes.segment):
+            return 0 * torch.stack([row.sum() for row in rows]).sum()
+        segment_R, segments = segment_of_token(seen.batch)[query.batch, query.query], len(seen.batch.segments)
+        parts = []
+        for pair, own in zip(self.pairs, rows, strict=True):
+            teacher_E = shares_of(codes.shares[pair.teacher].float().clamp(min=TINY), codes.segment, segments)  # the cache rounds
+            student_E = evidence_shares(own, segment_R, codes.ranges, codes.segment, segments).clamp(min=TINY)
+            parts.append((teacher_E * (teacher_E.log() - student_E.log())).sum())
+        return torch.stack(parts).mean()
