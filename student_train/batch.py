@@ -80,12 +80,12 @@ class CodedBatch:
 
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
     counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None; `importance` float32
-    [N] their weights, or None. `hidden_flat` [P] and
-    `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length: stored entries),
-    `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics` float16 [segments, H, 4]
-    by teacher layer. `replay` paths, `evidence` and `coverage` or None. `segments`: which segments are in it, `sources` their
-    sources' numbers, `segment_rows` how many of the N rows each has, `hidden_rows` how many of the P states, `context_only` how
-    many of its first tokens are there as context only. `cursor`: where the lanes that it drew from go on.
+    [N] their weights and `types` uint8 [N] of the tokens that they predict (`signal_store.roles.TOKEN_TYPES`), or None.
+    `hidden_flat` [P] and `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length:
+    stored entries), `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics`
+    float16 [segments, H, 4] by teacher layer. `replay` paths, `evidence` and `coverage` or None. `segments`: which segments are in
+    it, `sources` their sources' numbers, `segment_rows` how many of the N rows each has, `hidden_rows` how many of the P states,
+    `context_only` how many of its first tokens are there as context only. `cursor`: where the lanes that it drew from go on.
     """
 
     input_ids: Tensor
@@ -95,6 +95,7 @@ class CodedBatch:
     labels: Tensor
     distribution: DistributionCodes | None
     importance: Tensor | None
+    types: Tensor | None
     hidden_flat: Tensor
     hidden: dict[tuple[Tap, int], HiddenCodes]
     row_batch: Tensor

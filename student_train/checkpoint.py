@@ -132,8 +132,9 @@ def restore_module(path: Path, module: nn.Module) -> Progress:
         ) from error
     if content.pop("version") != VERSION:
         raise MismatchError("another checkpoint version", expected=VERSION, where=path)
-    expected = dict(module.named_parameters()).keys()
-    if differ := sorted(name for name in expected ^ state.keys() if name in expected or name.startswith("terms.")):
+    aliases = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    expected = dict(module.named_parameters()).keys() | (module.state_dict().keys() - aliases)
+    if differ := sorted(name for name in expected ^ state.keys() if name in expected or name.startswith(("terms.", "gate."))):
         raise MismatchError(
             "the checkpoint is of another objective or student",
             expected=", ".join(differ[:3]),

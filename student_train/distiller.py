@@ -20,12 +20,16 @@ from student_train.codecs import Codecs
 from student_train.fidelity import measure_rows
 from student_train.losses.attention_rows import HeadPairs, decoded_rows, match_heads
 from student_train.losses.chunked import OutputTargets, output_loss
+from student_train.losses.level import Level
 from student_train.losses.objective import Objective
 from student_train.losses.rows import joined_queries, split_rows, stored_rows
 from student_train.losses.term import Seen
 
 Sums = dict[str, Tensor]
-"""Plain sums over a micro-batch by name, float32 scalars (evaluation: also vectors), detached."""
+"""Plain sums over a micro-batch by name, float32 scalars (evaluation: also vectors), detached; `GATE_WEIGHTS` where there is a
+gate."""
+GATE_WEIGHTS = "gate_weights"
+"""float32 [levels, token types, 2]: (Σ weight, tokens)."""
 
 
 class Distiller(nn.Module):
@@ -37,6 +41,7 @@ class Distiller(nn.Module):
         self.objective = objective
         self.compiled = compiled
         self.terms = nn.ModuleDict(objective.states)
+        self.gate = objective.gate
         self.codecs = Codecs(None)
         self.head_pairs: HeadPairs = {}
         self._open_taps = contextlib.ExitStack()
@@ -76,13 +81,24 @@ class Distiller(nn.Module):
         final, head = self._hidden(batch), output_head(self.student)
         targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution, batch.importance)
         terms = objective.output_terms(scales)
-        total, row_sums = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
-        sums = dict(zip((term.kind for term in terms), row_sums, strict=True))
+        total, losses_KN = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
+        row_losses = dict(zip((term.kind for term in terms), losses_KN, strict=True))
+        sums = {name: losses_N.sum() for name, losses_N in row_losses.items()}
         rows = split_rows(wanted, queries, taken)
         seen = Seen(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
+        levels = () if self.gate is None else self.gate.levels
         for name, term in self.terms.items():
-            sums[name] = term(seen)
-            total = total + scales[name] * sums[name]
+            if name not in levels:
+                sums[name] = term(seen)
+                total = total + scales[name] * sums[name]
+        if self.gate is not None:
+            losses = {name: term.per_token(seen) for name, term in self.terms.items() if isinstance(term, Level)}
+            fused = self.gate.fuse(losses, row_losses, seen)
+            total = total + scales["gate"] * fused.own
+            sums |= {"gate": fused.own, GATE_WEIGHTS: torch.stack([fused.weight_sums[name] for name in levels])}
+            for name in levels:
+                sums[name] = losses[name].sum()
+                total = total + scales[name] * fused.weighted[name]
         return total, {name: value.detach() for name, value in sums.items()}
 
     def _hidden(self, batch: CodedBatch) -> Tensor:

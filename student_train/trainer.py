@@ -19,7 +19,7 @@ from signal_store.progress import progress_bar
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.codecs import Codecs
-from student_train.distiller import Distiller
+from student_train.distiller import GATE_WEIGHTS, Distiller
 from student_train.importance.overhead import Overhead
 from student_train.importance.rules import load_rules
 from student_train.losses.anchor import Anchor
@@ -190,6 +190,7 @@ class Trainer:
         count_of = dict(zip(terms, of_terms, strict=True))
         scales = {name: weights[name] * accelerator.num_processes / max(1.0, count_of[name]) for name in terms}
         sums = torch.zeros(len(terms), dtype=torch.float64, device=accelerator.device)
+        gate, gate_weights = self.objective.gate, torch.zeros((), device=accelerator.device)
         forward_seconds = 0.0
         for number, parcel in enumerate(micro):
             with shared.micro_step(last=number == len(micro) - 1):
@@ -199,6 +200,7 @@ class Trainer:
                 forward_seconds += self._now() - started
                 total.backward()
             sums += torch.stack([found[name].double() if name in found else sums.new_zeros(()) for name in terms])
+            gate_weights = gate_weights + found.get(GATE_WEIGHTS, 0)
         values = dict(zip(terms, accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
         pulled = {} if anchor is None else {"parameter_anchor": anchor.pull(weights["parameter_anchor"])}
         norm = shared.clipped_norm(recipe.optimizer.clip_norm or math.inf)
@@ -213,6 +215,9 @@ class Trainer:
         rate = recipe.optimizer.learning_rate * factor
         parts |= {f"parameter_anchor_{what}": by["parameter_anchor"] for what, by in by_column[:2] if "parameter_anchor" in by}
         parts["forward_seconds"] = forward_seconds
+        if gate is not None:
+            gate.observe({name: means[name] for name in gate.levels if count_of[name]})
+            parts |= gate.described(accelerator.reduce(gate_weights, reduction="sum"))
         return {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "row_fill": tokens / room, **parts}
 
     def _now(self) -> float:

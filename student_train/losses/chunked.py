@@ -135,8 +135,9 @@ class _Job:
     compiled: bool
 
 
-def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise: torch.dtype) -> float:
-    """Add the losses of a chunk to `sums`, and put the gradient in the place of its logits; returns the gradient's factor."""
+def _do_chunk(logits_CV: Tensor, rows: slice, job: _Job, losses_KC: Tensor, precise: torch.dtype) -> float:
+    """Put the losses of a chunk's rows, by term, into `losses_KC`, and put the gradient in the place of its logits; returns the
+    gradient's factor."""
     head, targets, codec = job.head, job.targets, job.targets.codec
     temperatures = {term.temperature for term in job.terms if term.kind != "cross_entropy"}
     chunk = _Block(targets.labels[rows], {}, None, None if targets.weights is None else targets.weights[rows], 0)
@@ -164,7 +165,7 @@ def _add_chunk(logits_CV: Tensor, rows: slice, job: _Job, sums: Tensor, precise:
             losses, gradient_BV, factor = _block_losses(logits_BV, block, plain, slopes)
         if head.softcap is not None:
             gradient_BV = gradient_BV * (1 - (logits_BV / head.softcap).square())
-        sums += torch.stack([loss.sum() for loss in losses])
+        losses_KC[:, part] = torch.stack(losses)
         logits_CV[part] = gradient_BV
     return float(factor) * head.scale
 
@@ -183,13 +184,13 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=precise) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=precise) if bias_V is not None and ctx.needs_input_grad[2] else None
-        sums = hidden_ND.new_zeros(len(job.terms), dtype=precise)
+        losses_KN = hidden_ND.new_zeros(len(job.terms), len(hidden_ND), dtype=precise)
         step = max(1, CHUNK_BYTES.get(hidden_ND.device.type, 2**26) // (4 * len(weight_VD)))
         for start in range(0, len(hidden_ND), step):
             rows = slice(start, start + step)
             hidden = hidden_ND[rows].to(job.compute_dtype)
             logits_CV = F.linear(hidden, weight, bias)
-            factor = _add_chunk(logits_CV, rows, job, sums, precise)
+            factor = _do_chunk(logits_CV, rows, job, losses_KN[:, rows], precise)
             gradient_CV = logits_CV
             # The factor, a weight over a count, stays out of bfloat16, which would round it by up to 0.4 %.
             if grad_hidden is not None:
@@ -202,9 +203,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_bias.add_(gradient_CV.sum(0, dtype=precise), alpha=factor)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        scales = sums.new_tensor([term.scale for term in job.terms])
-        ctx.mark_non_differentiable(sums)
-        return (scales * sums).sum(), sums
+        scales = losses_KN.new_tensor([term.scale for term in job.terms])
+        ctx.mark_non_differentiable(losses_KN)
+        return (scales * losses_KN.sum(1)).sum(), losses_KN
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -221,17 +222,17 @@ class _ChunkedLoss(torch.autograd.Function):
 def output_loss(
     hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, terms: Sequence[OutputTerm], *, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(Σ scale · loss, the plain sums of each term's losses over rows [terms]), in nats; only the first carries a gradient.
+    """(Σ scale · loss, each term's loss of each row [terms, N]), in nats; only the first carries a gradient.
 
     The head's matrix products run in the autocast dtype where autocast is on, softmax and sums in float32 (float64 for float64
     input). `compiled`: the blocks' losses through torch.compile.
     """
     if not terms:  # every parameter takes part in every step all the same
         used = [tensor.sum() for tensor in (hidden_ND, head.weight, head.bias) if tensor is not None]
-        return 0 * torch.stack(used).sum(), hidden_ND.new_zeros(0)
+        return 0 * torch.stack(used).sum(), hidden_ND.new_zeros(0, len(hidden_ND))
     device = hidden_ND.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     with torch.autocast(device, enabled=False):
         apply: Any = _ChunkedLoss.apply
-        total, sums = apply(hidden_ND, head.weight, head.bias, _Job(head, targets, tuple(terms), compute, compiled))
-    return total, sums
+        total, losses_KN = apply(hidden_ND, head.weight, head.bias, _Job(head, targets, tuple(terms), compute, compiled))
+    return total, losses_KN

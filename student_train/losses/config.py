@@ -183,6 +183,22 @@ class ReplayTerm(Term):
     discount: float = Field(0.9, gt=0, le=1)
 
 
+class GateTerm(Term):
+    """The weights of the temporal terms (smoothness, attention_evolution, replay), token by token, from features of the token,
+    learned by itself (35); its loss is Σ w · L / EMA(L) - λ · entropy(w), mean over what they count."""
+
+    kind: ClassVar[Kind] = "temporal"
+    weight: WeightField = _constant(1.0)
+    floor: float = Field(0.05, gt=0, lt=1 / 3)
+    """Least weight of a term."""
+    entropy_weight: float = Field(0.1, ge=0)
+    """λ, per nat."""
+    width: int = Field(32, ge=1)
+    """Of the network's hidden layer."""
+    largest: float = Field(10.0, gt=0)
+    """Most that a token's L / EMA(L) counts for."""
+
+
 class EvidenceTerm(Term):
     """KL(a_T ‖ a_S), a the share of the answer's attention that each sentence of its question gets (7); mean over segments of
     sources with `task: qa`."""
@@ -237,6 +253,7 @@ class Losses(Section):
     smoothness: SmoothnessTerm | None = None
     attention_evolution: AttentionEvolutionTerm | None = None
     replay: ReplayTerm | None = None
+    gate: GateTerm | None = None
     evidence: EvidenceTerm | None = None
     coverage: CoverageTerm | None = None
     parameter_anchor: ParameterAnchorTerm | None = None

@@ -18,15 +18,15 @@ def dense_output_loss(
     """As `chunked.output_loss`; both carry gradients."""
     logits = apply_softcap(F.linear(hidden_ND, head.weight, head.bias) * head.scale, head.softcap)
     weights = torch.ones_like(logits[:, 0]) if targets.weights is None else targets.weights
-    sums = []
+    losses = []
     for term in terms:
         if term.kind == "cross_entropy":
             rows = F.cross_entropy(logits, targets.labels, ignore_index=IGNORE, reduction="none")
         else:
             rows = dense_divergence(term, teacher_logprobs(logits, targets, term.temperature), logits)
-        sums.append((weights * rows).sum() if term.weighted else rows.sum())
-    total = sum((term.scale * value for term, value in zip(terms, sums, strict=True)), logits.new_zeros(()))
-    return total, torch.stack(sums)
+        losses.append(weights * rows if term.weighted else rows)
+    total = sum((term.scale * rows.sum() for term, rows in zip(terms, losses, strict=True)), logits.new_zeros(()))
+    return total, torch.stack(losses)
 
 
 def teacher_logprobs(logits_NV: Tensor, targets: OutputTargets, temperature: float) -> Tensor:

@@ -16,15 +16,16 @@ from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.losses.attention_rows import TeacherRows, decoded_rows
 from student_train.losses.config import AttentionEvolutionTerm
+from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import stored_rows
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.term import Reads, Seen
 from student_train.stream.reader import Needs
 
 STEPS = 4
 
 
-class AttentionEvolution(StateTerm):
+class AttentionEvolution(Level):
     """See the module."""
 
     def __init__(self, _section: AttentionEvolutionTerm, cache: Cache, student: PreTrainedModel) -> None:
@@ -46,16 +47,17 @@ class AttentionEvolution(StateTerm):
         """Keywords with three tokens before them."""
         return len(step_rows(batch))
 
-    def forward(self, seen: Seen) -> Tensor:
-        """See the module."""
+    def per_token(self, seen: Seen) -> TokenLosses:
+        """Of keywords."""
         with torch.autocast(seen.final.device.type, enabled=False):
-            return self._sum(seen)
+            return self._of_keywords(seen)
 
-    def _sum(self, seen: Seen) -> Tensor:
+    def _of_keywords(self, seen: Seen) -> TokenLosses:
         rows_KT = step_rows(seen.batch)
         rows = {pair: seen.rows[stored_rows, pair.student] for pair in self.pairs}
         if not len(rows_KT):
-            return 0 * torch.stack([own.sum() for own in rows.values()]).sum()
+            nothing = 0 * torch.stack([own.sum() for own in rows.values()]).sum()
+            return TokenLosses(rows_KT[:, 0], nothing.new_zeros(0), nothing)
         keys = min(own.shape[2] for own in rows.values())  # a layer of which other rows are wanted too may be padded further
         differences = []
         for pair, own_RGL in rows.items():
@@ -66,7 +68,9 @@ class AttentionEvolution(StateTerm):
             chosen = teacher.of(everywhere, [t for t, _ in heads])
             differences.append(row_differences(chosen, own_RGL[:, [s for _, s in heads], :keys])[rows_KT].transpose(1, 2))
         numel_K = seen.batch.row_length[rows_KT].sum(1) * len(self.pairs) * differences[0].shape[1]
-        return tensor_nuclear_norm(torch.stack(differences, 1), numel_K, MAX_ERROR).sum()
+        batch, keyword_K = seen.batch, rows_KT[:, 0]
+        flat_K = batch.row_batch[keyword_K] * batch.input_ids.shape[1] + batch.row_query[keyword_K]
+        return TokenLosses(flat_K, tensor_nuclear_norm(torch.stack(differences, 1), numel_K, MAX_ERROR))
 
 
 def step_rows(batch: CodedBatch) -> Tensor:

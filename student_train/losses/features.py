@@ -1,6 +1,8 @@
 """What the terms on sampled hidden states share: layers in pairs, the teacher's states decoded, the student's gathered, tokens
 grouped by segment."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,9 +49,9 @@ class PairedTerm(StateTerm):
         own_Pd, other_PD = student_states(seen, (self.own_tap, pair.student)), teacher_states(seen, (self.tap, pair.teacher))
         return self.pair_sum(number, own_Pd.to(other_PD.dtype), other_PD, seen)
 
+    @abstractmethod
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
         """Its sum over one pair of layers, the `number`-th; scalar."""
-        raise NotImplementedError
 
 
 def teacher_states(seen: Seen, state: State) -> Tensor:

@@ -25,6 +25,8 @@ from student_train.losses.coverage import Coverage
 from student_train.losses.direction import Direction
 from student_train.losses.evidence import Evidence
 from student_train.losses.evolution import AttentionEvolution
+from student_train.losses.gate import Gate
+from student_train.losses.level import Level
 from student_train.losses.lhsm import Lhsm
 from student_train.losses.mmd import ActivationMmd
 from student_train.losses.pairing import LayerPair
@@ -67,6 +69,7 @@ class Objective:
     states: Mapping[str, StateTerm]
     weigher: Weigher | None = None
     """Gives the weights of the divergences' tokens, where they have any."""
+    gate: Gate | None = None
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -77,6 +80,7 @@ class Objective:
     def needs(self) -> Needs:
         """What is read of the cache besides tokens."""
         start = Needs(bool(self.losses.divergences), (), (), tags=self.weigher is not None)
+        start = start if self.gate is None else start.union(self.gate.reads.cache)
         return reduce(Needs.union, (term.reads.cache for term in self.states.values()), start)
 
     @property
@@ -110,6 +114,8 @@ class Objective:
         for name in self.terms:
             if name in self.states:
                 found[name] = self.states[name].count(batch)
+            elif name == "gate" and self.gate is not None:
+                found[name] = sum(self.states[level].count(batch) for level in self.gate.levels)
             else:
                 found[name] = int((batch.labels >= 0).sum()) if name == "cross_entropy" else rows
         return found
@@ -137,9 +143,26 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
     if losses.importance is not None:
         _check_tags(losses, cache)
         weigher = Weigher.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
-    return Objective(
-        losses, {name: STATE_TERMS[name](term, cache, student) for name, term in on.items() if term is not None}, weigher
-    )
+    states = {name: STATE_TERMS[name](term, cache, student) for name, term in on.items() if term is not None}
+    return Objective(losses, states, weigher, _gate(losses, states, cache))
+
+
+def _gate(losses: Losses, states: Mapping[str, StateTerm], cache: Cache) -> Gate | None:
+    if losses.gate is None:
+        return None
+    levels = [name for name, term in states.items() if isinstance(term, Level)]
+    if len(levels) < 2:
+        raise MismatchError(
+            "the gate weighs temporal terms against each other",
+            expected="two of smoothness, attention_evolution, replay",
+            found=", ".join(levels) or "none",
+            where="losses.gate",
+        )
+    if cache.manifest.signals.distribution is None:
+        raise MismatchError(
+            "the gate looks at the teacher's entropy", expected="signals.distribution", found="none", where=cache.uri
+        )
+    return Gate(losses.gate, levels, cache)
 
 
 def _check_tags(losses: Losses, cache: Cache) -> None:

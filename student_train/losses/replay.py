@@ -18,13 +18,14 @@ from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.losses.config import ReplayTerm
 from student_train.losses.features import make_projection
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.level import Level, TokenLosses
+from student_train.losses.term import Reads, Seen
 from student_train.stream.reader import Needs
 
 TINY = 1e-12
 
 
-class Replay(StateTerm):
+class Replay(Level):
     """See the module."""
 
     def __init__(self, section: ReplayTerm, cache: Cache, student: PreTrainedModel) -> None:
@@ -49,12 +50,13 @@ class Replay(StateTerm):
         """Sampled tokens."""
         return 0 if batch.replay is None else len(batch.replay.flat)
 
-    def forward(self, seen: Seen) -> Tensor:
-        """See the module."""
+    def per_token(self, seen: Seen) -> TokenLosses:
+        """Of sampled tokens."""
         states = seen.states[self.last].flatten(0, 1)
         codes = seen.batch.replay
         if codes is None or not len(codes.flat):
-            return 0 * (states.sum() + self.projection.weight.sum())
+            nothing = 0 * (states.sum() + self.projection.weight.sum())
+            return TokenLosses(seen.batch.flat[:0], nothing.new_zeros(0), nothing)
         with torch.autocast(states.device.type, enabled=False):
             start = states[codes.flat].float()
             moved, nll = self._walk(start, codes.labels, seen)
@@ -64,8 +66,7 @@ class Replay(StateTerm):
             apart = (ends[0] / next(lengths) - ends[1] / next(lengths)).square().sum(2)
             rise = ((nll[:, 1:] - nll[:, :1]) - (codes.nll[:, 1:] - codes.nll[:, :1])).abs()
             weights = self.section.discount ** torch.arange(self.steps, device=start.device)
-            total: Tensor = ((apart + rise) * weights).sum() / weights.sum()
-            return total
+            return TokenLosses(codes.flat, ((apart + rise) * weights).sum(1) / weights.sum())
 
     def _walk(self, start_PD: Tensor, labels_P: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         """(s_j - s_0 [P, K, D], losses [P, K + 1]), in the graph."""

@@ -13,14 +13,15 @@ from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.losses.config import SmoothnessTerm
 from student_train.losses.features import teacher_states
+from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import LayerPair, state_pairs
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.term import Reads, Seen
 from student_train.stream.reader import Needs
 
 TINY = 1e-12
 
 
-class Smoothness(StateTerm):
+class Smoothness(Level):
     """See the module."""
 
     def __init__(self, section: SmoothnessTerm, cache: Cache, student: PreTrainedModel) -> None:
@@ -46,25 +47,32 @@ class Smoothness(StateTerm):
         """Tokens that count."""
         return len(batch.flat)
 
-    def forward(self, seen: Seen) -> Tensor:
+    def per_token(self, seen: Seen) -> TokenLosses:
         """A token whose predecessor does not count adds nothing."""
         batch = seen.batch
-        rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=batch.flat.device)
-        segment_N = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
-        place_N = torch.arange(len(batch.flat), device=rows.device) - (rows.cumsum(0) - rows)[segment_N]
-        follows_N = torch.zeros_like(place_N, dtype=torch.bool)
-        follows_N[1:] = (batch.flat[1:] == batch.flat[:-1] + 1) & (place_N[1:] > 0)
+        segment_N, place_N, follows_N = places_of(batch)
+        segments = len(batch.segment_rows)
         if self.pair is None:
-            excess_N = moved(seen.final[batch.flat].float(), segment_N, len(rows), follows_N)
+            excess_N = moved(seen.final[batch.flat].float(), segment_N, segments, follows_N)
         else:
             own = seen.states["block_output", self.pair.student].flatten(0, 1)[batch.flat].float()
             index = batch.hidden_flat.new_zeros(batch.input_ids.numel())
             index[batch.hidden_flat] = torch.arange(len(batch.hidden_flat), device=index.device)
             other = teacher_states(seen, ("block_output", self.pair.teacher))[index[batch.flat]]
-            both = (moved(states, segment_N, len(rows), follows_N) for states in (own, other))
+            both = (moved(states, segment_N, segments, follows_N) for states in (own, other))
             mine_N, theirs_N = both
             excess_N = (mine_N - theirs_N).clamp(min=0)
-        return (excess_N * place_N / self.section.reference_tokens).sum()
+        return TokenLosses(batch.flat, excess_N * place_N / self.section.reference_tokens)
+
+
+def places_of(batch: CodedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the N rows that count: number of the segment, place among its rows, and whether the row before is the token before."""
+    rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=batch.flat.device)
+    segment_N = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
+    place_N = torch.arange(len(batch.flat), device=rows.device) - (rows.cumsum(0) - rows)[segment_N]
+    follows_N = torch.zeros_like(place_N, dtype=torch.bool)
+    follows_N[1:] = (batch.flat[1:] == batch.flat[:-1] + 1) & (place_N[1:] > 0)
+    return segment_N, place_N, follows_N
 
 
 def moved(states_ND: Tensor, segment_N: Tensor, segments: int, follows_N: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ anything to sum gives 0 with a gradient of 0 for everything that it touches.
 Legend: B rows, S tokens a row, N rows whose distribution counts, P sampled states, R attention rows, d width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,15 +50,15 @@ class Seen:
     progress: float
 
 
-class StateTerm(nn.Module):
+class StateTerm(nn.Module, ABC):
     """Base of the terms that are not formed in the pass over the output head."""
 
     reads: Reads
 
+    @abstractmethod
     def count(self, batch: CodedBatch) -> int:
         """How many things of this batch it sums over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, seen: Seen) -> Tensor:
         """Their sum, float32 scalar."""
-        raise NotImplementedError

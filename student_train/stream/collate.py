@@ -10,6 +10,7 @@ from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodes
 from signal_store.layout import SCALARS
+from signal_store.roles import token_types
 from student_train.batch import AttentionCodes, CodedBatch, CoverageCodes, EvidenceCodes, HiddenCodes, LaneCursor, ReplayCodes
 from student_train.importance.weigher import Weigher
 from student_train.stream.reader import Needs, State, UnitReader
@@ -64,44 +65,24 @@ def collate(
     """A micro-batch of these rows, each filled up to `width` tokens, or, where rows hold one segment, as long as the longest; a row
     may be empty."""
     placed = place(rows)
-    longest = max((p.of("length") for p in placed), default=1)
-    if not packed:
-        width = min(width, -(-longest // WIDTH_STEP) * WIDTH_STEP)
-    shape = (len(rows), width)
-    ids, positions, real = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
-    used = np.zeros(len(rows), np.int64)
-    counting = np.arange(width)
-    flats, labels, kept = [], [], []
-    for p in placed:
-        tokens, text = p.tokens, p.unit.text
-        length = tokens.stop - tokens.start
-        used[p.row] = p.column + length
-        columns = slice(p.column, p.column + length)
-        ids[p.row, columns], positions[p.row, columns] = text.input_ids[tokens], counting[:length]
-        wanted = text.kept[p.segment]
-        kept.append(wanted)
-        labels.append(text.labels[wanted])
-        rows_kept = np.arange(wanted.start, wanted.stop) if isinstance(wanted, slice) else wanted
-        flats.append(rows_kept + (p.row * width + p.column - tokens.start))
-    for row, start in enumerate(used):
-        real[row, :start] = True
-        positions[row, start:] = counting[: width - start] % longest  # filler too stays among positions that the student has
-    distribution = _distribution(placed, kept) if needs.distribution else None
+    text = _text(placed, len(rows), width, packed=packed)
+    distribution = _distribution(placed, text.kept) if needs.distribution else None
+    roles = _next_roles(placed, text.kept) if needs.tags and placed else None
     importance = None
-    if weigher is not None and placed and distribution is not None:
-        numbers = np.concatenate([p.unit.next_roles[rows] for p, rows in zip(placed, kept, strict=True)])
+    if weigher is not None and roles is not None and distribution is not None:
         entropies = distribution.scalars[:, SCALARS.index("entropy")].float().numpy()
-        importance = torch.from_numpy(weigher.weights(numbers, entropies))
+        importance = torch.from_numpy(weigher.weights(roles, entropies))
     row_batch, row_query, row_first, row_length, row_keyword = _attention_positions(placed, needs)
     return CodedBatch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
-        real=torch.from_numpy(real),
-        flat=_joined(flats),
-        labels=_joined(labels),
+        input_ids=torch.from_numpy(text.ids),
+        position_ids=torch.from_numpy(text.positions),
+        real=torch.from_numpy(text.real),
+        flat=_joined(text.flats),
+        labels=_joined(text.labels),
         distribution=distribution,
         importance=importance,
-        hidden_flat=_hidden_flat(placed, needs, width),
+        types=None if roles is None else torch.from_numpy(token_types(roles)),
+        hidden_flat=_hidden_flat(placed, needs, text.width),
         hidden={state: _hidden(placed, state) for state in needs.hidden} if placed else {},
         row_batch=row_batch,
         row_query=row_query,
@@ -110,17 +91,65 @@ def collate(
         row_keyword=row_keyword.bool(),
         attention={layer: _attention(placed, layer, needs) for layer in needs.attention} if placed else {},
         statistics={layer: _statistics(placed, layer) for layer in needs.statistics} if placed else {},
-        replay=_replay(placed, width) if needs.replay and placed else None,
+        replay=_replay(placed, text.width) if needs.replay and placed else None,
         evidence=_evidence(placed, needs) if needs.evidence and placed else None,
         coverage=_coverage(placed) if needs.coverage and placed else None,
         segments=tuple(p.unit.first_segment + p.segment for p in placed),
         sources=tuple(p.of("source") for p in placed),
-        segment_rows=tuple(len(rows) for rows in labels),
+        segment_rows=tuple(len(rows) for rows in text.labels),
         hidden_rows=tuple(len(_hidden_rows(p)[0]) for p in placed) if needs.hidden else (),
         context_only=tuple(p.of("context_only") for p in placed),
         packed=packed,
         cursor=cursor,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """`ids`, `positions` int64 and `real` bool [B, width]; by segment: `kept`, its rows in its unit that count, `flats` where they
+    are in the batch, and their `labels`."""
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    real: NDArray[np.bool_]
+    kept: list[slice | NDArray[np.int64]]
+    flats: list[NDArray[np.int64]]
+    labels: list[NDArray[np.int64]]
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row, filler included."""
+        return int(self.ids.shape[1])
+
+
+def _text(placed: Sequence[Placed], rows: int, width: int, *, packed: bool) -> _Text:
+    longest = max((p.of("length") for p in placed), default=1)
+    if not packed:
+        width = min(width, -(-longest // WIDTH_STEP) * WIDTH_STEP)
+    shape = (rows, width)
+    text = _Text(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool), [], [], [])
+    used = np.zeros(rows, np.int64)
+    counting = np.arange(width)
+    for p in placed:
+        tokens, unit = p.tokens, p.unit.text
+        length = tokens.stop - tokens.start
+        used[p.row] = p.column + length
+        columns = slice(p.column, p.column + length)
+        text.ids[p.row, columns], text.positions[p.row, columns] = unit.input_ids[tokens], counting[:length]
+        wanted = unit.kept[p.segment]
+        text.kept.append(wanted)
+        text.labels.append(unit.labels[wanted])
+        rows_kept = np.arange(wanted.start, wanted.stop) if isinstance(wanted, slice) else wanted
+        text.flats.append(rows_kept + (p.row * width + p.column - tokens.start))
+    for row, start in enumerate(used):
+        text.real[row, :start] = True
+        text.positions[row, start:] = counting[: width - start] % longest  # filler too stays among positions that the student has
+    return text
+
+
+def _next_roles(placed: Sequence[Placed], kept: Sequence[NDArray[np.int64] | slice]) -> NDArray[np.uint8]:
+    """uint8 [N, 4]: roles of the tokens that the rows which count predict."""
+    return np.concatenate([p.unit.next_roles[rows] for p, rows in zip(placed, kept, strict=True)])
 
 
 def _joined(parts: Sequence[NDArray[np.int64]]) -> Tensor:

@@ -72,6 +72,7 @@ EVERYTHING: dict[str, Any] = {
     "tla": {"temperature": 2.0},
     "cross_entropy": {"weight": 0.5},
     **{name: {"weight": 0.1} for name in STATE_TERMS},
+    "gate": {},
     "parameter_anchor": {"weight": 0.1},
     "importance": {},
 }

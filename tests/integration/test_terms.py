@@ -42,7 +42,8 @@ def alone(model: PreTrainedModel, cache: Cache, losses: dict[str, Any]) -> tuple
     objective = resolve(Losses.model_validate(losses), cache, model)
     distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
-    stream = Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
+    section = StreamSection(row_tokens=CONTEXT, rows_per_step=16)
+    stream = Stream(cache, objective.needs, section, packed=True, weigher=objective.weigher)
     batch = next(stream.micro_batches({}, 0))
     if objective.matched_layers:
         assert distiller.choose_heads(batch)

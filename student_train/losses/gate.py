@@ -1,0 +1,186 @@
+"""The gate over the levels of temporal consistency (REQUIREMENTS 35, 36): a small network says, token by token, how much each level
+counts.
+
+weights = floor + (1 - levels · floor) · softmax(MLP(features)); a level's token counts levels · weight times, so that an undecided
+gate changes nothing. The student sees the weights as constants. The network learns by losses of its own, which the student does not
+see: Σ weight · L / (EMA(L) + ε) - λ · entropy. Descending, it turns to the level that this kind of token follows best; entropy and
+floor keep it from leaving the others. ε, of the first EMA, keeps L / EMA from being 0 / 0 where the teacher is the student.
+Features and losses are of the token alone and the EMA is of the global means, so that micro-batches and ranks change nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from signal_store.cache import Cache
+from signal_store.layout import SCALARS
+from signal_store.roles import TOKEN_TYPES
+from student_train.losses.config import GateTerm
+from student_train.losses.level import TokenLosses
+from student_train.losses.rows import segment_of_token, stored_rows
+from student_train.losses.smoothness import moved, places_of
+from student_train.losses.term import Reads, Seen
+from student_train.stream.reader import Needs
+
+FEATURES = (
+    "teacher_entropy",
+    "teacher_surprise",
+    "teacher_confidence",
+    "head_mass",
+    "student_surprise",
+    "divergence",
+    "position",
+    "length",
+    "step",
+    "repetition",
+    "attention_entropy",
+    "importance",
+    *TOKEN_TYPES[1:],
+)
+"""Of a token: the teacher's entropy over log V, -log p of what follows, log p of its favourite, mass of its head at T = 1; the
+student's
+-log q of what follows and its first divergence, where they are in the objective; place in the response as a share and the
+response's log length over 10; the last state's step; whether the last four tokens stood in the segment before; the segment's mean
+attention entropy at keywords; its importance; what type it is."""
+KEPT = 0.9
+"""Share of the moving average that a step leaves."""
+EPSILON = 1e-3
+"""Of the first mean loss."""
+NGRAM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """`weighted` by level: its sum under the gate's weights, in the graph; `own`: what the gate itself learns from; `weight_sums`:
+    by level and token type, (Σ weight, tokens) as float32 [types, 2]."""
+
+    weighted: dict[str, Tensor]
+    own: Tensor
+    weight_sums: dict[str, Tensor]
+
+
+class Gate(nn.Module):
+    """Of the levels that are on, by name; at least two."""
+
+    mean_loss: Tensor
+    first_loss: Tensor
+
+    def __init__(self, section: GateTerm, levels: Sequence[str], cache: Cache) -> None:
+        super().__init__()
+        self.section, self.levels = section, tuple(levels)
+        self.log_vocab = math.log(cache.manifest.tokenizer.vocab_size)
+        self.network = nn.Sequential(nn.Linear(len(FEATURES), section.width), nn.GELU(), nn.Linear(section.width, len(levels)))
+        last = self.network[2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)  # undecided at first
+        nn.init.zeros_(last.bias)
+        self.register_buffer("mean_loss", torch.zeros(len(levels)))
+        self.register_buffer("first_loss", torch.zeros(len(levels)))
+        self.reads = Reads(Needs(distribution=True, hidden=(), attention=(), tags="tags/roles" in cache.capacity_rows))
+
+    def weights(self, features_MF: Tensor) -> Tensor:
+        """[M, levels], each at least the floor; they add up to 1."""
+        floor = self.section.floor
+        shares = self.network(features_MF).softmax(1)
+        found: Tensor = floor + (1 - len(self.levels) * floor) * shares
+        return found
+
+    def fuse(self, losses: Mapping[str, TokenLosses], row_losses: Mapping[str, Tensor], seen: Seen) -> Fused:
+        """`row_losses` [N] by term of the pass over the output head."""
+        with torch.autocast(seen.final.device.type, enabled=False):
+            table_SF = self.features(row_losses, seen)
+            types_S = table_SF[:, -len(TOKEN_TYPES) + 1 :]
+            own = 0 * sum((p.sum() for p in self.parameters()), table_SF.new_zeros(()))
+            weighted, sums = {}, {}
+            for level, name in enumerate(self.levels):
+                found = losses[name]
+                weights_ML = self.weights(table_SF[found.flat])
+                mine_M = weights_ML[:, level]
+                rest = 0 if found.rest is None else found.rest
+                weighted[name] = (len(self.levels) * mine_M.detach() * found.value).sum() + rest
+                scale = self.mean_loss[level] + EPSILON * self.first_loss[level]
+                relative_M = (found.value.detach() / scale).clamp(max=self.section.largest)
+                relative_M = torch.where(scale > 0, relative_M, 1.0)  # nothing was seen yet, or there is nothing to learn
+                entropy_M = -(weights_ML * weights_ML.log()).sum(1)
+                own = own + (mine_M * relative_M - self.section.entropy_weight * entropy_M).sum()
+                types_M = torch.cat([1 - types_S[found.flat].sum(1, keepdim=True), types_S[found.flat]], 1)
+                sums[name] = torch.stack([types_M.T @ mine_M.detach(), types_M.sum(0)], 1)
+            return Fused(weighted, own, sums)
+
+    @torch.no_grad()
+    def observe(self, means: Mapping[str, float]) -> None:
+        """After a step: the means over the global batch of the levels that had something in it."""
+        for level, name in enumerate(self.levels):
+            if name in means:
+                begins = float(self.first_loss[level]) == 0
+                self.first_loss[level] = means[name] if begins else self.first_loss[level]
+                kept = 0.0 if begins else KEPT
+                self.mean_loss[level] = kept * self.mean_loss[level] + (1 - kept) * means[name]
+
+    def described(self, weight_sums: Tensor) -> dict[str, float]:
+        """`gate/<level>/<token type>`: mean weight, of the types that were met, from `Fused.weight_sums` stacked over levels."""
+        found: dict[str, float] = {}
+        for level, by_type in zip(self.levels, weight_sums.tolist(), strict=True):
+            found |= {f"gate/{level}/{t}": total / n for t, (total, n) in zip(TOKEN_TYPES, by_type, strict=True) if n}
+        return found
+
+    @torch.no_grad()
+    def features(self, row_losses: Mapping[str, Tensor], seen: Seen) -> Tensor:
+        """float32 [B · S, features]; zero where a token does not count."""
+        batch, codec = seen.batch, seen.codecs.distribution
+        segment_N, place_N, follows_N = places_of(batch)
+        nothing = torch.zeros(len(batch.flat), device=seen.final.device)
+        columns = dict.fromkeys(FEATURES, nothing)
+        if batch.distribution is not None and codec is not None:
+            scalars = batch.distribution.scalars.float()
+            columns["teacher_entropy"] = scalars[:, SCALARS.index("entropy")] / self.log_vocab
+            columns["teacher_surprise"] = -scalars[:, SCALARS.index("label_logprob")].nan_to_num()
+            columns["teacher_confidence"] = scalars[:, SCALARS.index("max_logprob")]
+            columns["head_mass"] = scalars[:, codec.mass_column(1.0)].sigmoid()
+        for name, losses_N in row_losses.items():
+            column = "student_surprise" if name == "cross_entropy" else "divergence"
+            if columns[column] is nothing:
+                columns[column] = losses_N.float().clamp(max=20)
+        counts = torch.tensor(batch.segment_rows, device=nothing.device)[segment_N]
+        columns["position"] = place_N / counts
+        columns["length"] = counts.float().log() / 10
+        step_N = moved(seen.final[batch.flat].float(), segment_N, len(batch.segment_rows), follows_N)
+        columns["step"] = step_N.log1p()
+        columns["repetition"] = repeated(batch.input_ids, segment_of_token(batch), batch.position_ids).flatten()[batch.flat].float()
+        columns["attention_entropy"] = self._attention_entropy(seen)[segment_N]
+        if batch.importance is not None:
+            columns["importance"] = batch.importance
+        if batch.types is not None:
+            for number, name in enumerate(TOKEN_TYPES[1:], start=1):
+                columns[name] = (batch.types == number).float()
+        table_SF = nothing.new_zeros(batch.input_ids.numel(), len(FEATURES))
+        table_SF[batch.flat] = torch.stack([columns[name].float() for name in FEATURES], 1)
+        return table_SF
+
+    def _attention_entropy(self, seen: Seen) -> Tensor:
+        """[segments]: mean over captured keyword rows and heads, over log length; 0 where there are none."""
+        segments = len(seen.batch.segments)
+        found = seen.final.new_zeros(segments, dtype=torch.float32)
+        rows = next((rows for (kind, _), rows in seen.rows.items() if kind is stored_rows and len(rows)), None)
+        if rows is None:
+            return found
+        query = seen.queries[stored_rows]
+        entropy_R = -torch.special.xlogy(rows.float(), rows.float()).sum(-1).mean(1) / (query.lengths.float() + 1).log()
+        segment_R = segment_of_token(seen.batch)[query.batch, query.query]
+        counts = torch.bincount(segment_R, minlength=segments).clamp(min=1)
+        return found.index_add(0, segment_R, entropy_R) / counts
+
+
+def repeated(ids_BS: Tensor, segment_BS: Tensor, positions_BS: Tensor) -> Tensor:
+    """bool [B, S]: whether a token and the three before it stood in its segment before."""
+    key = segment_BS.clone()
+    for back in range(NGRAM):
+        key = key * 1_000_003 + ids_BS.roll(back, 1)  # wraps around: a hash
+    flat = key.flatten()
+    order = flat.argsort(stable=True)
+    again = torch.zeros_like(flat, dtype=torch.bool)
+    again[order[1:]] = flat[order[1:]] == flat[order[:-1]]
+    return again.view(key.shape) & (positions_BS >= NGRAM - 1)

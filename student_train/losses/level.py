@@ -1,0 +1,36 @@
+"""The three levels of temporal consistency (REQUIREMENTS 30-32): terms that say of each token what it adds, so that a gate may
+weigh them token by token (35, 36). Without a gate each is a term like any other."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from student_train.losses.term import Seen, StateTerm
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLosses:
+    """`value` float32 [M] in the graph, of the tokens at `flat` int64 [M] (b * S + s); `rest`: a scalar of 0 that keeps parameters
+    in the graph where M is 0."""
+
+    flat: Tensor
+    value: Tensor
+    rest: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """Of all tokens."""
+        total = self.value.sum()
+        return total if self.rest is None else total + self.rest
+
+
+class Level(StateTerm):
+    """Base of the three."""
+
+    @abstractmethod
+    def per_token(self, seen: Seen) -> TokenLosses:
+        """What its sum is made of."""
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Sum over tokens."""
+        return self.per_token(seen).sum()
