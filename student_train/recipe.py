@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from signal_store.signals import Section, Seed
-from student_train.losses.config import PRESETS, Losses, Term
+from student_train.losses.config import KINDS, PRESETS, Kind, Losses, Term
 
 
 class LoraSection(Section):
@@ -121,6 +121,8 @@ class RunRecipe(Section):
     preset: str | None = None
     losses: dict[str, Any] = Field(default_factory=dict)
     """Terms on top of the preset's; `name: null` switches one off."""
+    without: tuple[Kind, ...] = ()
+    """Kinds of knowledge whose terms are switched off, whatever preset and losses say."""
     tail_rank: int | None = Field(None, ge=0)
     """Use only so many of the cached tail's directions, the heaviest; 0 makes the tail one bucket. None: all."""
     steps: int = Field(ge=1)
@@ -147,6 +149,11 @@ class RunRecipe(Section):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset}")
         if not any(isinstance(term, Term) for _, term in self.objective):
             raise ValueError("no loss: give a preset or losses")
+        if self.preset is not None and self.preset.startswith("full"):
+            for kind in set(self.objective.empty_kinds()) - set(self.without):
+                raise ValueError(
+                    f"preset {self.preset}: nothing carries {kind} knowledge ({KINDS[kind]}); say so with without: [{kind}]"
+                )
         if self.export == "best" and self.validation is None:
             raise ValueError("export: best needs validation")
         return self
@@ -160,4 +167,8 @@ class RunRecipe(Section):
                 merged[name] = {**(merged.get(name) or {}), **options}
             else:
                 merged[name] = options
-        return Losses.model_validate(merged)
+        asked = Losses.model_validate(merged)
+        off = [name for name, term in asked if isinstance(term, Term) and term.kind in self.without]
+        if "explicit" in self.without:
+            off.append("importance")  # the weights of divergences that are not there
+        return asked.model_copy(update=dict.fromkeys(off))

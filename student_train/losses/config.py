@@ -259,6 +259,11 @@ class Losses(Section):
     parameter_anchor: ParameterAnchorTerm | None = None
     importance: ImportanceSection | None = None
 
+    def empty_kinds(self) -> tuple[Kind, ...]:
+        """Kinds of knowledge that no term carries."""
+        held = {term.kind for _, term in self if isinstance(term, Term) and not isinstance(term, GateTerm)}
+        return tuple(kind for kind in KINDS if kind not in held)
+
     @property
     def divergences(self) -> dict[str, DivergenceTerm]:
         """Terms that compare with the cached distribution, by name."""
@@ -275,5 +280,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "apc": {"weight": {"start": 0.0, "end": 0.5, "begin": 0.2}},
         "asr": {"weight": 1e-3},
     },
+    "full_000": {
+        "tla": {"temperature": 1.0},
+        "importance": {},
+        "attention_direction": {},
+        "normalised_direction": {},
+        "activation_mmd": {},
+        "input_reconstruction": {},
+        "residual_cka": {},
+        "attention_statistics": {},
+        "smoothness": {},
+        "attention_evolution": {},
+        "replay": {},
+        "gate": {},
+        "evidence": {},
+        "coverage": {},
+    },
 }
-"""`flash_004` is the seed's objective and schedule (REQUIREMENTS 66-73); `demo_kl` is forward KL at temperature 1 alone."""
+"""`flash_004` is the seed's objective and schedule (REQUIREMENTS 66-73), `full_000` the first seed's five kinds of knowledge
+(3-36); `demo_kl` is forward KL at temperature 1 alone. A preset whose name begins with `full` must leave no kind empty."""
