@@ -8,30 +8,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from model_taps.spread import Groups
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
 from student_train.losses.config import ResidualCkaTerm
-from student_train.losses.features import PairedTerm, groups_in, groups_of
-from student_train.losses.term import Seen
+from student_train.losses.features import GroupedTerm
 
-MIN_TOKENS = 8
 TINY = 1e-12
 
 
-class ResidualCka(PairedTerm):
+class ResidualCka(GroupedTerm):
     """See the module."""
 
     def __init__(self, section: ResidualCkaTerm, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__("residual_cka", ("attention_output", "attention_output"), section.depth_decay, cache, student)
         self.max_tokens = section.max_tokens
 
-    def count(self, batch: CodedBatch) -> int:
-        """Segments with enough sampled tokens."""
-        return groups_in(batch, MIN_TOKENS)
-
-    def pair_sum(self, _number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+    def group_sum(self, _number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
         """See the module."""
-        groups = groups_of(seen.batch, self.max_tokens, MIN_TOKENS)
         if not len(groups.index):
             return 0 * own_Pd.sum()
         return (1 - debiased_cka(groups.of(own_Pd), groups.of(other_PD), groups.inside)).sum()

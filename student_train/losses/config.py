@@ -107,6 +107,8 @@ class FeatureTerm(Term):
 
     depth_decay: float = Field(0.7, gt=0, le=1)
     """γ at the start; it goes to 1 linearly, so that deep layers are learned later."""
+    max_tokens: int = Field(64, ge=8)
+    """Of a segment's sampled tokens, evenly spread."""
 
 
 class DirectionTerm(FeatureTerm):
@@ -126,8 +128,6 @@ class ActivationMmdTerm(FeatureTerm):
     kind: ClassVar[Kind] = "structured"
     weight: WeightField = _constant(0.1)
     directions: int = Field(128, ge=1)
-    max_tokens: int = Field(64, ge=8)
-    """Of a segment, evenly spread."""
 
 
 class InputReconstructionTerm(FeatureTerm):
@@ -145,7 +145,6 @@ class ResidualCkaTerm(FeatureTerm):
 
     kind: ClassVar[Kind] = "structured"
     weight: WeightField = _constant(0.1)
-    max_tokens: int = Field(64, ge=8)
 
 
 class AttentionStatisticsTerm(Term):

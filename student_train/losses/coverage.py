@@ -1,7 +1,8 @@
 """Coverage: whether a summary says the key words of its text (REQUIREMENTS 8).
 
 mean over words of |c_T - c_S|, c = 1 - Π_t (1 - p_t(word)) over the summary's rows, a word told by its first token; over words of
-sources with `task: summary`. The student's logits of those rows are formed in chunks, and again in the backward pass.
+sources with `task: summary`. Where there are many such rows, the student's logits are formed in chunks, and again in the backward
+pass.
 """
 
 import torch
@@ -66,5 +67,6 @@ def student_coverage(seen: Seen, codes: CoverageCodes) -> Tensor:
     total = torch.zeros(words_SW.shape, device=words_SW.device)
     for start in range(0, len(flat_N), ROWS):
         part = slice(start, start + ROWS)
-        total = total + checkpoint(chunk, seen.final[flat_N[part]], segment_N[part], use_reentrant=False)
+        given = seen.final[flat_N[part]], segment_N[part]
+        total = total + (chunk(*given) if len(flat_N) <= ROWS else checkpoint(chunk, *given, use_reentrant=False))
     return coverage(total)[codes.segment, rank_W]

@@ -27,7 +27,7 @@ class Direction(PairedTerm):
 
     def __init__(self, section: DirectionTerm, cache: Cache, student: PreTrainedModel, *, tap: Tap, name: str) -> None:
         super().__init__(name, (tap, tap), section.depth_decay, cache, student)
-        self.section = section
+        self.section, self.max_tokens = section, section.max_tokens
         self.projections = nn.ModuleList(make_projection(self.own_width, p.teacher_width) for p in self.pairs)
 
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:

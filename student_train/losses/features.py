@@ -12,14 +12,20 @@ from model_taps.spread import Groups, evenly
 from signal_store.cache import Cache
 from signal_store.signals import Tap
 from student_train.batch import CodedBatch
-from student_train.losses.pairing import LayerPair, depth_weights, state_pairs
+from student_train.losses.pairing import depth_weights, state_pairs
 from student_train.losses.term import Reads, Seen, StateTerm
 from student_train.stream.reader import Needs
+
+MIN_TOKENS = 8
+"""Fewer say too little of a set."""
 
 
 class PairedTerm(StateTerm):
     """A term on the sampled states of every cached layer of a tap and of the student's layer at the same depth, in float32 whatever
     the autocast. Layers weigh `decay`^i at first, the shallowest (i = 0) most, and alike at the end (27)."""
+
+    max_tokens: int | None = None
+    """Of a segment, evenly spread; None takes all sampled ones."""
 
     def __init__(self, name: str, taps: tuple[Tap, Tap], decay: float, cache: Cache, student: PreTrainedModel) -> None:
         """`taps`: the student's and the teacher's."""
@@ -32,38 +38,68 @@ class PairedTerm(StateTerm):
         self.reads = Reads(needs, tuple((self.own_tap, p.student) for p in self.pairs))
 
     def count(self, batch: CodedBatch) -> int:
-        """Sampled tokens."""
-        return len(batch.hidden_flat)
+        """Tokens."""
+        return sum(rows if self.max_tokens is None else min(rows, self.max_tokens) for rows in batch.hidden_rows)
 
     def forward(self, seen: Seen) -> Tensor:
         """Layers weighed by depth."""
         weights = depth_weights(len(self.pairs), self.decay, seen.progress)
+        kept = self.kept(seen.batch)
         with torch.autocast(seen.final.device.type, enabled=False):
-            parts = [
-                weight * self._of_pair(number, pair, seen)
-                for number, (pair, weight) in enumerate(zip(self.pairs, weights, strict=True))
-            ]
+            parts = [weight * self._of_pair(number, kept, seen) for number, weight in enumerate(weights)]
             return torch.stack(parts).sum()
 
-    def _of_pair(self, number: int, pair: LayerPair, seen: Seen) -> Tensor:
-        own_Pd, other_PD = student_states(seen, (self.own_tap, pair.student)), teacher_states(seen, (self.tap, pair.teacher))
-        return self.pair_sum(number, own_Pd.to(other_PD.dtype), other_PD, seen)
+    def kept(self, batch: CodedBatch) -> Tensor | None:
+        """int64, which of the sampled states it looks at; None for all."""
+        if self.max_tokens is None or max(batch.hidden_rows, default=0) <= self.max_tokens:
+            return None
+        groups = groups_of(batch, self.max_tokens, 0)
+        return groups.index[groups.inside]
+
+    def _of_pair(self, number: int, kept: Tensor | None, seen: Seen) -> Tensor:
+        pair = self.pairs[number]
+        other_PD = teacher_states(seen, (self.tap, pair.teacher), kept)
+        own_Pd = student_states(seen, (self.own_tap, pair.student), kept).to(other_PD.dtype)
+        return self.pair_sum(number, own_Pd, other_PD, seen)
 
     @abstractmethod
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
         """Its sum over one pair of layers, the `number`-th; scalar."""
 
 
-def teacher_states(seen: Seen, state: State) -> Tensor:
-    """float32 [P, d] as the cache gives them."""
+class GroupedTerm(PairedTerm):
+    """A paired term that looks at a segment's tokens together, where there are at least `MIN_TOKENS` of them."""
+
+    max_tokens: int
+
+    def count(self, batch: CodedBatch) -> int:
+        """Segments with enough sampled tokens."""
+        return sum(rows >= MIN_TOKENS for rows in batch.hidden_rows)
+
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+        """Over segments."""
+        rows = torch.tensor(seen.batch.hidden_rows, dtype=torch.int64, device=own_Pd.device).clamp(max=self.max_tokens)
+        return self.group_sum(number, own_Pd, other_PD, evenly(rows, self.max_tokens, MIN_TOKENS))
+
+    @abstractmethod
+    def group_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
+        """Its sum over segments, of one pair of layers; scalar."""
+
+
+def teacher_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tensor:
+    """float32 [P, d] as the cache gives them; of all sampled tokens, or those that are kept."""
     codec = seen.codecs.hidden[state]
     codes = seen.batch.hidden.get(state)
-    return codec.mean.new_zeros(0, len(codec.mean)) if codes is None else codec.decode(codes.values, codes.scale)
+    if codes is None:
+        return codec.mean.new_zeros(0, len(codec.mean))
+    values, scale = (codes.values, codes.scale) if kept is None else (codes.values[kept], codes.scale[kept])
+    return codec.decode(values, scale)
 
 
-def student_states(seen: Seen, state: State) -> Tensor:
+def student_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tensor:
     """[P, d] of the same tokens, in the graph."""
-    return seen.states[state].flatten(0, -2)[seen.batch.hidden_flat]  # some families walk their FFN without the batch axis
+    flat = seen.batch.hidden_flat if kept is None else seen.batch.hidden_flat[kept]
+    return seen.states[state].flatten(0, -2)[flat]  # some families walk their FFN without the batch axis
 
 
 def in_channel_units(seen: Seen, state: State, states_PD: Tensor) -> Tensor:
@@ -86,8 +122,3 @@ def groups_of(batch: CodedBatch, max_tokens: int, min_tokens: int) -> Groups:
     """At most `max_tokens` of each segment's sampled states, evenly spread; segments with fewer than `min_tokens` are left out."""
     rows = torch.tensor(batch.hidden_rows, dtype=torch.int64, device=batch.hidden_flat.device)
     return evenly(rows, max_tokens, min_tokens)
-
-
-def groups_in(batch: CodedBatch, min_tokens: int) -> int:
-    """How many segments `groups_of` keeps."""
-    return sum(rows >= min_tokens for rows in batch.hidden_rows)

@@ -15,12 +15,9 @@ from transformers import PreTrainedModel
 
 from model_taps.spread import Groups
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
 from student_train.losses.config import ActivationMmdTerm
-from student_train.losses.features import PairedTerm, groups_in, groups_of
-from student_train.losses.term import Seen
+from student_train.losses.features import GroupedTerm
 
-MIN_TOKENS = 8
 GAUSSIANS = 5
 LARGEST_LOG_WIDTH = math.log(4)
 
@@ -44,33 +41,29 @@ class Kernel(nn.Module):
         self.share = nn.Parameter(torch.zeros(GAUSSIANS))
 
     def forward(self, squared_distance: Tensor, median_G: Tensor) -> Tensor:
-        """Same shape as `squared_distance` [G, M, M]; `median_G` of the distances."""
+        """Same shape as `squared_distance` [..., G, M, M]; `median_G` of the distances."""
         reverse = _Reversed.apply
-        width_C = median_G[:, None] * reverse(self.log_width).clamp(-LARGEST_LOG_WIDTH, LARGEST_LOG_WIDTH).exp()  # type: ignore[no-untyped-call]
-        scale_GC = -0.5 / width_C.square().clamp(min=torch.finfo(torch.float32).tiny)
+        width_GC = median_G[:, None] * reverse(self.log_width).clamp(-LARGEST_LOG_WIDTH, LARGEST_LOG_WIDTH).exp()  # type: ignore[no-untyped-call]
+        scale_CG = -0.5 / width_GC.T.square().clamp(min=torch.finfo(torch.float32).tiny)
         share_C = reverse(self.share).softmax(0)  # type: ignore[no-untyped-call]
-        parts = [share_C[c] * (squared_distance * scale_GC[:, c, None, None]).exp() for c in range(GAUSSIANS)]
-        return torch.stack(parts).sum(0)
+        powers = (squared_distance[..., None, :, :, :] * scale_CG[:, :, None, None]).exp()
+        found: Tensor = (powers * share_C[:, None, None, None]).sum(-4)
+        return found
 
 
-class ActivationMmd(PairedTerm):
+class ActivationMmd(GroupedTerm):
     """See the module."""
 
     def __init__(self, section: ActivationMmdTerm, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__("activation_mmd", ("ffn_gate", "ffn_gate"), section.depth_decay, cache, student)
-        self.section = section
+        self.section, self.max_tokens = section, section.max_tokens
         self.kernels = nn.ModuleList(Kernel() for _ in self.pairs)
         self._maps: dict[tuple[int, int, str], Tensor] = {}
 
-    def count(self, batch: CodedBatch) -> int:
-        """Segments with enough sampled tokens."""
-        return groups_in(batch, MIN_TOKENS)
-
-    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+    def group_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
         """See the module."""
         kernel = self.kernels[number]
         assert isinstance(kernel, Kernel)
-        groups = groups_of(seen.batch, self.section.max_tokens, MIN_TOKENS)
         directions = min(self.section.directions, own_Pd.shape[1], other_PD.shape[1])
         own, other = (self._mapped(x, directions) for x in (own_Pd, other_PD))
         if not len(groups.index):
@@ -96,7 +89,7 @@ def squared_mmd(a_GMD: Tensor, b_GMD: Tensor, groups: Groups, kernel: Kernel) ->
         across = pairs[2].masked_fill(~inside_GMM, torch.nan).flatten(1)
         median_G = across.nanmedian(1).values.clamp(min=1e-12).sqrt()
     share_GMM = inside_GMM / groups.inside.sum(1).square()[:, None, None]
-    mine, other, between = ((kernel(pair, median_G) * share_GMM).sum((1, 2)) for pair in pairs)
+    mine, other, between = (kernel(torch.stack(pairs), median_G) * share_GMM).sum((2, 3))
     found: Tensor = (mine + other - 2 * between).clamp(min=0)
     return found
 

@@ -19,6 +19,7 @@ class InputReconstruction(PairedTerm):
 
     def __init__(self, section: InputReconstructionTerm, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__("input_reconstruction", ("block_output", "block_input"), section.depth_decay, cache, student)
+        self.max_tokens = section.max_tokens
         own = self.own_width
         self.heads = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(own), nn.Linear(own, section.width), nn.GELU(), nn.Linear(section.width, p.teacher_width))

@@ -2,8 +2,11 @@
 loss through their own final norm and output head; the student's steps must point where the teacher's did, and its loss rise alike.
 
 mean over steps j, ρʲ-weighted, of ‖P (s_j - s_0) / ‖s_K - s_0‖ - (h_j - h_0) / ‖h_K - h_0‖‖² + |ΔNLL_S - ΔNLL_T|. The gradient runs
-through the walk (double backward through norm and head only). Legend: P tokens, K steps, D widths.
+through the walk (double backward through norm and head only) into the state; the head itself is the yardstick and takes none, which
+would cost more than all else. Legend: P tokens, K steps, D widths.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +73,13 @@ class Replay(Level):
 
     def _walk(self, start_PD: Tensor, labels_P: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         """(s_j - s_0 [P, K, D], losses [P, K + 1]), in the graph."""
-        norm = self._norm[0]
+        norm, head = self._norm[0], seen.head
+        head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
         length_P1 = self.step_size * start_PD.norm(dim=1, keepdim=True)
         state, states, losses = start_PD, [], []
 
         def loss_of(state_PD: Tensor) -> Tensor:
-            return F.cross_entropy(seen.head.logits(norm(state_PD).float()), labels_P, reduction="none")
+            return F.cross_entropy(head.logits(norm(state_PD).float()), labels_P, reduction="none")
 
         for _ in range(self.steps):
             nll_P = loss_of(state)
