@@ -83,9 +83,10 @@ class CodedBatch:
     [N] their weights and `types` uint8 [N] of the tokens that they predict (`signal_store.roles.TOKEN_TYPES`), or None.
     `hidden_flat` [P] and `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length:
     stored entries), `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics`
-    float16 [segments, H, 4] by teacher layer. `replay` paths, `evidence` and `coverage` or None. `segments`: which segments are in
-    it, `sources` their sources' numbers, `segment_rows` how many of the N rows each has, `hidden_rows` how many of the P states,
-    `context_only` how many of its first tokens are there as context only. `cursor`: where the lanes that it drew from go on.
+    float16 [segments, H, 4] by teacher layer, `sparsity` float16 [segments, layers, 2] of FFNs or None. `replay` paths, `evidence`
+    and `coverage` or None. `segments`: which segments are in it, `sources` their sources' numbers, `segment_rows` how many of the
+    N rows each has, `hidden_rows` how many of the P states, `context_only` how many of its first tokens are there as context only.
+    `cursor`: where the lanes that it drew from go on.
     """
 
     input_ids: Tensor
@@ -105,6 +106,7 @@ class CodedBatch:
     row_keyword: Tensor
     attention: dict[int, AttentionCodes]
     statistics: dict[int, Tensor]
+    sparsity: Tensor | None
     replay: ReplayCodes | None
     evidence: EvidenceCodes | None
     coverage: CoverageCodes | None

@@ -70,6 +70,78 @@ def sweep(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    evaluation: Annotated[Path | None, typer.Option(help="What `fidelity --json` said of the last student.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Where the recipe of these choices goes, as YAML.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Propose an objective for this cache, student, text and machine: each choice with its reason. Nothing is applied."""
+    from student_train.plan import PlanRecipe, planned_recipe
+    from student_train.plan import plan as look
+
+    loaded = load_recipe(recipe, overrides or [], PlanRecipe)
+    choices = look(loaded, evaluation)
+    if write is not None:
+        import yaml
+
+        write.write_text(yaml.safe_dump(planned_recipe(loaded, choices), sort_keys=False))
+    if as_json:
+        typer.echo(json.dumps([{"place": c.place, "value": c.value, "why": c.why} for c in choices]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("place", "value", "why")
+    for choice in choices:
+        shown = "off" if choice.value is None else "on" if choice.value == {} else json.dumps(choice.value)
+        table.add_row(choice.place, shown, choice.why)
+    Console().print(table)
+
+
+@app.command()
+def fidelity(
+    student: Annotated[Path, typer.Argument(help="Folder of a student, such as OUT/student.", metavar="STUDENT")],
+    cache: Annotated[list[str], typer.Argument(help="A cache with a validation split, and its overlays.", metavar="CACHE...")],
+    max_tokens: Annotated[int | None, typer.Option(help="Look at so many tokens only.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run the student under bfloat16 autocast.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how much of its teacher a student has kept, on held-out text: agreement, overlap, KL, entropy gap, calibration, CKA by
+    depth."""
+    from student_train.kept import kept
+
+    found = kept(student, tuple(cache), max_tokens, bf16=bf16)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    cka = found.pop("cka")
+    for name, value in [*found.items(), *((f"cka, teacher's layer / student's {pair}", mean) for pair, mean in cka.items())]:
+        typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:.4f}")
+
+
+@app.command()
+def generate(
+    student: Annotated[Path, typer.Argument(help="Folder of a student, such as OUT/student.", metavar="STUDENT")],
+    cache: Annotated[str, typer.Argument(help="The cache whose texts begin its own.", metavar="CACHE")],
+    out: Annotated[Path, typer.Option(help="JSON lines of prompt and completion: a source for `teacher-cache extend`.")],
+    samples: Annotated[int, typer.Option(min=1, help="Texts to begin.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the student while it writes.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Keep texts that were cut off.")] = False,
+) -> None:
+    """Let a student write, for its teacher to score: the next round's text."""
+    from student_train.generate import generate as write
+
+    found = write(
+        student, cache, out, samples=samples, new_tokens=new_tokens, temperature=temperature, seed=seed, unfinished=unfinished
+    )
+    typer.echo("  ".join(f"{name}: {count}" for name, count in found.items()))
+
+
 @app.command("show-weights")
 def show_weights(
     cache: Annotated[str, typer.Argument(help="A cache with tags.", metavar="CACHE")],

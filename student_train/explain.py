@@ -60,6 +60,7 @@ def _reads(objective: Objective, name: str) -> list[str]:
         *(f"hidden/{tap}/{layer}" for tap, layer in needs.hidden),
         *(f"attention/{layer}" for layer in needs.attention),
         *(f"stats/attention/{layer}" for layer in needs.statistics),
+        *(["stats/ffn"] if needs.sparsity else []),
         *(["replay"] if needs.replay else []),
         *(f"evidence/{layer}" for layer in needs.evidence),
         *(["coverage"] if needs.coverage else []),

@@ -25,6 +25,7 @@ from student_train.distiller import Distiller
 from student_train.losses.objective import resolve
 from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
+from student_train.sharing import accelerator_of
 from student_train.student import build_student
 from student_train.trainer import Trainer, run_settings
 from student_train.validation import check_validation
@@ -55,7 +56,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     both = (
         [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
     )
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bfloat16" else "no", kwargs_handlers=both)
+    accelerator = accelerator_of(bf16=recipe.precision == "bfloat16", kwargs_handlers=both)
     if accelerator.is_main_process:
         _describe(recipe, recipe_digest, cache, accelerator)
     accelerator.wait_for_everyone()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,6 +19,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from model_taps.blocks import decoder_blocks
 from student_train.distiller import Distiller
 from student_train.recipe import SharingSection
+
+
+def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
+    """An accelerator of this precision; accelerate by itself refuses another one in a process that had one, as a notebook does."""
+    AcceleratorState._reset_state()  # noqa: SLF001  (accelerate has no other word for it)
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", **options)
 
 
 @dataclass(frozen=True, slots=True)

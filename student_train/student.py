@@ -9,8 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from model_taps.loading import LOADING_ERRORS, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from signal_store.cache import Cache
-from signal_store.errors import InputError, MismatchError, NotFoundError, SignalStoreError
+from signal_store.errors import InputError, MismatchError, SignalStoreError
 from student_train.recipe import LoraSection, StudentSection
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "spiece*")
 
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -70,12 +72,14 @@ def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
 
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
     own = section.tokenizer or section.checkpoint
-    try:
-        tokenizer = load_tokenizer(own) if own is not None else cached_tokenizer(cache)
-    except NotFoundError:
-        if section.tokenizer is not None or section.checkpoint is None or not Path(section.checkpoint).is_dir():
-            raise
-        tokenizer = cached_tokenizer(cache)  # a checkpoint folder without a tokenizer
+    if (
+        section.tokenizer is None
+        and own is not None
+        and Path(own).is_dir()
+        and not any(path for name in TOKENIZER_FILES for path in Path(own).glob(name))
+    ):
+        own = None  # a checkpoint folder without a tokenizer; transformers would make an empty one for some families
+    tokenizer = load_tokenizer(own) if own is not None else cached_tokenizer(cache)
     expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     if expected != found:
         raise MismatchError(

@@ -155,6 +155,7 @@ def planned_part(recipe: CacheRecipe) -> dict[str, Any]:
         "previous_steps": signals.attention.previous_steps if signals.attention else 0,
         "hidden_positions": signals.hidden.model_dump(mode="json")["positions"] if signals.hidden else None,
         "replay_positions": [signals.replay.positions_per_segment, signals.replay.seed] if signals.replay else None,
+        **({"replay_share": signals.replay.share} if signals.replay and signals.replay.share != 1 else {}),
     }
     if recipe.base is not None:
         return {"keywords": list(signals.attention.keywords), **positions} if signals.attention else positions

@@ -76,8 +76,10 @@ def replay_positions(unit: UnitPlan, signal: ReplaySignal) -> Places:
     """Rows whose label counts, of segments that end their document as the model would have."""
 
     def chosen(segment: int, own: Places) -> Places:
-        eligible = own[unit.loss_mask[own] == 1] if unit.finished[segment] else own[:0]
-        return _drawn(eligible, signal.positions_per_segment, _key(unit, segment, signal.seed))
+        seed, text = _key(unit, segment, signal.seed)
+        sampled = unit.finished[segment] and _generator((seed, text ^ 1)).random() < signal.share
+        eligible = own[unit.loss_mask[own] == 1] if sampled else own[:0]
+        return _drawn(eligible, signal.positions_per_segment, (seed, text))
 
     return _per_segment(unit, chosen)
 
@@ -133,5 +135,8 @@ def _key(unit: UnitPlan, segment: int, seed: int) -> tuple[int, int]:
 
 def _drawn(places: Places, count: int, key: tuple[int, int]) -> Places:
     """`count` of the places without replacement, ascending."""
-    generator = np.random.Generator(np.random.Philox(key=np.asarray(key, dtype=np.uint64)))
-    return np.sort(generator.permutation(places)[:count])
+    return np.sort(_generator(key).permutation(places)[:count])
+
+
+def _generator(key: tuple[int, int]) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.asarray(key, dtype=np.uint64)))

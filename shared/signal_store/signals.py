@@ -158,6 +158,8 @@ class ReplaySignal(Section):
     step_size: float = Field(0.1, gt=0, le=10)
     """Length of a step, as a share of the state's own length."""
     positions_per_segment: int = Field(4, ge=1, lt=2**31)
+    share: float = Field(1.0, gt=0, le=1)
+    """Of the finished texts, those that are sampled, each drawn by its own tokens and the seed."""
     seed: Seed = 0
     gradient: bool = False
     depths: tuple[DepthFraction, ...] = Field((0.25, 0.5, 0.75), min_length=1)
@@ -167,6 +169,12 @@ class ReplaySignal(Section):
     def _check(self) -> Self:
         _refuse_twice(self)
         return self
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that samples all finished texts is what it was before there was a share: its digest too."""
+        content: dict[str, Any] = handler(self)
+        return {name: value for name, value in content.items() if name != "share" or value != 1}
 
 
 class EvidenceSignal(Section):

@@ -1,19 +1,35 @@
-"""ASR: sparsity of the student's FFN activations (REQUIREMENTS 71), the mean or the sum over units of |a|. It needs no teacher."""
+"""ASR: sparsity of the student's FFN activations (REQUIREMENTS 71): the mean or the sum over units of |a|, which needs no teacher;
+or `relative` (72), how far a segment's Hoyer sparsity stays below the teacher's at the same depth: as sparing as it, not more.
+"""
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model_taps.blocks import mean_abs_activation, num_layers
+from model_taps.blocks import layer_at_depth, mean_abs_activation, num_layers
+from model_taps.segment_statistics import ffn_statistics
+from model_taps.slices import State
 from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from signal_store.layout import FFN_STATISTICS
 from student_train.batch import CodedBatch
 from student_train.losses.config import AsrTerm
+from student_train.losses.rows import own_tokens, segment_of_token
 from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.stream.reader import Needs
+
+HOYER = FFN_STATISTICS.index("hoyer_sparsity")
+
+
+def make_asr(section: AsrTerm, cache: Cache, student: PreTrainedModel) -> StateTerm:
+    """The one or the other."""
+    return RelativeAsr(section, cache, student) if section.relative else Asr(section, student)
 
 
 class Asr(StateTerm):
-    """See the module."""
+    """|a| of all blocks."""
 
-    def __init__(self, section: AsrTerm, _cache: Cache, student: PreTrainedModel) -> None:
+    def __init__(self, section: AsrTerm, student: PreTrainedModel) -> None:
         super().__init__()
         self.sums = section.reduction == "sum"
         self.reads = Reads(states=tuple(("ffn_activation", layer) for layer in range(1, num_layers(student) + 1)))
@@ -27,3 +43,38 @@ class Asr(StateTerm):
         activations = [seen.states[state] for state in self.reads.states]
         units = activations[0].shape[-1] if self.sums else 1
         return mean_abs_activation(activations, seen.batch.real) * seen.batch.real.sum() * units
+
+
+class RelativeAsr(StateTerm):
+    """max(0, H_T - H_S), H Hoyer's sparsity of a segment."""
+
+    def __init__(self, _section: AsrTerm, cache: Cache, student: PreTrainedModel) -> None:
+        super().__init__()
+        signal, layout = cache.manifest.signals.stats, cache.manifest.calibration.stats
+        if signal is None or layout is None or not signal.ffn:
+            raise MismatchError(
+                "asr: the cache does not say how sparse the teacher is",
+                expected="signals.stats with ffn: true",
+                found="none",
+                where=cache.uri,
+                remedy="Set losses.asr.relative: false, or build a cache (or an overlay) that does.",
+            )
+        depth, own = cache.manifest.teacher.num_layers, num_layers(student)
+        self.states: tuple[State, ...] = tuple(("ffn_activation", layer_at_depth(layer / depth, own)) for layer in layout.layers)
+        self.reads = Reads(Needs(False, (), (), sparsity=True), tuple(dict.fromkeys(self.states)))
+
+    def count(self, batch: CodedBatch) -> int:
+        """Segments."""
+        return 0 if batch.sparsity is None else len(batch.segments)
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Mean over the teacher's layers."""
+        batch = seen.batch
+        activations = [seen.states[state].flatten(0, -2) for state in self.states]
+        if batch.sparsity is None or not len(batch.segments):
+            return 0 * torch.stack([a.sum() for a in activations]).sum()
+        own = own_tokens(batch).flatten()
+        segment_n, segments = segment_of_token(batch).flatten()[own], len(batch.segments)
+        mine_SL = torch.stack([ffn_statistics(a[own], segment_n, segments)[:, HOYER] for a in activations], 1)
+        below_SL = (batch.sparsity[..., HOYER].float() - mine_SL).clamp(min=0)
+        return below_SL.nan_to_num().mean(1).sum()

@@ -95,11 +95,13 @@ class ApcTerm(Term):
 
 
 class AsrTerm(Term):
-    """Activation sparsity (71): |a| of the FFN's activations, mean over tokens, units and blocks; or their sum over units."""
+    """Activation sparsity (71): |a| of the FFN's activations, mean over tokens, units and blocks; or their sum over units; or,
+    `relative` (72), what a segment's Hoyer sparsity lacks to the teacher's, mean over segments and layers."""
 
     kind: ClassVar[Kind] = "implicit"
     weight: WeightField = _constant(1e-3)
     reduction: Literal["mean", "sum"] = "mean"
+    relative: bool = False
 
 
 class FeatureTerm(Term):

@@ -16,7 +16,7 @@ from student_train.batch import CodedBatch
 from student_train.importance.rules import load_rules
 from student_train.importance.weigher import Weigher
 from student_train.losses.apc import Apc
-from student_train.losses.asr import Asr
+from student_train.losses.asr import make_asr
 from student_train.losses.attention_statistics import AttentionStatistics
 from student_train.losses.chunked import OutputTerm
 from student_train.losses.cka import ResidualCka
@@ -43,7 +43,7 @@ MIN_HEAD_MASS = 0.9
 STATE_TERMS: dict[str, Callable[[Any, Cache, PreTrainedModel], StateTerm]] = {
     "lhsm": Lhsm,
     "apc": Apc,
-    "asr": Asr,
+    "asr": make_asr,
     "attention_direction": partial(Direction, tap="attention_output", name="attention_direction"),
     "normalised_direction": partial(Direction, tap="ffn_input", name="normalised_direction"),
     "activation_mmd": ActivationMmd,

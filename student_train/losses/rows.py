@@ -22,9 +22,7 @@ def stored_rows(batch: CodedBatch) -> RowQuery:
 
 def statistics_rows(batch: CodedBatch) -> RowQuery:
     """Every 16th row of a segment."""
-    context = torch.tensor((*batch.context_only, 0), device=batch.real.device)[segment_of_token(batch)]
-    own = batch.real & (batch.position_ids >= context)
-    row, column = ((batch.position_ids % STATISTICS_EVERY == STATISTICS_EVERY - 1) & own).nonzero(as_tuple=True)
+    row, column = ((batch.position_ids % STATISTICS_EVERY == STATISTICS_EVERY - 1) & own_tokens(batch)).nonzero(as_tuple=True)
     return RowQuery(row, column, column - batch.position_ids[row, column])
 
 
@@ -48,6 +46,12 @@ class AnswerRows:
         width = batch.input_ids.shape[1]
         row, column = flat // width, flat % width
         return RowQuery(row, column, column - batch.position_ids[row, column])
+
+
+def own_tokens(batch: CodedBatch) -> Tensor:
+    """bool [B, S]: real tokens that are more than context to others."""
+    context = torch.tensor((*batch.context_only, 0), device=batch.real.device)[segment_of_token(batch)]
+    return batch.real & (batch.position_ids >= context)
 
 
 def segment_of_token(batch: CodedBatch) -> Tensor:

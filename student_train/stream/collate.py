@@ -90,7 +90,8 @@ def collate(
         row_length=row_length,
         row_keyword=row_keyword.bool(),
         attention={layer: _attention(placed, layer, needs) for layer in needs.attention} if placed else {},
-        statistics={layer: _statistics(placed, layer) for layer in needs.statistics} if placed else {},
+        statistics={n: _of_segments(placed, f"stats/attention/{n}/values") for n in needs.statistics} if placed else {},
+        sparsity=_of_segments(placed, "stats/ffn/values") if needs.sparsity and placed else None,
         replay=_replay(placed, text.width) if needs.replay and placed else None,
         evidence=_evidence(placed, needs) if needs.evidence and placed else None,
         coverage=_coverage(placed) if needs.coverage and placed else None,
@@ -241,8 +242,8 @@ def _attention(placed: Sequence[Placed], layer: int, needs: Needs) -> AttentionC
     )
 
 
-def _statistics(placed: Sequence[Placed], layer: int) -> Tensor:
-    path = f"stats/attention/{layer}/values"
+def _of_segments(placed: Sequence[Placed], path: str) -> Tensor:
+    """Of an array with one row a segment."""
     return torch.from_numpy(np.stack([p.unit.rows(path)[p.segment] for p in placed]))
 
 

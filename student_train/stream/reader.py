@@ -18,7 +18,7 @@ State = tuple[Tap, int]
 class Needs:
     """What the losses read: the distribution or not, hidden states by (tap, layer), attention rows by layer (of keywords, and with
     `steps` of the tokens before them too), attention statistics by layer, paths of replay, roles of words, evidence by layer,
-    coverage."""
+    coverage, how sparse FFNs are."""
 
     distribution: bool
     hidden: tuple[State, ...]
@@ -29,6 +29,7 @@ class Needs:
     tags: bool = False
     evidence: tuple[int, ...] = ()
     coverage: bool = False
+    sparsity: bool = False
 
     def union(self, other: "Needs") -> "Needs":
         """What either reads."""
@@ -36,7 +37,7 @@ class Needs:
             name: tuple(dict.fromkeys(getattr(self, name) + getattr(other, name)))
             for name in ("hidden", "attention", "statistics", "evidence")
         }
-        flags = ("distribution", "steps", "replay", "tags", "coverage")
+        flags = ("distribution", "steps", "replay", "tags", "coverage", "sparsity")
         either: dict[str, Any] = {name: getattr(self, name) or getattr(other, name) for name in flags}
         return Needs(**joined, **either)
 
@@ -47,6 +48,7 @@ class Needs:
         groups += ["hidden/rows/", *(f"hidden/{tap}/{layer}/" for tap, layer in self.hidden)] if self.hidden else []
         groups += ["attention/rows/", *(f"attention/{layer}/" for layer in self.attention)] if self.attention else []
         groups += [f"stats/attention/{layer}/" for layer in self.statistics]
+        groups += ["stats/ffn/"] if self.sparsity else []
         groups += ["tags/"] if self.tags else []
         groups += ["replay/rows/", "replay/path/"] if self.replay else []
         groups += ["evidence/rows/", *(f"evidence/{layer}/" for layer in self.evidence)] if self.evidence else []

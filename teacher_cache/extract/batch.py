@@ -13,6 +13,7 @@ from torch import Tensor
 from model_taps.attention_statistics import attention_statistics
 from model_taps.evidence import evidence_shares
 from model_taps.head import final_norm
+from model_taps.segment_statistics import ffn_statistics, gradient_statistics
 from signal_store.arrays import ArraySpec
 from signal_store.hidden_codec import HiddenCodec
 from signal_store.manifest import Manifest
@@ -23,7 +24,6 @@ from teacher_cache.extract.distribution import extract_distribution
 from teacher_cache.extract.hidden import extract_states
 from teacher_cache.extract.replay import ascend
 from teacher_cache.extract.rows import Extracted, Rows, numpy_of
-from teacher_cache.extract.stats import ffn_statistics, gradient_statistics
 from teacher_cache.positions import (
     AttentionRows,
     Places,

@@ -1,4 +1,5 @@
-"""Small statistics of each segment: how sparse its FFNs are, how its gradients vary."""
+"""Small statistics of each segment: how sparse its FFNs are, of the teacher, into the cache, and of the student, in the graph; how
+its gradients vary."""
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ def ffn_statistics(activations_ND: Tensor, segment_n: Tensor, segments: int) -> 
     a = activations_ND.float()
     width = a.shape[1]
     counts = torch.bincount(segment_n, minlength=segments).to(a)
-    squares = a.new_zeros(segments).index_add_(0, segment_n, a.square().mean(1))
+    squares = a.new_zeros(segments).index_add(0, segment_n, a.square().mean(1))
     rms = (squares / counts).sqrt()
     near_zero = (a.abs() < NEAR_ZERO * rms[segment_n][:, None]).float().mean(1)
     hoyer = (width**0.5 - a.abs().sum(1) / a.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)) / (width**0.5 - 1)
-    totals = a.new_zeros(segments, 2).index_add_(0, segment_n, torch.stack([near_zero, hoyer], 1))
+    totals = a.new_zeros(segments, 2).index_add(0, segment_n, torch.stack([near_zero, hoyer], 1))
     return totals / counts[:, None]
 
 

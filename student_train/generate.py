@@ -1,0 +1,116 @@
+"""generate: the student goes on from the beginnings of the cache's texts, and what it writes becomes a source (REQUIREMENTS 34).
+
+A teacher that is not there cannot speak to what a student writes. So it is asked in rounds: the student writes, the spare node
+scores the new texts (`teacher-cache extend`), the next run learns from old and new (generalised knowledge distillation in batches,
+Agarwal et al. 2024; DAgger, Ross et al. 2011).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from signal_store.cache import Cache, open_cache
+from signal_store.errors import InputError
+from signal_store.local_objects import LocalObjects
+from signal_store.progress import progress_bar
+from student_train.recipe import StudentSection
+from student_train.student import build_student
+
+BEGINNING = 0.25
+"""Share of a plain text that is a prompt."""
+LEAST_TOKENS = 4
+ROWS = 16
+
+
+def generate(
+    student: Path,
+    cache: str | tuple[str, ...],
+    out: Path,
+    *,
+    samples: int = 256,
+    new_tokens: int = 128,
+    temperature: float = 1.0,
+    seed: int = 0,
+    unfinished: bool = False,
+) -> dict[str, int]:
+    """Write `out`, JSON lines of prompt and completion; how many texts were `written` and how many `unfinished`.
+
+    Prompts: of train segments drawn by the seed, the rows before the first that counts, or the first quarter. A completion that
+    does not end by itself within `new_tokens` is left out, and counted, unless `unfinished`.
+    """
+    opened = open_cache(cache)
+    model, tokenizer = build_student(StudentSection(checkpoint=str(student)), opened)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise InputError("the tokenizer has no end-of-text token", expected="one, to know where a text ends", where=student)
+    prompts = _prompts(opened, samples, seed, new_tokens, model.config.get_text_config())
+    torch.manual_seed(seed)
+    lines: list[str] = []
+    left_out = 0
+    with progress_bar() as progress:
+        bar = progress.add_task("generate", total=len(prompts), unit="texts")
+        for first in range(0, len(prompts), ROWS):
+            some = prompts[first : first + ROWS]
+            for prompt, written in zip(some, _written(model, some, new_tokens, temperature, eos), strict=True):
+                finished = written[-1] == eos
+                left_out += not finished
+                if finished or unfinished:
+                    texts = (tokenizer.decode(ids) for ids in (prompt, written[:-1] if finished else written))
+                    lines.append(json.dumps(dict(zip(("prompt", "completion"), texts, strict=True)), ensure_ascii=False) + "\n")
+            progress.advance(bar, len(some))
+    if not lines:
+        raise InputError(
+            "no text ended by itself",
+            expected=f"one within {new_tokens} tokens",
+            where=student,
+            remedy="Raise --new-tokens, or keep --unfinished.",
+        )
+    LocalObjects(out.parent, scratch=".").put(out.name, "".join(lines).encode())
+    return {"written": len(lines), "unfinished": left_out}
+
+
+def _prompts(cache: Cache, samples: int, seed: int, new_tokens: int, config: object) -> list[list[int]]:
+    room = min(getattr(config, "max_position_embeddings", None) or 2**31, cache.manifest.plan.context) - new_tokens
+    if room < LEAST_TOKENS:
+        raise InputError(
+            "no room for a prompt", expected=f"new_tokens of at most {room + new_tokens - LEAST_TOKENS}", found=new_tokens
+        )
+    train = [cache.first_segment(unit) + n for unit in cache.units("train") for n in range(cache.segments_per_unit[unit])]
+    drawn = np.random.default_rng(seed).permutation(train)[:samples]
+    found = []
+    for number in drawn.tolist():
+        segment = cache[number]
+        rows = slice(segment.token_start, segment.token_start + len(segment))
+        counts = np.flatnonzero(cache.read("tokens/loss_mask", rows.start, rows.stop))
+        asked = int(counts[0]) + 1 if len(counts) and counts[0] else 0
+        length = min(asked or max(LEAST_TOKENS, round(BEGINNING * len(segment))), room)
+        found.append(segment.input_ids[:length].tolist())
+    return found
+
+
+@torch.no_grad()
+def _written(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int, temperature: float, eos: int) -> list[list[int]]:
+    """Of each prompt, the ids that follow, the end-of-text token last where it came."""
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids = torch.full((len(prompts), width), eos, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, width - len(prompt) :] = 1
+    found = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )[:, width:].tolist()
+    return [row[: row.index(eos) + 1] if eos in row else row for row in found]
