@@ -1,4 +1,5 @@
-"""Where the keywords of a programming language stand in a text: by its lexer, never by token id (REQUIREMENTS 69).
+"""Where the keywords of a programming language stand in a text: by its lexer, never by token id (REQUIREMENTS 69); and what stands
+for them in prose.
 
 Strings and comments hold none, `undefined` holds no `def`, and code that does not parse still has its keywords.
 """
@@ -7,12 +8,15 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
 from pygments.token import Comment, Keyword, Literal, Name, Operator, Punctuation
 from pygments.util import ClassNotFound
 
 from signal_store.errors import InputError
+from signal_store.roles import DEPENDENCY, POS, SEMANTIC
 
 
 @functools.cache
@@ -48,6 +52,18 @@ def _role_of(kind: Any) -> str:
     families = {"identifier": Name, "comment": Comment, "literal": Literal, "operator": Operator}
     found = next((role for role, family in families.items() if _is_a(kind, family)), None)
     return found or ("operator" if _is_a(kind, Punctuation) else "none")
+
+
+def prose_keywords(roles: NDArray[np.uint8], begins_word: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """bool [tokens]: first tokens of what prose hangs on, as code hangs on its keywords: connectives and predicates; where nobody
+    says which verb is the predicate, verbs. Of a text without tags, none."""
+    if not roles.size:
+        return np.zeros(len(roles), bool)
+    pos, dependency, semantic, _ = roles.T
+    predicate = (dependency == DEPENDENCY.index("root")) | (semantic == SEMANTIC.index("predicate"))
+    verb = pos == POS.index("verb")
+    found: NDArray[np.bool_] = begins_word & ((pos == POS.index("connective")) | (predicate if predicate.any() else verb))
+    return found
 
 
 def keyword_spans(text: str, lexer: str, words: frozenset[str]) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.roles import LEVELS
 from teacher_cache.corpus.document import Document
-from teacher_cache.corpus.keywords import keyword_spans
+from teacher_cache.corpus.keywords import keyword_spans, prose_keywords
 from teacher_cache.corpus.passages import key_words, sentences
 
 DOCUMENTS_PER_CALL = 256
@@ -78,6 +78,8 @@ def _tokenize_batch(
         roles = np.zeros((len(ids), 0 if roles_of is None else len(LEVELS)), np.uint8)
         if roles_of is not None:
             roles[: len(spans)], begins_word = roles_of(document, spans)
+            if document.lexer is None and keywords:
+                keyword[: len(spans)] = prose_keywords(roles[: len(spans)], begins_word)
         ended = eos is not None
         prompt = int(counts.argmax()) if counts.any() else 0
         yield TokenizedDocument(
