@@ -42,14 +42,20 @@ def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("term", "kind", "weight", "settings", "what it is", "reads of the cache", "taps of the student")
+    table = Table("term", "kind", "weight", "from", "settings", "what it is", "reads of the cache", "taps of the student")
     for term in found["terms"]:
         settings = ", ".join(f"{k}: {v}" for k, v in term["settings"].items())
         places = "\n".join(term["reads"]), "\n".join(term["taps"])
-        table.add_row(term["term"], term["kind"], term["weight"], settings, term["formula"], *places)
+        table.add_row(term["term"], term["kind"], term["weight"], term["source"], settings, term["formula"], *places)
     console = Console()
     console.print(table)
-    console.print({key: value for key, value in found.items() if key != "terms"})
+    from rich.markup import escape
+
+    off = Table("off", "kind", "why")
+    for term in found["off"]:
+        off.add_row(term["term"], term["kind"], escape(term["why"]))
+    console.print(off)
+    console.print({key: value for key, value in found.items() if key not in ("terms", "off")})
 
 
 @app.command()
@@ -92,12 +98,13 @@ def plan(
         typer.echo(json.dumps([{"place": c.place, "value": c.value, "why": c.why} for c in choices]))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("place", "value", "why")
     for choice in choices:
         shown = "off" if choice.value is None else "on" if choice.value == {} else json.dumps(choice.value)
-        table.add_row(choice.place, shown, choice.why)
+        table.add_row(choice.place, escape(shown), escape(choice.why))
     Console().print(table)
 
 

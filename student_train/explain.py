@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from signal_store.cache import open_cache
+from transformers import PreTrainedModel
+
+from signal_store.cache import Cache, open_cache
 from student_train.importance.rules import load_rules
-from student_train.losses.config import KINDS
-from student_train.losses.objective import Objective, resolve
+from student_train.losses.config import KIND_OF, KINDS, PRESETS
+from student_train.losses.objective import Objective, refusals, resolve
 from student_train.recipe import RunRecipe
 from student_train.stream.rows import Stream
 from student_train.student import build_student
@@ -24,6 +26,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
             "term": name,
             "kind": term.kind,
             "weight": str(term.weight),
+            "source": _source(recipe, name),
             "settings": term.model_dump(mode="json", exclude={"weight"}),
             "formula": " ".join((type(term).__doc__ or "").split()),
             "reads": _reads(objective, name),
@@ -31,6 +34,12 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         }
         for name, term in objective.terms.items()
     ]
+    if anchor := objective.losses.parameter_anchor:
+        formula = " ".join((type(anchor).__doc__ or "").split())
+        about = {"term": "parameter_anchor", "kind": "none: the parameters' scale", "formula": formula, "settings": {}}
+        terms.append(
+            {**about, "weight": str(anchor.weight), "source": _source(recipe, "parameter_anchor"), "reads": [], "taps": []}
+        )
     kinds = {kind: [name for name, term in objective.terms.items() if term.kind == kind] for kind in KINDS}
     importance = objective.losses.importance
     weights_of_tokens = "1 each"
@@ -42,6 +51,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         "cache_id": cache.manifest.cache_id,
         "parameters": sum(p.numel() for p in student.parameters()),
         "terms": terms,
+        "off": _off(recipe, objective, cache, student),
         "kinds": kinds,
         "weights_of_tokens": weights_of_tokens,
         "weights_at_progress": {str(p): objective.weights(p) for p in (0.0, 0.2, 0.6, 1.0)},
@@ -49,6 +59,32 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         "train_tokens": tokens,
         "epochs": recipe.steps * per_step / max(1, tokens),
     }
+
+
+def _source(recipe: RunRecipe, name: str) -> str:
+    """Who gave a term its weight."""
+    given = recipe.losses.get(name)
+    if isinstance(given, dict) and "weight" in given:
+        return "losses"
+    held = PRESETS.get(recipe.preset or "", {})
+    return f"preset {recipe.preset}" if name in held and "weight" in held[name] else "the term's default"
+
+
+def _off(recipe: RunRecipe, objective: Objective, cache: Cache, student: PreTrainedModel) -> list[dict[str, str]]:
+    """Terms that are not in the objective, and why: who left them out, or what they would be refused for."""
+    refused = refusals(cache, student)
+    found = []
+    for name, kind in KIND_OF.items():
+        if name in objective.terms:
+            continue
+        if kind in recipe.without:
+            why = f"without: {kind}"
+        elif name in recipe.losses:
+            why = f"losses.{name}: null"
+        else:
+            why = f"not in {'preset ' + recipe.preset if recipe.preset else 'losses'}"
+        found.append({"term": name, "kind": kind, "why": why + (f"; could not be had: {refused[name]}" if name in refused else "")})
+    return found
 
 
 def _reads(objective: Objective, name: str) -> list[str]:

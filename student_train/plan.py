@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from model_taps.blocks import num_layers
 from signal_store.bf16_units import has_bf16_units
 from signal_store.cache import Cache, open_cache
-from signal_store.errors import InputError, SignalStoreError
+from signal_store.errors import InputError
 from signal_store.layout import SCALARS
-from student_train.losses.config import Losses
-from student_train.losses.objective import STATE_TERMS, check_cache
+from student_train.losses.objective import refusals
 from student_train.planner import CacheFacts, Choice, DataFacts, EvaluationFacts, Facts, HardwareFacts, StudentFacts, propose
 from student_train.recipe import RunRecipe
 from student_train.student import build_student
@@ -79,16 +78,8 @@ def cache_facts(cache: Cache) -> CacheFacts:
 def student_facts(cache: Cache, student: PreTrainedModel) -> StudentFacts:
     """Its size, and what each term would be refused for."""
     teacher, width, layers = cache.manifest.teacher, int(student.config.get_text_config().hidden_size), num_layers(student)
-    refused = {}
-    for name, make in STATE_TERMS.items():
-        losses = Losses.model_validate({name: {}})
-        try:
-            check_cache(losses, cache)
-            make(getattr(losses, name), cache, student)
-        except SignalStoreError as error:
-            refused[name] = error.what + (f": expected {error.expected}" if error.expected else "")
     size = width**2 * layers / (teacher.hidden_size**2 * teacher.num_layers)
-    return StudentFacts(size, width, layers, sum(p.numel() for p in student.parameters()), refused)
+    return StudentFacts(size, width, layers, sum(p.numel() for p in student.parameters()), refusals(cache, student))
 
 
 def data_facts(cache: Cache) -> DataFacts:

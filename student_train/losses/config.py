@@ -5,7 +5,7 @@ one does not import torch.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -271,6 +271,18 @@ class Losses(Section):
         found = {name: getattr(self, name) for name in ("tla", "reverse_kl", "jsd", "total_variation")}
         return {name: term for name, term in found.items() if term is not None}
 
+
+def _kinds() -> dict[str, Kind]:
+    found: dict[str, Kind] = {}
+    for name, field in Losses.model_fields.items():
+        term = next((t for t in get_args(field.annotation) if isinstance(t, type) and issubclass(t, Term)), None)
+        if term is not None:
+            found[name] = term.kind
+    return found
+
+
+KIND_OF = _kinds()
+"""By name of every term that there is, the kind of knowledge that it carries."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"cross_entropy": {}},

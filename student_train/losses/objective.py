@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from model_taps.slices import State
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError
+from signal_store.errors import MismatchError, SignalStoreError
 from student_train.batch import CodedBatch
 from student_train.importance.rules import load_rules
 from student_train.importance.weigher import Weigher
@@ -20,7 +20,7 @@ from student_train.losses.asr import make_asr
 from student_train.losses.attention_statistics import AttentionStatistics
 from student_train.losses.chunked import OutputTerm
 from student_train.losses.cka import ResidualCka
-from student_train.losses.config import JsdTerm, Losses, ParameterAnchorTerm, Term
+from student_train.losses.config import KIND_OF, JsdTerm, Losses, ParameterAnchorTerm, Term
 from student_train.losses.coverage import Coverage
 from student_train.losses.direction import Direction
 from student_train.losses.evidence import Evidence
@@ -145,6 +145,20 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
         weigher = Weigher.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
     states = {name: STATE_TERMS[name](term, cache, student) for name, term in on.items() if term is not None}
     return Objective(losses, states, weigher, _gate(losses, states, cache))
+
+
+def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
+    """By term that this cache or student cannot have, with its default settings: why."""
+    found = {}
+    for name in KIND_OF:
+        losses = Losses.model_validate({name: {}})
+        try:
+            check_cache(losses, cache)
+            if name in STATE_TERMS:
+                STATE_TERMS[name](getattr(losses, name), cache, student)
+        except SignalStoreError as error:
+            found[name] = error.what + (f": expected {error.expected}" if error.expected else "")
+    return found
 
 
 def _gate(losses: Losses, states: Mapping[str, StateTerm], cache: Cache) -> Gate | None:
