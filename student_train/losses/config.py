@@ -176,8 +176,8 @@ class AttentionEvolutionTerm(Term):
 
 
 class ReplayTerm(Term):
-    """Σ_j ρʲ ‖P Δs_j - Δh_j‖² + |ΔNLL_S - ΔNLL_T|: student and teacher walk up their own losses from the same token, steps
-    in units of the whole path (32); mean over sampled tokens of finished texts and over steps."""
+    """Σ_j ρʲ ‖P Δs_j - Δh_j‖² + |ΔNLL_S - ΔNLL_T|: student and teacher walk up their own losses from the same token, steps and
+    rises in units of the teacher's whole path (32); mean over sampled tokens of finished texts and over steps."""
 
     kind: ClassVar[Kind] = "temporal"
     weight: WeightField = _constant(0.05)

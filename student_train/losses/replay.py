@@ -1,9 +1,10 @@
 """The path of meaning replayed (REQUIREMENTS 32 A): from the same token, teacher and student each walk up the gradient of their own
 loss through their own final norm and output head; the student's steps must point where the teacher's did, and its loss rise alike.
 
-mean over steps j, ρʲ-weighted, of ‖P (s_j - s_0) / ‖s_K - s_0‖ - (h_j - h_0) / ‖h_K - h_0‖‖² + |ΔNLL_S - ΔNLL_T|. The gradient runs
-through the walk (double backward through norm and head only) into the state; the head itself is the yardstick and takes none, which
-would cost more than all else. Legend: P tokens, K steps, D widths.
+mean over steps j, ρʲ-weighted, of ‖P (s_j - s_0) / ‖s_K - s_0‖ - (h_j - h_0) / ‖h_K - h_0‖‖² + |ΔNLL_S - ΔNLL_T| / ΔNLL_T(K). The
+losses' rises are shares of the teacher's whole rise, as the steps are of the whole path: in nats they are tens, and drowned all
+else (`tools/bench/LOG.md`). The gradient runs through the walk (double backward through norm and head only) into the state; the
+head itself is the yardstick and takes none, which would cost more than all else. Legend: P tokens, K steps, D widths.
 """
 
 from dataclasses import replace
@@ -26,6 +27,8 @@ from student_train.losses.term import Reads, Seen
 from student_train.stream.reader import Needs
 
 TINY = 1e-12
+LEAST_RISE_NATS = 1.0
+"""A teacher's loss that rises by less is taken to rise by this."""
 
 
 class Replay(Level):
@@ -67,7 +70,8 @@ class Replay(Level):
             ends = self.projection(moved), theirs
             lengths = (x[:, -1].norm(dim=1)[:, None, None].clamp(min=TINY) for x in (moved, theirs))
             apart = (ends[0] / next(lengths) - ends[1] / next(lengths)).square().sum(2)
-            rise = ((nll[:, 1:] - nll[:, :1]) - (codes.nll[:, 1:] - codes.nll[:, :1])).abs()
+            rises = nll[:, 1:] - nll[:, :1], codes.nll[:, 1:] - codes.nll[:, :1]
+            rise = (rises[0] - rises[1]).abs() / rises[1][:, -1:].clamp(min=LEAST_RISE_NATS)
             weights = self.section.discount ** torch.arange(self.steps, device=start.device)
             return TokenLosses(codes.flat, ((apart + rise) * weights).sum(1) / weights.sum())
 
