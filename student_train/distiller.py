@@ -83,7 +83,7 @@ class Distiller(nn.Module):
         terms = objective.output_terms(scales)
         total, losses_KN = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
         row_losses = dict(zip((term.kind for term in terms), losses_KN, strict=True))
-        sums = {name: losses_N.sum() for name, losses_N in row_losses.items()}
+        sums = {name: losses_N.sum() for name, losses_N in row_losses.items() if name in scales}
         rows = split_rows(wanted, queries, taken)
         seen = Seen(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
         levels = () if self.gate is None else self.gate.levels

@@ -145,6 +145,8 @@ class Trainer:
         if (progress.cache_id, progress.recipe_digest) == (cache_id, self.recipe_digest):
             return progress
         # Another cache's or recipe's places, heads and best loss mean nothing here.
+        if self.objective.gate is not None:
+            self.objective.gate.forget()
         fresh = replace(self._begin(), step=progress.step, stream_start=progress.step)
         return replace(fresh, tokens=progress.tokens, train_seconds=progress.train_seconds)
 
@@ -205,7 +207,7 @@ class Trainer:
         pulled = {} if anchor is None else {"parameter_anchor": anchor.pull(weights["parameter_anchor"])}
         norm = shared.clipped_norm(recipe.optimizer.clip_norm or math.inf)
         means = {name: values[name] / max(1.0, count_of[name]) for name in terms if name in found} | pulled
-        loss = sum(weights[name] * mean for name, mean in means.items())
+        loss = sum(weights[name] * mean for name, mean in means.items() if name != "gate")  # which is not the student's
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._not_finite(loss, norm, step, micro)
         optimizer.step()

@@ -9,9 +9,9 @@ NEAR_ZERO = 1e-2
 
 
 def ffn_statistics(activations_ND: Tensor, segment_n: Tensor, segments: int) -> Tensor:
-    """[segments, 2] float32: share of activations below NEAR_ZERO of the segment's root mean square, and the mean over its tokens
-    of Hoyer's sparsity (√D - |a|₁/|a|₂) / (√D - 1): 0 all alike, 1 a single one. NaN for a segment without a token."""
-    a = activations_ND.float()
+    """[segments, 2], at least float32: share of activations below NEAR_ZERO of the segment's root mean square, and the mean over
+    its tokens of Hoyer's sparsity (√D - |a|₁/|a|₂) / (√D - 1): 0 all alike, 1 a single one. NaN for a segment without a token."""
+    a = activations_ND.to(torch.promote_types(activations_ND.dtype, torch.float32))
     width = a.shape[1]
     counts = torch.bincount(segment_n, minlength=segments).to(a)
     squares = a.new_zeros(segments).index_add(0, segment_n, a.square().mean(1))

@@ -20,6 +20,7 @@ class Groups:
 
 def evenly(rows_G: Tensor, most: int, least: int = 0) -> Groups:
     """At most `most` of each group's rows, which lie end to end; groups with fewer than `least` are left out."""
+    most = min(most, max(1, int(rows_G.max()))) if len(rows_G) else most
     start = rows_G.cumsum(0) - rows_G
     start, rows_G = start[rows_G >= least], rows_G[rows_G >= least]
     taken = rows_G.clamp(max=most)

@@ -86,11 +86,14 @@ def _block_losses(
         if temperature not in students:
             scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
             students[temperature] = Softened.of(scaled_BV)
-        student = students[temperature]
+        student, slope = students[temperature], slopes[number]
+        measured = gradient_BV is not None and isinstance(slope, float) and slope == 0  # its loss is looked at, no more
         if term.kind == "cross_entropy":
             known_B = block.labels != IGNORE
             target_B1 = block.labels.clamp(min=0)[:, None]
             losses.append((student.log_sum - student.logits.gather(1, target_B1))[:, 0] * known_B)
+            if measured:
+                continue
             found_BV = student.p * known_B[:, None]
             found_BV.scatter_add_(1, target_B1, -known_B[:, None].to(found_BV.dtype))
         else:
@@ -101,7 +104,6 @@ def _block_losses(
         if term.weighted and block.weights is not None:
             losses[-1] = losses[-1] * block.weights
             found_BV = found_BV.mul_(block.weights[:, None])
-        slope = slopes[number]
         if gradient_BV is None:
             gradient_BV, factor = found_BV, slope
         else:

@@ -75,6 +75,7 @@ class TotalVariationTerm(Term):
 
 
 DivergenceTerm = TlaTerm | ReverseKlTerm | JsdTerm | TotalVariationTerm
+DIVERGENCES = ("tla", "reverse_kl", "jsd", "total_variation")
 
 
 class LhsmTerm(Term):
@@ -268,7 +269,7 @@ class Losses(Section):
     @property
     def divergences(self) -> dict[str, DivergenceTerm]:
         """Terms that compare with the cached distribution, by name."""
-        found = {name: getattr(self, name) for name in ("tla", "reverse_kl", "jsd", "total_variation")}
+        found = {name: getattr(self, name) for name in DIVERGENCES}
         return {name: term for name, term in found.items() if term is not None}
 
 

@@ -1,10 +1,11 @@
 """The gate over the levels of temporal consistency (REQUIREMENTS 35, 36): a small network says, token by token, how much each level
 counts.
 
-weights = floor + (1 - levels · floor) · softmax(MLP(features)); a level's token counts levels · weight times, so that an undecided
-gate changes nothing. The student sees the weights as constants. The network learns by losses of its own, which the student does not
-see: Σ weight · L / (EMA(L) + ε) - λ · entropy. Descending, it turns to the level that this kind of token follows best; entropy and
-floor keep it from leaving the others. ε, of the first EMA, keeps L / EMA from being 0 / 0 where the teacher is the student.
+weights = floor + (1 - n · floor) · softmax(MLP(features)) over the n levels that say something of the token (a level that is absent
+costs nothing, and would draw all weight to itself); a level's token counts n · weight times, so that an undecided gate changes
+nothing. The student sees the weights as constants. The network learns by losses of its own, Σ weight · L / (EMA(L) + ε) - λ ·
+entropy, whose gradient no other parameter sees. Descending, it turns to the level that this kind of token follows best; entropy
+and floor keep it from leaving the others. ε, of the first EMA, keeps L / EMA from being 0 / 0 where the teacher is the student.
 Features and losses are of the token alone and the EMA is of the global means, so that micro-batches and ranks change nothing.
 """
 
@@ -42,14 +43,15 @@ FEATURES = (
 )
 """Of a token: the teacher's entropy over log V, -log p of what follows, log p of its favourite, mass of its head at T = 1; the
 student's
--log q of what follows and its first divergence, where they are in the objective; place in the response as a share and the
-response's log length over 10; the last state's step; whether the last four tokens stood in the segment before; the segment's mean
-attention entropy at keywords; its importance; what type it is."""
+-log q of what follows and its first divergence; place in the response as a share and the response's log length over 10; the last
+state's step; whether the last four tokens stood in the segment before; the segment's mean attention entropy at keywords; the
+importance and the type of the token that follows. All are 0 at a token that does not count, such as a prompt's keyword."""
 KEPT = 0.9
 """Share of the moving average that a step leaves."""
 EPSILON = 1e-3
 """Of the first mean loss."""
 NGRAM = 4
+TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,12 @@ class Gate(nn.Module):
         self.register_buffer("first_loss", torch.zeros(len(levels)))
         self.reads = Reads(Needs(distribution=True, hidden=(), attention=(), tags="tags/roles" in cache.capacity_rows))
 
-    def weights(self, features_MF: Tensor) -> Tensor:
-        """[M, levels], each at least the floor; they add up to 1."""
+    def weights(self, features_MF: Tensor, present_ML: Tensor) -> Tensor:
+        """[M, levels]: 0 for a level that is not `present`, else at least the floor; they add up to 1 where any is."""
         floor = self.section.floor
-        shares = self.network(features_MF).softmax(1)
-        found: Tensor = floor + (1 - len(self.levels) * floor) * shares
+        logits_ML = self.network(features_MF).masked_fill(~present_ML, torch.finfo(torch.float32).min)
+        count_M1 = present_ML.sum(1, keepdim=True)
+        found: Tensor = (floor + (1 - count_M1 * floor) * logits_ML.softmax(1)) * present_ML
         return found
 
     def fuse(self, losses: Mapping[str, TokenLosses], row_losses: Mapping[str, Tensor], seen: Seen) -> Fused:
@@ -93,22 +96,31 @@ class Gate(nn.Module):
         with torch.autocast(seen.final.device.type, enabled=False):
             table_SF = self.features(row_losses, seen)
             types_S = table_SF[:, -len(TOKEN_TYPES) + 1 :]
+            present_SL = torch.zeros(len(table_SF), len(self.levels), dtype=torch.bool, device=table_SF.device)
+            for level, name in enumerate(self.levels):
+                present_SL[losses[name].flat, level] = True
             own = 0 * sum((p.sum() for p in self.parameters()), table_SF.new_zeros(()))
             weighted, sums = {}, {}
             for level, name in enumerate(self.levels):
                 found = losses[name]
-                weights_ML = self.weights(table_SF[found.flat])
+                present_ML = present_SL[found.flat]
+                weights_ML = self.weights(table_SF[found.flat], present_ML)
                 mine_M = weights_ML[:, level]
                 rest = 0 if found.rest is None else found.rest
-                weighted[name] = (len(self.levels) * mine_M.detach() * found.value).sum() + rest
+                weighted[name] = (present_ML.sum(1) * mine_M.detach() * found.value).sum() + rest
                 scale = self.mean_loss[level] + EPSILON * self.first_loss[level]
                 relative_M = (found.value.detach() / scale).clamp(max=self.section.largest)
                 relative_M = torch.where(scale > 0, relative_M, 1.0)  # nothing was seen yet, or there is nothing to learn
-                entropy_M = -(weights_ML * weights_ML.log()).sum(1)
+                entropy_M = -(weights_ML * weights_ML.clamp(min=TINY).log()).sum(1)
                 own = own + (mine_M * relative_M - self.section.entropy_weight * entropy_M).sum()
                 types_M = torch.cat([1 - types_S[found.flat].sum(1, keepdim=True), types_S[found.flat]], 1)
                 sums[name] = torch.stack([types_M.T @ mine_M.detach(), types_M.sum(0)], 1)
             return Fused(weighted, own, sums)
+
+    def forget(self) -> None:
+        """What was seen of the losses: another cache's are others."""
+        self.mean_loss.zero_()
+        self.first_loss.zero_()
 
     @torch.no_grad()
     def observe(self, means: Mapping[str, float]) -> None:

@@ -20,7 +20,7 @@ from student_train.losses.asr import make_asr
 from student_train.losses.attention_statistics import AttentionStatistics
 from student_train.losses.chunked import OutputTerm
 from student_train.losses.cka import ResidualCka
-from student_train.losses.config import KIND_OF, JsdTerm, Losses, ParameterAnchorTerm, Term
+from student_train.losses.config import DIVERGENCES, KIND_OF, JsdTerm, Losses, ParameterAnchorTerm, Term
 from student_train.losses.coverage import Coverage
 from student_train.losses.direction import Direction
 from student_train.losses.evidence import Evidence
@@ -121,12 +121,16 @@ class Objective:
         return found
 
     def output_terms(self, scales: Mapping[str, float]) -> list[OutputTerm]:
-        """The terms of the pass over the output head that weigh something, by name in `kind`."""
+        """The terms of the pass over the output head that weigh something, by name in `kind`; for a gate, which looks at their
+        losses, all of them, and cross-entropy in any case."""
         terms = [OutputTerm("cross_entropy", scales["cross_entropy"], weighted=False)] if self.losses.cross_entropy else []
         for name, term in self.losses.divergences.items():
             beta = term.beta if isinstance(term, JsdTerm) else 0.5
             terms.append(OutputTerm(name, scales[name], term.temperature, beta))
-        return [term for term in terms if term.scale]
+        if self.gate is None:
+            return [term for term in terms if term.scale]
+        measured = [] if self.losses.cross_entropy else [OutputTerm("cross_entropy", 0.0, weighted=False)]
+        return sorted([*terms, *measured], key=lambda term: term.scale == 0)
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each term at a progress in [0, 1], the anchor's too."""
@@ -151,7 +155,8 @@ def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
     """By term that this cache or student cannot have, with its default settings: why."""
     found = {}
     for name in KIND_OF:
-        losses = Losses.model_validate({name: {}})
+        settings = {"temperature": 1.0} if name in DIVERGENCES else {}  # the one that every cache serves
+        losses = Losses.model_validate({name: settings})
         try:
             check_cache(losses, cache)
             if name in STATE_TERMS:
@@ -171,6 +176,7 @@ def _gate(losses: Losses, states: Mapping[str, StateTerm], cache: Cache) -> Gate
             expected="two of smoothness, attention_evolution, replay",
             found=", ".join(levels) or "none",
             where="losses.gate",
+            remedy="Switch the gate off: losses.gate: null.",
         )
     if cache.manifest.signals.distribution is None:
         raise MismatchError(

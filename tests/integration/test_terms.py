@@ -117,3 +117,12 @@ def test_a_batch_without_anything_has_a_gradient_of_zero(knowing_cache: Cache) -
     for name, parameter in distiller.named_parameters():
         assert parameter.grad is None or parameter.grad.abs().max() == 0, name
     assert all(p.grad is not None for n, p in distiller.named_parameters() if n.startswith("terms.")), "every parameter joins"
+
+
+def test_sparsity_asks_for_the_teachers_and_no_more(knowing_cache: Cache, teacher: PreTrainedModel) -> None:
+    relative = {"asr": {"relative": True}}
+    assert means_of(*alone(teacher, knowing_cache, relative))["asr"] < 1e-3
+    dense = make_model("llama", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
+    for parameter in dense.model.layers.parameters():  # an FFN whose units all say the same is not sparse at all
+        torch.nn.init.constant_(parameter, 0.01)
+    assert means_of(*alone(dense, knowing_cache, relative))["asr"] > 0.1
