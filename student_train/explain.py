@@ -11,7 +11,7 @@ from student_train.losses.objective import Objective, refusals, resolve
 from student_train.recipe import RunRecipe
 from student_train.stream.rows import Stream
 from student_train.student import build_student
-from student_train.validation import check_validation
+from student_train.validation import check_splits
 
 
 def explain(recipe: RunRecipe) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     cache = open_cache(recipe.cache)
     student, _ = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
-    check_validation(recipe.validation, cache)
+    check_splits(recipe.validation, cache)
     Stream(cache, objective.needs, recipe.stream, packed=True)  # refuses what it cannot cut
     terms = [
         {
@@ -89,6 +89,8 @@ def _off(recipe: RunRecipe, objective: Objective, cache: Cache, student: PreTrai
 
 def _reads(objective: Objective, name: str) -> list[str]:
     """What a term reads of the cache."""
+    if name == "gate":
+        return ["distribution", "tags, where there are some"]
     if name not in objective.states:
         return ["tokens" if name == "cross_entropy" else "distribution"]
     needs = objective.states[name].reads.cache
@@ -105,6 +107,8 @@ def _reads(objective: Objective, name: str) -> list[str]:
 
 def _taps(objective: Objective, name: str) -> list[str]:
     """What a term reads of the student."""
+    if name == "gate":
+        return ["what the terms that it weighs read"]
     if name not in objective.states:
         return ["output head"]
     reads = objective.states[name].reads

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
@@ -22,6 +23,8 @@ BEGINNING = 0.25
 """Share of a plain text that is a prompt."""
 LEAST_TOKENS = 4
 ROWS = 16
+UNFINISHED = "\ufffd"
+"""What a tokenizer decodes part of a character to."""
 
 
 def generate(
@@ -60,7 +63,7 @@ def generate(
                 finished = written[-1] == eos
                 left_out += not finished
                 if finished or unfinished:
-                    texts = (tokenizer.decode(ids) for ids in (prompt, written[:-1] if finished else written))
+                    texts = _texts(tokenizer, prompt, written[:-1] if finished else written)
                     lines.append(json.dumps(dict(zip(("prompt", "completion"), texts, strict=True)), ensure_ascii=False) + "\n")
             progress.advance(bar, len(some))
     if not lines:
@@ -74,22 +77,41 @@ def generate(
     return {"written": len(lines), "unfinished": left_out}
 
 
+def _texts(tokenizer: PreTrainedTokenizerFast, prompt: list[int], written: list[int]) -> tuple[str, str]:
+    """The text, cut where the prompt ends, or at the last token before that ends a character. What the tokenizer puts before every
+    text is left to it."""
+    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[0]
+    if tokenizer.bos_token_id == first == prompt[0]:
+        prompt = prompt[1:]
+    ids = [*prompt, *written]
+    whole = str(tokenizer.decode(ids))
+    beginnings = (str(tokenizer.decode(ids[:end])) for end in range(len(prompt), 0, -1))
+    beginning = next((text for text in beginnings if whole.startswith(text) and not text.endswith(UNFINISHED)), "")
+    return beginning, whole[len(beginning) :]
+
+
 def _prompts(cache: Cache, samples: int, seed: int, new_tokens: int, config: object) -> list[list[int]]:
     room = min(getattr(config, "max_position_embeddings", None) or 2**31, cache.manifest.plan.context) - new_tokens
     if room < LEAST_TOKENS:
         raise InputError(
             "no room for a prompt", expected=f"new_tokens of at most {room + new_tokens - LEAST_TOKENS}", found=new_tokens
         )
-    train = [cache.first_segment(unit) + n for unit in cache.units("train") for n in range(cache.segments_per_unit[unit])]
-    drawn = np.random.default_rng(seed).permutation(train)[:samples]
+    units = cache.units("train")
+    upto = np.cumsum(cache.segments_per_unit[units])
+    if not len(upto):
+        raise InputError("the cache has no train split", expected="a source with split: train", where=cache.uri)
+    places = np.random.default_rng(seed).choice(int(upto[-1]), size=min(samples, int(upto[-1])), replace=False)
+    owner = np.searchsorted(upto, places, side="right")
+    starts = [cache.first_segment(int(units[u])) - int(upto[u] - cache.segments_per_unit[units[u]]) for u in range(len(units))]
+    drawn = np.asarray([starts[u] + int(place) for u, place in zip(owner, places, strict=True)])
     found = []
     for number in drawn.tolist():
         segment = cache[number]
         rows = slice(segment.token_start, segment.token_start + len(segment))
         counts = np.flatnonzero(cache.read("tokens/loss_mask", rows.start, rows.stop))
         asked = int(counts[0]) + 1 if len(counts) and counts[0] else 0
-        length = min(asked or max(LEAST_TOKENS, round(BEGINNING * len(segment))), room)
-        found.append(segment.input_ids[:length].tolist())
+        length = asked or max(LEAST_TOKENS, round(BEGINNING * len(segment)))
+        found.append(segment.input_ids[:length][-room:].tolist())  # of a long prompt the end, where the question is
     return found
 
 
@@ -110,6 +132,8 @@ def _written(model: torch.nn.Module, prompts: list[list[int]], new_tokens: int, 
         do_sample=True,
         temperature=temperature,
         top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
         eos_token_id=eos,
         pad_token_id=eos,
     )[:, width:].tolist()

@@ -16,6 +16,7 @@ from signal_store.bf16_units import has_bf16_units
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.layout import SCALARS
+from student_train.losses.config import KIND_OF
 from student_train.losses.objective import refusals
 from student_train.planner import CacheFacts, Choice, DataFacts, EvaluationFacts, Facts, HardwareFacts, StudentFacts, propose
 from student_train.recipe import RunRecipe
@@ -23,15 +24,24 @@ from student_train.student import build_student
 from student_train.sweep_recipe import apply_value
 
 ENTROPY_TOKENS = 16_384
+NOTHING = {"weight": 0.0}
+"""A term of two kinds each, so that a recipe whose objective is yet to be found is one."""
 
 
 class PlanRecipe(RunRecipe):
-    """A run recipe that need not say what is optimised."""
+    """A run recipe that need not say what is optimised. Terms that it names and the planner does not decide stay as they are."""
 
     @model_validator(mode="before")
     @classmethod
     def _any_objective(cls, content: Any) -> Any:
-        return {**content, "preset": "cross_entropy", "losses": {}} if isinstance(content, dict) else content
+        """Something to optimise, until the choices are made."""
+        if not isinstance(content, dict):
+            return content
+        return {
+            **content,
+            "preset": None,
+            "losses": {**dict.fromkeys(("cross_entropy", "asr"), NOTHING), **(content.get("losses") or {})},
+        }
 
 
 def plan(recipe: PlanRecipe, evaluation: Path | None = None) -> list[Choice]:
@@ -47,6 +57,7 @@ def plan(recipe: PlanRecipe, evaluation: Path | None = None) -> list[Choice]:
             evaluation=None if evaluation is None else evaluation_facts(evaluation),
             row_tokens=recipe.stream.row_tokens,
             rows_per_step=recipe.stream.rows_per_step,
+            without=frozenset(name for name, kind in KIND_OF.items() if kind in recipe.without),
         )
     )
 
@@ -54,10 +65,14 @@ def plan(recipe: PlanRecipe, evaluation: Path | None = None) -> list[Choice]:
 def planned_recipe(recipe: PlanRecipe, choices: list[Choice]) -> dict[str, Any]:
     """The run recipe that the choices make, as plain data."""
     content: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True)
-    content |= {"preset": None, "losses": {}}
+    decided = {choice.place.removeprefix("losses.") for choice in choices}
+    asked = content.get("losses") or {}
+    content["losses"] = {name: options for name, options in asked.items() if name not in decided and options != NOTHING}
     for choice in choices:
         if choice.value is not None:
-            apply_value(content, choice.place, choice.value)
+            name = choice.place.removeprefix("losses.")
+            given = asked.get(name) if choice.value == {} else None
+            apply_value(content, choice.place, given or choice.value)
     return content
 
 
@@ -79,7 +94,10 @@ def student_facts(cache: Cache, student: PreTrainedModel) -> StudentFacts:
     """Its size, and what each term would be refused for."""
     teacher, width, layers = cache.manifest.teacher, int(student.config.get_text_config().hidden_size), num_layers(student)
     size = width**2 * layers / (teacher.hidden_size**2 * teacher.num_layers)
-    return StudentFacts(size, width, layers, sum(p.numel() for p in student.parameters()), refusals(cache, student))
+    parameters, frozen = (
+        sum(p.numel() for p in student.parameters() if p.requires_grad in which) for which in ((True, False), (False,))
+    )
+    return StudentFacts(size, width, layers, parameters, frozen, refusals(cache, student))
 
 
 def data_facts(cache: Cache) -> DataFacts:

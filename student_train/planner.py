@@ -16,9 +16,11 @@ ACTIVATION_BYTES = 34
 """Of a token, channel and block, in half precision with a fused attention (Korthikanti et al. 2022, eq. 2)."""
 STATE_BYTES = 16
 """Of a parameter: weight, gradient and two moments in float32."""
+FROZEN_BYTES = 4
 ROOM = 0.8
 """Share of the memory that is given away."""
 FEATURES = ("attention_direction", "normalised_direction", "activation_mmd", "input_reconstruction", "residual_cka")
+DIVERGENCES = ("tla", "jsd")
 LEVELS = ("smoothness", "attention_evolution", "replay")
 
 
@@ -36,12 +38,14 @@ class CacheFacts:
 
 @dataclass(frozen=True, slots=True)
 class StudentFacts:
-    """`size`: width² · layers over the teacher's; `width`, `layers`, `parameters`; `refused`: by term, why it cannot be had."""
+    """`size`: width² · layers over the teacher's; `width`, `layers`, `parameters`, of which `frozen` do not learn; `refused`: by
+    term, why it cannot be had."""
 
     size: float
     width: int
     layers: int
     parameters: int
+    frozen: int = 0
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -84,6 +88,8 @@ class Facts:
     evaluation: EvaluationFacts | None
     row_tokens: int
     rows_per_step: int
+    without: frozenset[str] = frozenset()
+    """Terms whose kinds the recipe leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +103,15 @@ class Choice:
 
 def propose(facts: Facts) -> list[Choice]:
     """One choice for each question, in the order of a recipe."""
-    choices = [*_explicit(facts), *_features(facts), *_attention(facts), *_temporal(facts), *_tasks(facts), *_machine(facts)]
-    refused = facts.student.refused
+    choices = [*_explicit(facts), *_features(facts), *_attention(facts), *_temporal(), *_tasks(facts), *_machine(facts)]
+    refused = {**facts.student.refused, **dict.fromkeys(facts.without, "the recipe is without its kind")}
     found = []
     for choice in choices:
         reason = refused.get(choice.place.removeprefix("losses."))
         found.append(Choice(choice.place, None, reason) if reason is not None and choice.value is not None else choice)
+    if not any(c.value is not None and c.place.removeprefix("losses.") in DIVERGENCES for c in found):
+        why = "there is no divergence whose tokens it could weigh"
+        found = [Choice(c.place, None, why) if c.place == "losses.importance" else c for c in found]
     levels = [c for c in found if c.place.removeprefix("losses.") in LEVELS and c.value is not None]
     why = f"{len(levels)} temporal terms are on" + (
         ", the gate weighs them token by token" if len(levels) > 1 else ": nothing to weigh"
@@ -150,18 +159,15 @@ def _features(facts: Facts) -> list[Choice]:
     return [Choice(f"losses.{name}", {}, why) for name in FEATURES]
 
 
-def _attention(_facts: Facts) -> list[Choice]:
-    return [
-        Choice("losses.attention_statistics", {}, "compares models of any number of heads"),
-        Choice("losses.apc", None, "attention_evolution reads the same rows, and the three before them")
-        if "attention_evolution" not in _facts.student.refused
-        else Choice(
-            "losses.apc", {"weight": {"start": 0.0, "end": 0.5, "begin": 0.2}}, "keyword rows are cached, without those before them"
-        ),
-    ]
+def _attention(facts: Facts) -> list[Choice]:
+    apc = Choice("losses.apc", None, "attention_evolution reads the same rows, and the three before them")
+    if "attention_evolution" in facts.student.refused:
+        weight = {"start": 0.0, "end": 0.5, "begin": 0.2}
+        apc = Choice("losses.apc", {"weight": weight}, "keyword rows are cached, without those before them")
+    return [Choice("losses.attention_statistics", {}, "compares models of any number of heads"), apc]
 
 
-def _temporal(_facts: Facts) -> list[Choice]:
+def _temporal() -> list[Choice]:
     reasons = (
         "the teacher's path is cached",
         "keyword rows and the three before them are cached",
@@ -186,7 +192,7 @@ def _machine(facts: Facts) -> list[Choice]:
     choices = [
         Choice("precision", half, f"the {hardware.device} {'computes' if hardware.bfloat16 else 'does not compute'} in bfloat16")
     ]
-    state = STATE_BYTES * student.parameters
+    state = STATE_BYTES * (student.parameters - student.frozen) + FROZEN_BYTES * student.frozen
     room = ROOM * hardware.memory_bytes - state
     row = facts.row_tokens * student.width * student.layers * ACTIVATION_BYTES * size // 2
     gigabytes = f"{hardware.memory_bytes / 2**30:.1f} GiB, of which {state / 2**30:.1f} are weights and moments"
@@ -200,6 +206,10 @@ def _machine(facts: Facts) -> list[Choice]:
     why = f"{gigabytes}; a row of {facts.row_tokens} tokens takes about {row / 2**20:,.0f} MiB of activations"
     return [
         *choices,
-        Choice("stream.micro_rows", fits, why),
+        Choice(
+            "stream.micro_rows",
+            None if fits == facts.rows_per_step else fits,
+            why + (": all at once" if fits == facts.rows_per_step else ""),
+        ),
         Choice("activation_checkpointing", checkpointing, why + ("" if checkpointing else ": there is room")),
     ]

@@ -28,7 +28,7 @@ from student_train.recipe import RunRecipe
 from student_train.sharing import accelerator_of
 from student_train.student import build_student
 from student_train.trainer import Trainer, run_settings
-from student_train.validation import check_validation
+from student_train.validation import check_splits
 
 RESULT = "result.json"
 
@@ -47,7 +47,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     if finished.is_file() and _begun(recipe).get("recipe_digest") == recipe_digest:
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
-    check_validation(recipe.validation, cache)
+    check_splits(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)

@@ -12,7 +12,7 @@ from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
 from student_train.recipe import LoraSection, StudentSection
 
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "spiece*")
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "spiece*", "tekken*", "*.tiktoken")
 
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

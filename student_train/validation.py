@@ -6,6 +6,7 @@ import torch
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
+from signal_store.manifest import Split
 from student_train import fidelity
 from student_train.recipe import ValidationSection
 from student_train.sharing import Shared
@@ -13,10 +14,12 @@ from student_train.stream.reader import TOKENS_ONLY, Needs
 from student_train.stream.rows import Stream
 
 
-def check_validation(wanted: ValidationSection | None, cache: Cache) -> None:
-    """InputError where validation is asked for and the cache holds nothing for it."""
-    if wanted is not None and not len(cache.units("validation")):
-        raise InputError("the cache has no validation split", expected="a source with split: validation", where=cache.uri)
+def check_splits(wanted: ValidationSection | None, cache: Cache) -> None:
+    """InputError where there is nothing to train on; or where validation is asked for and the cache holds nothing for it."""
+    needed: tuple[Split, ...] = ("train",) if wanted is None else ("train", "validation")
+    for split in needed:
+        if not len(cache.units(split)):
+            raise InputError(f"the cache has no {split} split", expected=f"a source with split: {split}", where=cache.uri)
 
 
 def validation_needs(cache: Cache, *, with_teacher: bool) -> Needs:

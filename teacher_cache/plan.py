@@ -29,6 +29,7 @@ from signal_store.local_objects import LocalObjects
 from signal_store.manifest import Capacities, SourceIdentity, parse_manifest
 from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
+from signal_store.signals import Signals
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.sources import documents
 from teacher_cache.positions import capacities_of
@@ -155,13 +156,25 @@ def planned_part(recipe: CacheRecipe) -> dict[str, Any]:
         "previous_steps": signals.attention.previous_steps if signals.attention else 0,
         "hidden_positions": signals.hidden.model_dump(mode="json")["positions"] if signals.hidden else None,
         "replay_positions": [signals.replay.positions_per_segment, signals.replay.seed] if signals.replay else None,
-        **({"replay_share": signals.replay.share} if signals.replay and signals.replay.share != 1 else {}),
+        **_later_positions(signals),
     }
     if recipe.base is not None:
         return {"keywords": list(signals.attention.keywords), **positions} if signals.attention else positions
     part = recipe.model_dump(mode="json", include={"context", "overlap", "append_eos"})
     part["sources"] = [source_part(source) for source in recipe.sources]
     return {**part, "unit_tokens": recipe.resolved_unit_tokens, "keywords": list(recipe.keywords), **positions}
+
+
+def _later_positions(signals: Signals) -> dict[str, Any]:
+    """Parts that came later: left out where they are not used, so that an older recipe is what it was."""
+    found: dict[str, Any] = {}
+    if signals.replay is not None and signals.replay.share != 1:
+        found["replay_share"] = signals.replay.share
+    if signals.evidence is not None:
+        found["evidence"] = True
+    if signals.coverage is not None:
+        found["coverage_words"] = signals.coverage.words
+    return found
 
 
 def places_of(recipe: CacheRecipe) -> dict[str, str]:
@@ -206,7 +219,8 @@ def refuse_another_recipe(
     done: str, made: dict[str, Any], wanted: dict[str, Any], recipe: CacheRecipe, ignore: str | None = None
 ) -> None:
     """MismatchError naming the parts of the recipe that differ from what the cache was `done` (planned, calibrated) by."""
-    names = wanted.keys() if recipe.base is not None else made.keys() | wanted.keys()
+    later = {"replay_share"} if recipe.signals.replay is not None else set()
+    names = wanted.keys() | later if recipe.base is not None else made.keys() | wanted.keys()
     changed = sorted(key for key in names if key != ignore and made.get(key) != wanted.get(key))
     if changed:
         leaves = [leaf for key in changed for leaf in _differences(key, made.get(key), wanted.get(key))]
@@ -387,16 +401,16 @@ def _refuse_empty_signals(recipe: CacheRecipe, needs: Capacities) -> None:
     if signals.attention is not None and needs.attention_entries <= 1:
         raise InputError(
             "no keyword was found for the attention signal",
-            expected="a source with a lexer, and its keywords in the text",
+            expected="a source whose keywords are found, and some in its text",
             found="none",
-            remedy="Give sources a lexer, or leave signals.attention out.",
+            remedy="Give sources a lexer (prose: a tagger with keywords: true), or leave signals.attention out.",
         )
     if signals.hidden is not None and signals.hidden.positions == "keywords" and needs.hidden_rows <= 1:
         raise InputError(
             "no keyword was found for the hidden signal's positions",
-            expected="a source with a lexer, and its keywords in the text",
+            expected="a source whose keywords are found, and some in its text",
             found="none",
-            remedy="Give sources a lexer, or take other positions.",
+            remedy="Give sources a lexer (prose: a tagger with keywords: true), or take other positions.",
         )
     if signals.replay is not None and needs.replay_rows <= 1:
         raise InputError(

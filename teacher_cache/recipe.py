@@ -49,6 +49,8 @@ class TaggerSection(Section):
     """Folder of the spaCy pipeline."""
     semantic_model: Path | None = None
     """Folder of a token-classification checkpoint with BIO labels; None takes semantic roles from the dependencies."""
+    keywords: bool = False
+    """Connectives and predicates are the keywords of this source's texts, which no lexer reads."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,6 +58,8 @@ class TaggerSection(Section):
             raise ValueError("model is the folder of a spaCy pipeline: needed with spacy, not with others")
         if self.semantic_model is not None and self.parser != "spacy":
             raise ValueError("semantic_model goes with spacy")
+        if self.keywords and self.parser == "pygments":
+            raise ValueError("keywords: true is for prose; a lexer finds those of code")
         return self
 
 
@@ -114,7 +118,8 @@ def source_part(source: Source) -> dict[str, Any]:
     part = without_empty(source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger"}), "task")
     if source.tagger is None:
         return part
-    return {**part, "tagger": {"parser": source.tagger.parser, "semantic": source.tagger.semantic_model is not None}}
+    tagger: dict[str, Any] = {"parser": source.tagger.parser, "semantic": source.tagger.semantic_model is not None}
+    return {**part, "tagger": without_empty({**tagger, "keywords": source.tagger.keywords}, "keywords")}
 
 
 class CalibrationSection(Section):

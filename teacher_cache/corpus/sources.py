@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from teacher_cache.recipe import Source
 def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
     """All documents of a source (empty ones too), up to `max_documents`."""
     found = _files(source) if source.folder is not None else (_document(row, source, tokenizer) for row in _rows(source))
+    prose_keywords = source.tagger is not None and source.tagger.keywords
     for number, document in enumerate(islice(found, source.max_documents)):
         try:
             document.text.encode()
         except UnicodeEncodeError as error:
             where = f"source {source.name}, document {number}"
             raise InputError("a text is not Unicode", found="a lone surrogate", where=where) from error
-        yield document
+        yield replace(document, prose_keywords=True) if prose_keywords and document.lexer is None else document
 
 
 def _files(source: Source) -> Iterator[Document]:

@@ -78,7 +78,7 @@ def _tokenize_batch(
         roles = np.zeros((len(ids), 0 if roles_of is None else len(LEVELS)), np.uint8)
         if roles_of is not None:
             roles[: len(spans)], begins_word = roles_of(document, spans)
-            if document.lexer is None and keywords:
+            if document.prose_keywords and keywords:
                 keyword[: len(spans)] = prose_keywords(roles[: len(spans)], begins_word)
         ended = eos is not None
         prompt = int(counts.argmax()) if counts.any() else 0

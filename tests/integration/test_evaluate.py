@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError
 from signal_store.recipe_file import load_recipe
 from student_train.cli import app
-from student_train.generate import generate
+from student_train.generate import UNFINISHED, _texts, generate
 from student_train.kept import kept
 from student_train.recipe import RunRecipe
 from student_train.run import run
 from teacher_cache.build import build
 from teacher_cache.extend import extend
 from tests.conftest import RecipeMaker
-from tests.tiny import CONTEXT, make_model
+from tests.tiny import CONTEXT, make_model, make_tokenizer
 
 
 def called(*arguments: object) -> str:
@@ -138,3 +139,46 @@ def test_a_student_that_never_ends_is_said_so(knowing_cache: Cache, stranger: Pa
         generate(stranger, knowing_cache.uri, tmp_path / "x.jsonl", samples=2, new_tokens=1, seed=1)
     with pytest.raises(InputError, match="no room"):
         generate(stranger, knowing_cache.uri, tmp_path / "x.jsonl", samples=2, new_tokens=60)
+
+
+def test_what_was_written_is_cut_between_characters(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "学生从缓存里学习 and the cache remembers"
+    ids = tokenizer.backend_tokenizer.encode(text).ids
+    for cut in range(1, len(ids)):
+        prompt, completion = _texts(tokenizer, ids[:cut], ids[cut:])
+        assert prompt + completion == text
+        assert UNFINISHED not in prompt
+    with_bos = make_tokenizer(bos=True)
+    ids = [with_bos.bos_token_id, *with_bos.backend_tokenizer.encode("the cache", add_special_tokens=False).ids]
+    adds = with_bos.backend_tokenizer.encode("a").ids[0] == with_bos.bos_token_id
+    assert _texts(with_bos, ids, [])[0] == ("the cache" if adds else "<|bos|>the cache")
+
+
+def test_a_plan_honours_what_it_does_not_decide(knowing_cache: Cache, stranger: Path, tmp_path: Path) -> None:
+    recipe, planned = tmp_path / "ask.yaml", tmp_path / "planned.yaml"
+    asked: dict[str, Any] = {"cache": knowing_cache.uri, "out": "x", "student": {"checkpoint": str(stranger)}, "steps": 1}
+    asked |= {
+        "without": ["explicit", "temporal"],
+        "losses": {"parameter_anchor": {"weight": 0.3}},
+        "stream": {"row_tokens": CONTEXT},
+    }
+    recipe.write_text(yaml.safe_dump(asked))
+    called("plan", recipe, "--write", planned)
+    found = load_recipe(planned, [], RunRecipe).objective
+    assert found.parameter_anchor is not None
+    assert found.parameter_anchor.weight.start == 0.3
+    off = ("tla", "jsd", "cross_entropy", "importance", "gate", "replay", "asr")
+    assert [name for name, term in found if name in off and term is not None] == []
+    assert found.evidence is not None
+
+
+def test_one_cached_temperature_is_enough_for_a_plan(
+    recipe_for: RecipeMaker, texts: dict[str, Path], stranger: Path, tmp_path: Path
+) -> None:
+    sources = [{"name": "train", "jsonl": texts["train"], "lexer": "python", "max_documents": 8}]
+    signals = {"distribution": {"rank": 8, "temperatures": [1.0]}}
+    made = build(recipe_for(tmp_path / "cache.zarr", sources=sources, signals=signals))
+    recipe = tmp_path / "ask.yaml"
+    recipe.write_text(yaml.safe_dump({"cache": made.uri, "out": "x", "student": {"checkpoint": str(stranger)}, "steps": 1}))
+    by_place = {choice["place"]: choice["value"] for choice in json.loads(called("plan", recipe, "--json"))}
+    assert {"temperature": 1.0} in (by_place.get("losses.tla"), by_place.get("losses.jsd"))

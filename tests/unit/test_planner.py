@@ -40,7 +40,7 @@ def test_the_first_proposal_is_an_objective() -> None:
     assert found["losses.cross_entropy"] is None
     assert found["losses.gate"] == {}
     assert found["precision"] == "bfloat16"
-    assert found["stream.micro_rows"] == 32
+    assert found["stream.micro_rows"] is None
 
 
 def test_the_cache() -> None:
@@ -56,8 +56,15 @@ def test_the_student() -> None:
     )
     found = changed(replace(FACTS, student=replace(FACTS.student, refused=recurrent)))
     assert found == dict.fromkeys(("losses.attention_statistics", "losses.attention_evolution", "losses.evidence"))
+    frozen = replace(FACTS.student, parameters=3_000_000_000, frozen=2_990_000_000)
+    assert not changed(replace(FACTS, student=frozen)).get("activation_checkpointing")
     one_left = dict.fromkeys(("smoothness", "replay"), "not cached")
     assert changed(replace(FACTS, student=replace(FACTS.student, refused=one_left)))["losses.gate"] is None
+
+
+def test_what_the_recipe_leaves_out_stays_out() -> None:
+    found = changed(replace(FACTS, without=frozenset({"tla", "cross_entropy"})))
+    assert found == {"losses.tla": None, "losses.importance": None}
 
 
 def test_the_texts() -> None:
