@@ -1,25 +1,20 @@
 """Coverage: whether a summary says the key words of its text (REQUIREMENTS 8).
 
 mean over words of |c_T - c_S|, c = 1 - Π_t (1 - p_t(word)) over the summary's rows, a word told by its first token; over words of
-sources with `task: summary`. Where there are many such rows, the student's logits are formed in chunks, and again in the backward
-pass.
+sources with `task: summary`.
 """
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from model_taps.coverage import coverage, log_misses
+from model_taps.coverage import summary_coverage
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch, CoverageCodes
 from student_train.losses.config import CoverageTerm
 from student_train.losses.term import Reads, Seen, StateTerm
 from student_train.stream.reader import Needs
-
-ROWS = 256
-"""Of a chunk of logits."""
 
 
 class Coverage(StateTerm):
@@ -52,21 +47,10 @@ class Coverage(StateTerm):
 def student_coverage(seen: Seen, codes: CoverageCodes) -> Tensor:
     """[W] float32, in the graph."""
     batch = seen.batch
-    counts_S = torch.bincount(codes.segment, minlength=len(batch.segments))
-    rank_W = torch.arange(len(codes.segment), device=codes.segment.device) - (counts_S.cumsum(0) - counts_S)[codes.segment]
-    words_SW = codes.token.new_zeros(len(batch.segments), int(counts_S.max()))
-    words_SW[codes.segment, rank_W] = codes.token
     rows = torch.tensor(batch.segment_rows, device=batch.flat.device)
     segment_N = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
-    wanted = (counts_S > 0)[segment_N]
-    flat_N, segment_N = batch.flat[wanted], segment_N[wanted]
 
-    def chunk(hidden_CD: Tensor, segment_C: Tensor) -> Tensor:
-        return log_misses(seen.head.logits(hidden_CD), segment_C, words_SW)
+    def logits_of(flat_C: Tensor) -> Tensor:
+        return seen.head.logits(seen.final[flat_C])
 
-    total = torch.zeros(words_SW.shape, device=words_SW.device)
-    for start in range(0, len(flat_N), ROWS):
-        part = slice(start, start + ROWS)
-        given = seen.final[flat_N[part]], segment_N[part]
-        total = total + (chunk(*given) if len(flat_N) <= ROWS else checkpoint(chunk, *given, use_reentrant=False))
-    return coverage(total)[codes.segment, rank_W]
+    return summary_coverage(logits_of, batch.flat, segment_N, codes.token, codes.segment, len(rows))

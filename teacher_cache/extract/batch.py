@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_taps.attention_statistics import attention_statistics
+from model_taps.coverage import summary_coverage
 from model_taps.evidence import evidence_shares
 from model_taps.head import final_norm
 from model_taps.segment_statistics import ffn_statistics, gradient_statistics
@@ -19,7 +20,6 @@ from signal_store.hidden_codec import HiddenCodec
 from signal_store.manifest import Manifest
 from teacher_cache.calibrate import Calibrated
 from teacher_cache.extract.attention import extract_attention
-from teacher_cache.extract.coverage import extract_coverage
 from teacher_cache.extract.distribution import extract_distribution
 from teacher_cache.extract.hidden import extract_states
 from teacher_cache.extract.replay import ascend
@@ -164,11 +164,18 @@ def _coverage(calibrated: Calibrated, work: UnitWork, batch: TeacherBatch, thoug
     """Rows of one per key word of the batch's texts."""
     unit, tokens = work.plan, thoughts.tokens
     words = work.words[(work.words[:, 0] >= tokens.start) & (work.words[:, 0] < tokens.stop)]
-    segment_W = unit.segment_of_token[words[:, 0]] - batch.first
+    if not len(words):
+        return Extracted({"coverage/words/probability": np.zeros(0, np.float16)}, {})
     counted = np.flatnonzero(unit.loss_mask[tokens] > 0)
-    segment_N = unit.segment_of_token[tokens][counted] - batch.first
-    wanted = np.isin(segment_N, segment_W)
-    found = extract_coverage(partial(_logits, calibrated, thoughts), counted[wanted], segment_N[wanted], words[:, 1], segment_W)
+    segment = unit.segment_of_token[tokens] - batch.first
+    device = calibrated.teacher.device
+    rows_N, segment_N, tokens_W, segment_W = (
+        torch.from_numpy(np.ascontiguousarray(part)).to(device)
+        for part in (counted, segment[counted], words[:, 1], segment[words[:, 0] - tokens.start])
+    )
+    with torch.inference_mode():
+        logits_of = partial(_logits, calibrated, thoughts)
+        found = summary_coverage(logits_of, rows_N, segment_N, tokens_W, segment_W, batch.last - batch.first)
     return Extracted({"coverage/words/probability": numpy_of(found.half(), "float16")}, {})
 
 
