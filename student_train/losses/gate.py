@@ -100,6 +100,7 @@ class Gate(nn.Module):
             for level, name in enumerate(self.levels):
                 present_SL[losses[name].flat, level] = True
             own = 0 * sum((p.sum() for p in self.parameters()), table_SF.new_zeros(()))
+            begun = float((self.mean_loss > 0).any())  # before, gradients are rounding alone, which Adam would make whole steps of
             weighted, sums = {}, {}
             for level, name in enumerate(self.levels):
                 found = losses[name]
@@ -112,7 +113,7 @@ class Gate(nn.Module):
                 relative_M = (found.value.detach() / scale).clamp(max=self.section.largest)
                 relative_M = torch.where(scale > 0, relative_M, 1.0)  # nothing was seen yet, or there is nothing to learn
                 entropy_M = -(weights_ML * weights_ML.clamp(min=TINY).log()).sum(1)
-                own = own + (mine_M * relative_M - self.section.entropy_weight * entropy_M).sum()
+                own = own + begun * (mine_M * relative_M - self.section.entropy_weight * entropy_M).sum()
                 types_M = torch.cat([1 - types_S[found.flat].sum(1, keepdim=True), types_S[found.flat]], 1)
                 sums[name] = torch.stack([types_M.T @ mine_M.detach(), types_M.sum(0)], 1)
             return Fused(weighted, own, sums)
