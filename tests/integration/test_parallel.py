@@ -68,7 +68,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "student" / "model.safetensors")
 
 
-A_TENTH_OF_A_STEP = 1e-4
+A_HUNDREDTH_OF_A_STEP = 1e-4
 """Of the learning rate: what Adam makes of the rounding of a gradient that is next to nothing."""
 EVERYTHING: dict[str, Any] = {
     "tla": {"temperature": 2.0},
@@ -101,14 +101,14 @@ def alone(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_accumulated_steps_equal_whole_ones(cache: Cache, alone: Path, tmp_path: Path, micro: int) -> None:
     run(rich(cache, tmp_path, stream={"row_tokens": 48, "rows_per_step": ROWS, "workers": 0, "micro_rows": micro}))
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
-    torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=A_TENTH_OF_A_STEP)
+    torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=A_HUNDREDTH_OF_A_STEP)
 
 
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_two_processes_equal_one(cache: Cache, alone: Path, tmp_path: Path, mode: str) -> None:
     together(rich(cache, tmp_path, sharing={"mode": mode}))
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
-    torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=A_TENTH_OF_A_STEP)
+    torch.testing.assert_close(weights(tmp_path), weights(alone), rtol=1e-4, atol=A_HUNDREDTH_OF_A_STEP)
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
 
 
