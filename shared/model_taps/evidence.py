@@ -17,8 +17,8 @@ def evidence_shares(rows_RHL: Tensor, segment_R: Tensor, ranges_P2: Tensor, segm
     """
     rows_RL = rows_RHL.to(torch.promote_types(rows_RHL.dtype, torch.float32)).mean(1)
     total_SL = rows_RL.new_zeros(segments, rows_RL.shape[1]).index_add(0, segment_R, rows_RL)
-    upto = torch.nn.functional.pad(total_SL.cumsum(1), (1, 0))
-    mass_P = (upto[segment_P, ranges_P2[:, 1]] - upto[segment_P, ranges_P2[:, 0]]).clamp(min=TINY)
+    upto = torch.nn.functional.pad(total_SL.cumsum(1, dtype=torch.float64), (1, 0))  # differences of sums of all before
+    mass_P = (upto[segment_P, ranges_P2[:, 1]] - upto[segment_P, ranges_P2[:, 0]]).clamp(min=TINY).to(rows_RL.dtype)
     return shares_of(mass_P, segment_P, segments)
 
 
