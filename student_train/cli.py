@@ -118,9 +118,9 @@ def fidelity(
 ) -> None:
     """Say how much of its teacher a student has kept, on held-out text: agreement, overlap, KL, entropy gap, calibration, CKA by
     depth."""
-    from student_train.kept import kept
+    from student_train.fidelity_report import fidelity_report
 
-    found = kept(student, tuple(cache), max_tokens, bf16=bf16)
+    found = fidelity_report(student, tuple(cache), max_tokens, bf16=bf16)
     if as_json:
         typer.echo(json.dumps(found))
         return

@@ -95,7 +95,7 @@ class Distiller(nn.Module):
             losses = {name: term.per_token(seen) for name, term in self.terms.items() if isinstance(term, Level)}
             fused = self.gate.fuse(losses, row_losses, seen)
             total = total + scales["gate"] * fused.own
-            sums |= {"gate": fused.own, GATE_WEIGHTS: torch.stack([fused.weight_sums[name] for name in levels])}
+            sums |= {"gate": fused.own, GATE_WEIGHTS: fused.weight_sums}
             for name in levels:
                 sums[name] = losses[name].sum()
                 total = total + scales[name] * fused.weighted[name]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import model_validator
 from transformers import PreTrainedModel
 
 from model_taps.blocks import num_layers
@@ -24,24 +23,13 @@ from student_train.student import build_student
 from student_train.sweep_recipe import apply_value
 
 ENTROPY_TOKENS = 16_384
-NOTHING = {"weight": 0.0}
-"""A term of two kinds each, so that a recipe whose objective is yet to be found is one."""
 
 
 class PlanRecipe(RunRecipe):
     """A run recipe that need not say what is optimised. Terms that it names and the planner does not decide stay as they are."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _any_objective(cls, content: Any) -> Any:
-        """Something to optimise, until the choices are made."""
-        if not isinstance(content, dict):
-            return content
-        return {
-            **content,
-            "preset": None,
-            "losses": {**dict.fromkeys(("cross_entropy", "asr"), NOTHING), **(content.get("losses") or {})},
-        }
+    def _check_objective(self) -> None:
+        """None is needed before the choices are made."""
 
 
 def plan(recipe: PlanRecipe, evaluation: Path | None = None) -> list[Choice]:
@@ -64,10 +52,10 @@ def plan(recipe: PlanRecipe, evaluation: Path | None = None) -> list[Choice]:
 
 def planned_recipe(recipe: PlanRecipe, choices: list[Choice]) -> dict[str, Any]:
     """The run recipe that the choices make, as plain data."""
-    content: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True)
+    content: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True, exclude={"preset"})
     decided = {choice.place.removeprefix("losses.") for choice in choices}
     asked = content.get("losses") or {}
-    content["losses"] = {name: options for name, options in asked.items() if name not in decided and options != NOTHING}
+    content["losses"] = {name: options for name, options in asked.items() if name not in decided}
     for choice in choices:
         if choice.value is not None:
             name = choice.place.removeprefix("losses.")

@@ -147,6 +147,12 @@ class RunRecipe(Section):
     def _check(self) -> Self:
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset}")
+        self._check_objective()
+        if self.export == "best" and self.validation is None:
+            raise ValueError("export: best needs validation")
+        return self
+
+    def _check_objective(self) -> None:
         if not any(isinstance(term, Term) for _, term in self.objective):
             raise ValueError("no loss: give a preset or losses")
         if self.preset is not None and self.preset.startswith("full"):
@@ -154,9 +160,6 @@ class RunRecipe(Section):
                 raise ValueError(
                     f"preset {self.preset}: nothing carries {kind} knowledge ({KINDS[kind]}); say so with without: [{kind}]"
                 )
-        if self.export == "best" and self.validation is None:
-            raise ValueError("export: best needs validation")
-        return self
 
     @property
     def objective(self) -> Losses:

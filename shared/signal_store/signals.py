@@ -10,6 +10,8 @@ DepthFraction = Annotated[float, Field(gt=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.05, le=100)]
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 
+MOST_COVERAGE_WORDS = 256
+"""Key words of a prompt that a plan keeps, and that a coverage signal may ask for."""
 DEFAULT_KEYWORDS = ("def", "class", "if", "elif", "else", "for", "while", "return", "try", "except", "with")
 
 
@@ -196,7 +198,7 @@ class CoverageSignal(Section):
     """Which key words of a text its summary says (REQUIREMENTS 8), of sources with `task: summary` and a tagger: the probability
     that a word of the prompt, told by its first token, comes up in one of the summary's rows at least."""
 
-    words: int = Field(32, ge=1, le=256)
+    words: int = Field(32, ge=1, le=MOST_COVERAGE_WORDS)
     """Nouns and names of a segment's prompt, of code its identifiers, the most frequent first."""
 
 

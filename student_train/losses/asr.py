@@ -10,12 +10,11 @@ from model_taps.blocks import layer_at_depth, mean_abs_activation, num_layers
 from model_taps.segment_statistics import ffn_statistics
 from model_taps.slices import State
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError
 from signal_store.layout import FFN_STATISTICS
 from student_train.batch import CodedBatch
 from student_train.losses.config import AsrTerm
 from student_train.losses.rows import own_tokens, segment_of_token
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.term import Reads, Seen, StateTerm, not_cached
 from student_train.stream.reader import Needs
 
 HOYER = FFN_STATISTICS.index("hoyer_sparsity")
@@ -52,13 +51,7 @@ class RelativeAsr(StateTerm):
         super().__init__()
         signal, layout = cache.manifest.signals.stats, cache.manifest.calibration.stats
         if signal is None or layout is None or not signal.ffn:
-            raise MismatchError(
-                "asr: the cache does not say how sparse the teacher is",
-                expected="signals.stats with ffn: true",
-                found="none",
-                where=cache.uri,
-                remedy="Set losses.asr.relative: false, or build a cache (or an overlay) that does.",
-            )
+            raise not_cached("asr: relative", "signals.stats with ffn: true", cache, "set losses.asr.relative: false")
         depth, own = cache.manifest.teacher.num_layers, num_layers(student)
         self.states: tuple[State, ...] = tuple(("ffn_activation", layer_at_depth(layer / depth, own)) for layer in layout.layers)
         self.reads = Reads(Needs(False, (), (), sparsity=True), tuple(dict.fromkeys(self.states)))

@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 
 from model_taps.attention_statistics import attention_statistics
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.losses.config import AttentionStatisticsTerm
 from student_train.losses.pairing import row_pairs
-from student_train.losses.rows import RowsOf, segment_of_token, statistics_rows
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.rows import RowsOf, segment_of_query, statistics_rows
+from student_train.losses.term import Reads, Seen, StateTerm, not_cached
 from student_train.stream.reader import Needs
 
 DECILES = tuple(n / 10 for n in range(1, 10))
@@ -28,13 +27,7 @@ class AttentionStatistics(StateTerm):
         super().__init__()
         layout, signal = cache.manifest.calibration.stats, cache.manifest.signals.stats
         if layout is None or signal is None or not signal.attention:
-            raise MismatchError(
-                "attention_statistics: the cache holds none",
-                expected="signals.stats with attention: true",
-                found="none",
-                where=cache.uri,
-                remedy="Build a cache (or an overlay) that does, or switch attention_statistics off.",
-            )
+            raise not_cached("attention_statistics", "signals.stats with attention: true", cache)
         self.pairs = row_pairs("attention_statistics", layout.attention_layers, cache, student)
         rows: dict[RowsOf, tuple[int, ...]] = {statistics_rows: tuple(dict.fromkeys(p.student for p in self.pairs))}
         self.reads = Reads(Needs(False, (), (), statistics=layout.attention_layers), rows=rows)
@@ -47,7 +40,7 @@ class AttentionStatistics(StateTerm):
         """Mean over layers."""
         batch = seen.batch
         query = seen.queries[statistics_rows]
-        segment_R = segment_of_token(batch)[query.batch, query.query]
+        segment_R = segment_of_query(batch, query)
         known = _known(batch, self.pairs[0].teacher)
         levels = torch.tensor(DECILES, device=seen.final.device)
         parts = []

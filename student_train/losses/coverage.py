@@ -4,16 +4,15 @@ mean over words of |c_T - c_S|, c = 1 - Π_t (1 - p_t(word)) over the summary's 
 sources with `task: summary`.
 """
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from model_taps.coverage import summary_coverage
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch, CoverageCodes
 from student_train.losses.config import CoverageTerm
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.rows import segment_of_row
+from student_train.losses.term import Reads, Seen, StateTerm, not_cached
 from student_train.stream.reader import Needs
 
 
@@ -23,13 +22,7 @@ class Coverage(StateTerm):
     def __init__(self, _section: CoverageTerm, cache: Cache, _student: PreTrainedModel) -> None:
         super().__init__()
         if cache.manifest.signals.coverage is None:
-            raise MismatchError(
-                "coverage needs a signal that the cache does not hold",
-                expected="coverage",
-                found="none",
-                where=cache.uri,
-                remedy="Build a cache with signals.coverage from a source with task: summary, or switch coverage off.",
-            )
+            raise not_cached("coverage", "signals.coverage and a source with task: summary", cache)
         self.reads = Reads(Needs(False, (), (), coverage=True))
 
     def count(self, batch: CodedBatch) -> int:
@@ -47,10 +40,9 @@ class Coverage(StateTerm):
 def student_coverage(seen: Seen, codes: CoverageCodes) -> Tensor:
     """[W] float32, in the graph."""
     batch = seen.batch
-    rows = torch.tensor(batch.segment_rows, device=batch.flat.device)
-    segment_N = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
+    segment_N = segment_of_row(batch)
 
     def logits_of(flat_C: Tensor) -> Tensor:
         return seen.head.logits(seen.final[flat_C])
 
-    return summary_coverage(logits_of, batch.flat, segment_N, codes.token, codes.segment, len(rows))
+    return summary_coverage(logits_of, batch.flat, segment_N, codes.token, codes.segment, len(batch.segment_rows))

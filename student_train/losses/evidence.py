@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 
 from model_taps.evidence import evidence_shares, shares_of
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.losses.config import EvidenceTerm
 from student_train.losses.pairing import row_pairs
-from student_train.losses.rows import AnswerRows, segment_of_token
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.rows import AnswerRows, segment_of_query
+from student_train.losses.term import Reads, Seen, StateTerm, not_cached
 from student_train.stream.reader import Needs
 
 TINY = 1e-8
@@ -28,13 +27,7 @@ class Evidence(StateTerm):
         super().__init__()
         signal, layers = cache.manifest.signals.evidence, cache.manifest.calibration.evidence_layers
         if signal is None:
-            raise MismatchError(
-                "evidence needs a signal that the cache does not hold",
-                expected="evidence",
-                found="none",
-                where=cache.uri,
-                remedy="Build a cache with signals.evidence from a source with task: qa, or switch evidence off.",
-            )
+            raise not_cached("evidence", "signals.evidence and a source with task: qa", cache)
         self.pairs = row_pairs("evidence", layers, cache, student)
         self.answers = AnswerRows(signal.queries)
         self.reads = Reads(
@@ -51,7 +44,7 @@ class Evidence(StateTerm):
         rows = [seen.rows[self.answers, pair.student] for pair in self.pairs]
         if codes is None or not len(codes.segment):
             return 0 * torch.stack([row.sum() for row in rows]).sum()
-        segment_R, segments = segment_of_token(seen.batch)[query.batch, query.query], len(seen.batch.segments)
+        segment_R, segments = segment_of_query(seen.batch, query), len(seen.batch.segments)
         parts = []
         for pair, own in zip(self.pairs, rows, strict=True):
             teacher_E = shares_of(codes.shares[pair.teacher].float().clamp(min=TINY), codes.segment, segments)  # the cache rounds

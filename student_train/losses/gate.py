@@ -21,7 +21,7 @@ from signal_store.layout import SCALARS
 from signal_store.roles import TOKEN_TYPES
 from student_train.losses.config import GateTerm
 from student_train.losses.level import TokenLosses
-from student_train.losses.rows import segment_of_token, stored_rows
+from student_train.losses.rows import segment_of_query, segment_of_token, stored_rows
 from student_train.losses.smoothness import moved, places_of
 from student_train.losses.term import Reads, Seen
 from student_train.stream.reader import Needs
@@ -42,10 +42,9 @@ FEATURES = (
     *TOKEN_TYPES[1:],
 )
 """Of a token: the teacher's entropy over log V, -log p of what follows, log p of its favourite, mass of its head at T = 1; the
-student's
--log q of what follows and its first divergence; place in the response as a share and the response's log length over 10; the last
-state's step; whether the last four tokens stood in the segment before; the segment's mean attention entropy at keywords; the
-importance and the type of the token that follows. All are 0 at a token that does not count, such as a prompt's keyword."""
+student's -log q of what follows and its first divergence; place in the response as a share and the response's log length over 10;
+the last state's step; whether the last four tokens stood in the segment before; the segment's mean attention entropy at keywords;
+the importance and the type of the token that follows. All are 0 at a token that does not count, such as a prompt's keyword."""
 KEPT = 0.9
 """Share of the moving average that a step leaves."""
 EPSILON = 1e-3
@@ -57,11 +56,11 @@ TINY = 1e-12
 @dataclass(frozen=True, slots=True)
 class Fused:
     """`weighted` by level: its sum under the gate's weights, in the graph; `own`: what the gate itself learns from; `weight_sums`:
-    by level and token type, (Σ weight, tokens) as float32 [types, 2]."""
+    (Σ weight, tokens) of each token type, float32 [levels, types, 2]."""
 
     weighted: dict[str, Tensor]
     own: Tensor
-    weight_sums: dict[str, Tensor]
+    weight_sums: Tensor
 
 
 class Gate(nn.Module):
@@ -101,7 +100,7 @@ class Gate(nn.Module):
                 present_SL[losses[name].flat, level] = True
             own = 0 * sum((p.sum() for p in self.parameters()), table_SF.new_zeros(()))
             begun = float((self.mean_loss > 0).any())  # before, gradients are rounding alone, which Adam would make whole steps of
-            weighted, sums = {}, {}
+            weighted, sums = {}, []
             for level, name in enumerate(self.levels):
                 found = losses[name]
                 present_ML = present_SL[found.flat]
@@ -115,8 +114,8 @@ class Gate(nn.Module):
                 entropy_M = -(weights_ML * weights_ML.clamp(min=TINY).log()).sum(1)
                 own = own + begun * (mine_M * relative_M - self.section.entropy_weight * entropy_M).sum()
                 types_M = torch.cat([1 - types_S[found.flat].sum(1, keepdim=True), types_S[found.flat]], 1)
-                sums[name] = torch.stack([types_M.T @ mine_M.detach(), types_M.sum(0)], 1)
-            return Fused(weighted, own, sums)
+                sums.append(torch.stack([types_M.T @ mine_M.detach(), types_M.sum(0)], 1))
+            return Fused(weighted, own, torch.stack(sums))
 
     def forget(self) -> None:
         """What was seen of the losses: another cache's are others."""
@@ -134,7 +133,7 @@ class Gate(nn.Module):
                 self.mean_loss[level] = kept * self.mean_loss[level] + (1 - kept) * means[name]
 
     def described(self, weight_sums: Tensor) -> dict[str, float]:
-        """`gate/<level>/<token type>`: mean weight, of the types that were met, from `Fused.weight_sums` stacked over levels."""
+        """`gate/<level>/<token type>`: mean weight, of the types that were met, from `Fused.weight_sums`."""
         found: dict[str, float] = {}
         for level, by_type in zip(self.levels, weight_sums.tolist(), strict=True):
             found |= {f"gate/{level}/{t}": total / n for t, (total, n) in zip(TOKEN_TYPES, by_type, strict=True) if n}
@@ -182,7 +181,7 @@ class Gate(nn.Module):
             return found
         query = seen.queries[stored_rows]
         entropy_R = -torch.special.xlogy(rows.float(), rows.float()).sum(-1).mean(1) / (query.lengths.float() + 1).log()
-        segment_R = segment_of_token(seen.batch)[query.batch, query.query]
+        segment_R = segment_of_query(seen.batch, query)
         counts = torch.bincount(segment_R, minlength=segments).clamp(min=1)
         return found.index_add(0, segment_R, entropy_R) / counts
 

@@ -34,7 +34,7 @@ from student_train.losses.reconstruction import InputReconstruction
 from student_train.losses.replay import Replay
 from student_train.losses.rows import RowsOf
 from student_train.losses.smoothness import Smoothness
-from student_train.losses.term import StateTerm
+from student_train.losses.term import StateTerm, not_cached
 from student_train.stream.reader import Needs
 
 MIN_HEAD_MASS = 0.9
@@ -210,17 +210,10 @@ def _check_tail_rank(losses: Losses, cache: Cache, tail_rank: int | None) -> Non
 def check_cache(losses: Losses, cache: Cache) -> None:
     """Refuse what the cache cannot serve."""
     signals = cache.manifest.signals
-    held = [name for name, signal in signals if signal is not None]
     wanted = dict.fromkeys(losses.divergences, "distribution") | SIGNALS
     for term, signal in wanted.items():
         if getattr(losses, term) is not None and getattr(signals, signal) is None:
-            raise MismatchError(
-                f"{term} needs a signal that the cache does not hold",
-                expected=signal,
-                found=", ".join(held) or "none",
-                where=cache.uri,
-                remedy=f"Build a cache with signals.{signal}, or switch {term} off.",
-            )
+            raise not_cached(term, f"signals.{signal}", cache)
     for name, divergence in losses.divergences.items():
         _check_temperature(name, divergence.temperature, cache)
 

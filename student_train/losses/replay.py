@@ -18,12 +18,11 @@ from model_taps.blocks import num_layers
 from model_taps.head import final_norm
 from model_taps.slices import State
 from signal_store.cache import Cache
-from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.losses.config import ReplayTerm
 from student_train.losses.features import make_projection
 from student_train.losses.level import Level, TokenLosses
-from student_train.losses.term import Reads, Seen
+from student_train.losses.term import Reads, Seen, not_cached
 from student_train.stream.reader import Needs
 
 TINY = 1e-12
@@ -38,13 +37,7 @@ class Replay(Level):
         super().__init__()
         signal = cache.manifest.signals.replay
         if signal is None:
-            raise MismatchError(
-                "replay needs a signal that the cache does not hold",
-                expected="replay",
-                found="none",
-                where=cache.uri,
-                remedy="Build a cache (or an overlay) with signals.replay, or switch replay off.",
-            )
+            raise not_cached("replay", "signals.replay", cache)
         self.section, self.steps, self.step_size = section, signal.steps, signal.step_size
         own = student.config.get_text_config().hidden_size
         self.projection = make_projection(own, cache.manifest.teacher.hidden_size)

@@ -60,6 +60,17 @@ def segment_of_token(batch: CodedBatch) -> Tensor:
     return begins.flatten().cumsum(0).view(begins.shape) - 1
 
 
+def segment_of_query(batch: CodedBatch, query: RowQuery) -> Tensor:
+    """int64 [R]: number in the batch of the segment that an attention row is of."""
+    return segment_of_token(batch)[query.batch, query.query]
+
+
+def segment_of_row(batch: CodedBatch) -> Tensor:
+    """int64 [N]: number in the batch of the segment that a row that counts is of."""
+    rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=batch.flat.device)
+    return torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
+
+
 Wanted = Mapping[RowsOf, Sequence[int]]
 """By kind of rows, the student's layers that are asked for them."""
 

@@ -15,6 +15,7 @@ from student_train.losses.config import SmoothnessTerm
 from student_train.losses.features import teacher_states
 from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import LayerPair, state_pairs
+from student_train.losses.rows import segment_of_row
 from student_train.losses.term import Reads, Seen
 from student_train.stream.reader import Needs
 
@@ -68,7 +69,7 @@ class Smoothness(Level):
 def places_of(batch: CodedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Of the N rows that count: number of the segment, place among its rows, and whether the row before is the token before."""
     rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=batch.flat.device)
-    segment_N = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
+    segment_N = segment_of_row(batch)
     place_N = torch.arange(len(batch.flat), device=rows.device) - (rows.cumsum(0) - rows)[segment_N]
     follows_N = torch.zeros_like(place_N, dtype=torch.bool)
     follows_N[1:] = (batch.flat[1:] == batch.flat[:-1] + 1) & (place_N[1:] > 0)

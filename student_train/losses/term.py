@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from model_taps.attention import RowQuery
 from model_taps.head import OutputHead
 from model_taps.slices import State
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
 from student_train.batch import CodedBatch
 from student_train.codecs import Codecs
 from student_train.losses.attention_rows import HeadPairs
@@ -48,6 +50,17 @@ class Seen:
     head: OutputHead
     head_pairs: HeadPairs
     progress: float
+
+
+def not_cached(term: str, expected: str, cache: Cache, otherwise: str | None = None) -> MismatchError:
+    """The refusal of a term whose signal the cache does not hold; `otherwise`: what else than a new cache helps."""
+    return MismatchError(
+        f"{term} needs a signal that the cache does not hold",
+        expected=expected,
+        found=[name for name, signal in cache.manifest.signals if signal is not None] or "no signal",
+        where=cache.uri,
+        remedy=f"Build a cache (or an overlay) with {expected}, or {otherwise or f'switch {term} off'}.",
+    )
 
 
 class StateTerm(nn.Module, ABC):

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from signal_store.roles import CODE, LEVELS, POS
+from signal_store.signals import MOST_COVERAGE_WORDS
 from teacher_cache.corpus.document import Document
 
 SENTENCE = re.compile(r"(?:[^.!?。！？\n]|[.!?](?!\s|$))*(?:[.!?。！？\n]|$)")
 LINE = re.compile(r"[^\n]*\n?")
-MOST_WORDS = 256
 KEY_POS = tuple(POS.index(name) for name in ("entity_noun", "noun"))
 KEY_CODE = tuple(CODE.index(name) for name in ("definition", "identifier"))
 
@@ -46,5 +46,5 @@ def key_words(
     ids = input_ids[places].tolist()
     counts = Counter(ids)
     first = dict(zip(reversed(ids), reversed(places.tolist()), strict=True))
-    ranked = sorted(first, key=lambda token: (-counts[token], first[token]))[:MOST_WORDS]
+    ranked = sorted(first, key=lambda token: (-counts[token], first[token]))[:MOST_COVERAGE_WORDS]
     return np.asarray([(first[token], token) for token in ranked], np.int64).reshape(-1, 2)

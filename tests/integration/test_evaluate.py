@@ -13,8 +13,8 @@ from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError
 from signal_store.recipe_file import load_recipe
 from student_train.cli import app
+from student_train.fidelity_report import fidelity_report
 from student_train.generate import UNFINISHED, _texts, generate
-from student_train.kept import kept
 from student_train.recipe import RunRecipe
 from student_train.run import run
 from teacher_cache.build import build
@@ -37,7 +37,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, knowing_cache: Cache) -> 
 
 
 def test_a_student_that_is_its_teacher_has_kept_everything(knowing_cache: Cache, stranger: Path) -> None:
-    same = kept(Path(knowing_cache.manifest.teacher.name), knowing_cache.uri)
+    same = fidelity_report(Path(knowing_cache.manifest.teacher.name), knowing_cache.uri)
     assert same["agreement"] == 1.0
     assert same["overlap"] > 0.97  # 8-bit codes of the head tie
     assert 0 <= same["kl"] < 1e-3
@@ -50,7 +50,7 @@ def test_a_student_that_is_its_teacher_has_kept_everything(knowing_cache: Cache,
     assert other["agreement"] < 0.5
     assert other["kl"] > 0.1
     assert all(value < 0.9 for value in other["cka"].values())
-    assert kept(stranger, knowing_cache.uri, 60)["tokens"] < same["tokens"]
+    assert fidelity_report(stranger, knowing_cache.uri, 60)["tokens"] < same["tokens"]
     assert "cka, teacher's layer / student's 2/2" in called("fidelity", stranger, knowing_cache.uri, "--bf16")
 
 
@@ -58,7 +58,7 @@ def test_fidelity_needs_held_out_text(recipe_for: RecipeMaker, texts: dict[str, 
     sources = [{"name": "train", "jsonl": texts["train"], "lexer": "python", "max_documents": 8}]
     made = build(recipe_for(tmp_path / "cache.zarr", sources=sources, signals={"distribution": {"rank": 8}}))
     with pytest.raises(MismatchError, match="no validation split"):
-        kept(stranger, made.uri)
+        fidelity_report(stranger, made.uri)
 
 
 def test_a_plan_is_a_recipe_that_runs(knowing_cache: Cache, stranger: Path, tmp_path: Path) -> None:

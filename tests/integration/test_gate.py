@@ -69,10 +69,11 @@ def test_no_level_is_left_alone(knowing_cache: Cache, loss: float, seed: int) ->
     assert weights[2, 1] == 1
 
 
-def test_it_turns_from_what_stays_large_but_not_to_zero(knowing_cache: Cache) -> None:
+def looked_at(cache: Cache) -> tuple[Gate, Any, Any, Any]:
+    """A gate that has seen losses of 1, its batch, and what it was given of it: losses of rows, and what the step saw."""
     torch.manual_seed(0)
-    student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
-    distiller, objective, batch = alone(student, knowing_cache, {"tla": {"temperature": 1.0}, **LEVELS, "gate": {}})
+    student = make_model("qwen3", cache.manifest.tokenizer.vocab_size, seed=7)
+    distiller, objective, batch = alone(student, cache, {"tla": {"temperature": 1.0}, **LEVELS, "gate": {}})
     gate = objective.gate
     assert gate is not None
     gate.observe(dict.fromkeys(gate.levels, 1.0))
@@ -81,7 +82,13 @@ def test_it_turns_from_what_stays_large_but_not_to_zero(knowing_cache: Cache) ->
     gate.fuse = lambda *given: seen.append(given) or fuse(*given)  # type: ignore[method-assign, func-returns-value]
     distiller(batch, dict.fromkeys(objective.counts(batch), 1.0))
     distiller.close_taps()
+    gate.fuse = fuse  # type: ignore[method-assign]
     _, rows, looked = seen[0]
+    return gate, batch, rows, looked
+
+
+def test_it_turns_from_what_stays_large_but_not_to_zero(knowing_cache: Cache) -> None:
+    gate, batch, rows, looked = looked_at(knowing_cache)
     planted = {
         name: TokenLosses(batch.flat, torch.full((len(batch.flat),), size))
         for name, size in zip(gate.levels, (0.1, 1e6, 0.1), strict=True)
@@ -89,7 +96,7 @@ def test_it_turns_from_what_stays_large_but_not_to_zero(knowing_cache: Cache) ->
     optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
     for _ in range(200):
         optimizer.zero_grad()
-        (fuse(planted, rows, looked).own / (3 * len(batch.flat))).backward()
+        (gate.fuse(planted, rows, looked).own / (3 * len(batch.flat))).backward()
         optimizer.step()
     table = gate.features(rows, looked)[batch.flat]
     weights = gate.weights(table, torch.ones(len(table), 3, dtype=torch.bool)).mean(0)
@@ -99,26 +106,15 @@ def test_it_turns_from_what_stays_large_but_not_to_zero(knowing_cache: Cache) ->
 
 def test_a_level_that_is_absent_draws_no_weight(knowing_cache: Cache) -> None:
     """Every loss at its mean: nothing to prefer, and nothing is preferred, though replay is at few tokens."""
-    torch.manual_seed(0)
-    student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
-    distiller, objective, batch = alone(student, knowing_cache, {"tla": {"temperature": 1.0}, **LEVELS, "gate": {}})
-    gate = objective.gate
-    assert gate is not None
-    gate.observe(dict.fromkeys(gate.levels, 1.0))
-    seen: list[Any] = []
-    fuse = gate.fuse
-    gate.fuse = lambda *given: seen.append(given) or fuse(*given)  # type: ignore[method-assign, func-returns-value]
-    distiller(batch, dict.fromkeys(objective.counts(batch), 1.0))
-    distiller.close_taps()
-    _, rows, looked = seen[0]
+    gate, batch, rows, looked = looked_at(knowing_cache)
     places = dict(zip(gate.levels, (batch.flat, batch.flat[::10], batch.flat[::40]), strict=True))
     planted = {name: TokenLosses(flat, torch.ones(len(flat))) for name, flat in places.items()}
     optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
     for _ in range(100):
         optimizer.zero_grad()
-        (fuse(planted, rows, looked).own / len(batch.flat)).backward()
+        (gate.fuse(planted, rows, looked).own / len(batch.flat)).backward()
         optimizer.step()
-    fused = fuse(planted, rows, looked)
+    fused = gate.fuse(planted, rows, looked)
     for name, flat in places.items():
         assert float(fused.weighted[name].detach()) == pytest.approx(len(flat), rel=0.05), name
 

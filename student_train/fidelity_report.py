@@ -35,7 +35,9 @@ CKA_TOKENS = 64
 """Of a segment, evenly spread."""
 
 
-def kept(student: Path, cache: str | tuple[str, ...], max_tokens: int | None = None, *, bf16: bool = False) -> dict[str, Any]:
+def fidelity_report(
+    student: Path, cache: str | tuple[str, ...], max_tokens: int | None = None, *, bf16: bool = False
+) -> dict[str, Any]:
     """Numbers by name; `tokens` says how many labels they are of, `cka` by "teacher layer/student layer". MismatchError where the
     cache has no validation split or no distribution."""
     opened = open_cache(cache)
