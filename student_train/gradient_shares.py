@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from signal_store.errors import InputError, NotFoundError
+from signal_store.look.extras import pyplot
 from student_train.metrics import METRICS, read_metrics
-from student_train.plots import pyplot
 
 SUFFIX = "_gradient_share"
 

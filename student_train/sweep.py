@@ -24,8 +24,8 @@ from rich.live import Live
 from rich.table import Table
 
 from signal_store.errors import InputError
+from signal_store.look.extras import pyplot
 from student_train.metrics import METRICS
-from student_train.plots import pyplot
 from student_train.sweep_recipe import PlannedRun, SweepRecipe, planned_runs
 
 POLL_SECONDS = 0.5

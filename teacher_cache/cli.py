@@ -1,18 +1,23 @@
 """The command line `teacher-cache`. Verbs import what they need when they run, so that `--help` does not import torch."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from signal_store.command_line import run_app
+from signal_store.errors import InputError
 from signal_store.manifest import SourceIdentity
 from signal_store.recipe_file import load_recipe
 from teacher_cache.recipe import CacheRecipe
+
+if TYPE_CHECKING:
+    from signal_store.cache import Cache
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -182,27 +187,113 @@ def taps(
 
 
 @app.command()
-def inspect(cache: CacheAddresses, as_json: AsJson = False) -> None:
-    """Say what a sealed cache holds, alone or with its overlays, without importing torch."""
+def inspect(
+    cache: CacheAddresses,
+    segment: Annotated[int | None, typer.Option(help="Show this segment's text under the teacher's surprise.")] = None,
+    token: Annotated[int | None, typer.Option(help="With --segment: what the teacher expected after this token.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with plots and samples; of an unsealed cache, its progress.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a sealed cache holds, alone or with its overlays. Without options, torch is not imported."""
+    if token is not None and segment is None:
+        raise InputError("a token is one of a segment", expected="--segment too", where="--token")
+    if html is not None:
+        from teacher_cache.inspect_page import inspect_page
+
+        html.write_text(inspect_page(cache), encoding="utf-8")
+        _say({"page": str(html)}, as_json)
+        return
     from signal_store.cache import open_cache
 
     opened = open_cache(cache)
+    if segment is not None:
+        _inspect_segment(opened, segment, token, as_json)
+        return
     manifest = opened.manifest
     temperatures = [f"{t:g}" for t in manifest.signals.distribution.temperatures] if manifest.signals.distribution else []
-    _say(
-        {
-            "cache_id": manifest.cache_id,
-            "teacher": manifest.teacher.name,
-            "units": opened.seal.num_units,
-            "segments": len(opened),
-            "generation": opened.seal.generation,
-            "tokens": tokens_by_name(opened.sources),
-            "tail_rank": manifest.calibration.tail_rank,
-            "coverage": dict(zip(temperatures, manifest.calibration.coverage, strict=True)),
-            "arrays": sorted(opened.capacity_rows),
-        },
-        as_json,
-    )
+    facts: dict[str, object] = {
+        "cache_id": manifest.cache_id,
+        "teacher": manifest.teacher.name,
+        "units": opened.seal.num_units,
+        "segments": len(opened),
+        "generation": opened.seal.generation,
+        "tokens": tokens_by_name(opened.sources),
+        "tail_rank": manifest.calibration.tail_rank,
+        "coverage": dict(zip(temperatures, manifest.calibration.coverage, strict=True)),
+        "arrays": sorted(opened.capacity_rows),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    from signal_store.look.summary import summarise, text_of
+
+    typer.echo(text_of(summarise(opened)))
+
+
+def _inspect_segment(cache: "Cache", number: int, token: int | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from teacher_cache.inspect_segment import segment_facts, segment_of, segment_text, token_facts, token_table
+
+    segment = segment_of(cache, number)
+    if as_json:
+        typer.echo(json.dumps(segment_facts(segment) if token is None else token_facts(segment, token), ensure_ascii=False))
+        return
+    Console().print(segment_text(segment) if token is None else token_table(token_facts(segment, token)))
+
+
+@app.command()
+def status(
+    cache: CacheAddress,
+    watch: Annotated[float | None, typer.Option(min=0.5, help="Look again every so many seconds, until it is sealed.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a cache is, from any machine that sees it: units done, rate, time left, each worker, the last error."""
+    from teacher_cache.status import shown
+    from teacher_cache.status import status as look
+
+    found = look(cache)
+    if as_json:
+        facts = asdict(found) | {
+            name: getattr(found, name) for name in ("done_units", "done_tokens", "tokens_per_second", "seconds_left")
+        }
+        error = found.last_error
+        typer.echo(json.dumps(facts | {"last_error": None if error is None else error.error}))
+        return
+    from rich.console import Console
+
+    if watch is None:
+        Console().print(shown(found))
+        return
+    from rich.live import Live
+
+    with Live(shown(found), console=Console()) as live:
+        while found.stage != "sealed":
+            time.sleep(watch)
+            found = look(cache)
+            live.update(shown(found))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where caches and runs will be.")] = Path(),
+    model: Annotated[str | None, typer.Option(help="Also look at this model's config: folder or hub name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, extras, processors, attention, memory, disk; exit code 1 if something will fail."""
+    from model_taps.environment import checks, table_of
+
+    found = checks(folder, model)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in found]))
+    else:
+        from rich.console import Console
+
+        Console().print(table_of(found))
+    if any(check.state == "bad" for check in found):
+        raise typer.Exit(1)
 
 
 def tokens_by_name(sources: Sequence[SourceIdentity]) -> dict[str, int]:

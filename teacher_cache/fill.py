@@ -22,6 +22,7 @@ from teacher_cache.calibrate import Calibrated, batches_of, calibrate
 from teacher_cache.extract.batch import UnitWork, extract_batch, plan_rows
 from teacher_cache.extract.rows import Extracted, Rows
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.worker_notes import noted
 from teacher_cache.workers import ALONE, Worker
 
 MAX_SATURATION = 1e-3
@@ -37,15 +38,22 @@ def fill(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
 def fill_units(calibrated: Calibrated, objects: Objects, worker: Worker) -> None:
     """Finish every unit of the plan."""
     units = calibrated.plan.units
-    with progress_bar() as progress:
+    with noted(objects, worker) as note, progress_bar() as progress:
         bar = progress.add_task("fill", total=sum(u["tokens"] for u in units), unit="tokens")
+
+        def on_tokens(count: int) -> None:
+            progress.advance(bar, count)
+            note.adds(count)
+
         seen: set[int] = set()
         for unit in _turns(objects, worker, len(units)):
             record = newest_record(objects, unit)
             if record is None:
-                record = fill_unit(calibrated, objects, unit, on_tokens=lambda n: progress.advance(bar, n))
+                note.begins(unit)
+                record = fill_unit(calibrated, objects, unit, on_tokens=on_tokens)
                 _refuse_another_cache(record, calibrated)
                 publish_unit(objects, record, calibrated.manifest.specs)
+                note.finished()
             elif unit not in seen:
                 _refuse_another_cache(record, calibrated)
                 progress.advance(bar, units[unit]["tokens"])

@@ -36,6 +36,7 @@ from signal_store.progress import progress_bar
 from signal_store.seal_record import Seal
 from signal_store.signals import Signals
 from teacher_cache.calibrate import calibration_keys
+from teacher_cache.worker_notes import NOTES
 from teacher_cache.workers import CLAIMS
 
 OWN_FOLDERS = frozenset(("ledger", "units", "calibration", "tokens", "segments", *Signals.model_fields, "tags"))
@@ -228,8 +229,8 @@ def _shard_keys(spec: ArraySpec, unit: int) -> list[str]:
 
 
 def _strangers(objects: Objects, seen: set[str]) -> tuple[bool, list[Damage]]:
-    """Objects in the cache's own folders that do not belong. What workers leave in staging and claims is inert, and so are whole
-    plans and calibrations of attempts that lost; files beside the cache's own folders are none of its business."""
+    """Objects in the cache's own folders that do not belong. What workers leave in staging, claims and notes is inert, and so are
+    whole plans and calibrations of attempts that lost; files beside the cache's own folders are none of its business."""
     try:
         keys = objects.list("")
     except StorageError:
@@ -244,7 +245,7 @@ def is_own(key: str) -> bool:
 
 
 def _is_inert(objects: Objects, key: str) -> bool:
-    if key.startswith((f"{STAGING}/", f"{CLAIMS}/")):
+    if key.startswith((f"{STAGING}/", f"{CLAIMS}/", f"{NOTES}/")):
         return True
     named = re.fullmatch(r"ledger/(?:plan/\d{7}\.([0-9a-f]{16})|calibration/([0-9a-f]{16})(?:\.copy)?\.safetensors)", key)
     return named is not None and sha256(objects.read(key)).removeprefix("sha256:").startswith(named[1] or named[2])

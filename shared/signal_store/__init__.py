@@ -4,7 +4,7 @@ import signal_store
 cache = signal_store.open_cache("cache.zarr")
 """
 
-from signal_store.cache import Cache, Segment, open_cache
+from signal_store.cache import Cache, open_cache
 from signal_store.disk_cache import DiskCacheOptions
 from signal_store.errors import (
     CorruptError,
@@ -15,6 +15,7 @@ from signal_store.errors import (
     SignalStoreError,
     StorageError,
 )
+from signal_store.segment import Segment
 
 __all__ = [
     "Cache",

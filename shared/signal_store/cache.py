@@ -1,11 +1,10 @@
 """Open a sealed cache, or a cache with overlays: its manifest, its arrays through the checking store, its segments one by one."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -22,33 +21,14 @@ from signal_store.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Spli
 from signal_store.objects import Objects, objects_at
 from signal_store.seal_record import Seal, units_group
 from signal_store.sealed_store import PackedRecords, SealedStore
+from signal_store.segment import Segment
 from signal_store.signals import Signals
 from signal_store.unit_rows import decode_shards
 
+if TYPE_CHECKING:
+    from signal_store.look.search import Match
+
 NO_TOKEN = 2**32 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One segment: the tokens the teacher saw as one context, and where its rows are.
-
-    `input_ids` uint32 [n], `loss_mask` uint8 [n] (see `layout.token_arrays`), `next_token` the label of the last row or None;
-    `token_start` the global index of its first token; `source` its source's name, `document` its number there.
-    """
-
-    index: int
-    source: str
-    split: Split
-    document: int
-    token_start: int
-    context_only: int
-    finished: bool
-    input_ids: NDArray[np.uint32]
-    loss_mask: NDArray[np.uint8]
-    next_token: int | None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 class SealedPart:
@@ -243,18 +223,22 @@ class Cache:
         found = self.read_unit(unit, {f"{group}/{name}": count for name in names})
         return {name: found[f"{group}/{name}"] for name in names}
 
-    def __getitem__(self, index: int) -> Segment:
+    def place_of(self, index: int) -> tuple[int, int]:
+        """(unit, place in the unit) of a segment; IndexError if there is none."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"segment {index} of {len(self)}")
         index %= len(self)
         unit = int(np.searchsorted(self._first_segment, index, side="right")) - 1
-        place = index - int(self._first_segment[unit])
+        return unit, index - int(self._first_segment[unit])
+
+    def __getitem__(self, index: int) -> Segment:
+        unit, place = self.place_of(index)
         names = ("token_start", "length", "context_only", "document", "source", "next_token", "finished")
         row = {name: int(column[place]) for name, column in self.segment_columns(unit, *names).items()}
         stop = row["token_start"] + row["length"]
         source = self.sources[row["source"]]
         return Segment(
-            index=index,
+            index=int(self._first_segment[unit]) + place,
             source=source.name,
             split=source.split,
             document=row["document"],
@@ -264,7 +248,29 @@ class Cache:
             input_ids=self.read("tokens/input_ids", row["token_start"], stop),
             loss_mask=self.read("tokens/loss_mask", row["token_start"], stop),
             next_token=None if row["next_token"] == NO_TOKEN else row["next_token"],
+            cache=self,
         )
+
+    def __iter__(self) -> Iterator[Segment]:
+        return (self[index] for index in range(len(self)))
+
+    def search(self, pattern: str, *, split: Split | None = None, limit: int | None = None) -> "Iterator[Match]":
+        """Places whose text matches a regular expression, segment after segment; InputError if it is none."""
+        from signal_store.look.search import search
+
+        return search(self, pattern, split=split, limit=limit)
+
+    def sample(self, seed: int = 0, *, split: Split | None = None) -> Segment:
+        """A segment drawn evenly among all, or those of a split; the same seed draws the same."""
+        from signal_store.look.search import sample
+
+        return sample(self, seed, split=split)
+
+    def to_xarray(self) -> Any:
+        """xarray DataTree of the whole cache, decoded where it is looked at (extra `inspect`); nothing is read before."""
+        from signal_store.look.lazy import to_xarray
+
+        return to_xarray(self)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's own files by name, as `save_pretrained` wrote them; CorruptError if one was altered."""
@@ -282,6 +288,11 @@ class Cache:
         signals = ", ".join(name for name, signal in m.signals if signal is not None)
         facts = f"teacher={m.teacher.name!r} tokens={self.num_tokens:,} units={self.seal.num_units} signals=[{signals}]"
         return f"<Cache {self.uri!r} {facts}>"
+
+    def _repr_html_(self) -> str:
+        from signal_store.look.summary import html_of, summarise
+
+        return html_of(summarise(self))
 
 
 def open_cache(

@@ -10,15 +10,13 @@ from rich.text import Text
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from signal_store.layout import SCALARS
+from signal_store.look.coloured import tokens_html
+from signal_store.look.extras import pyplot
+from signal_store.look.plots import fonts, shown
+from signal_store.look.tokens import token_texts
 from signal_store.roles import LEVELS
 from student_train.importance.rules import LEAST, MOST, Rules
 from student_train.importance.weigher import Weigher, surface
-from student_train.plots import pyplot
-from student_train.student import cached_tokenizer
-
-UNFINISHED = "\ufffd"
-"""What a tokenizer decodes part of a character to."""
-LONGEST_CHARACTER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ def token_weights(cache: Cache, segment: int, rules: Rules) -> list[TokenWeight]
     for path in ("tags/roles", "distribution/scalars"):
         if path not in cache.capacity_rows:
             raise MismatchError("weights need what the cache does not hold", expected=path, found="none", where=cache.uri)
-    tokenizer, found = cached_tokenizer(cache), cache[segment]
+    found = cache[segment]
     rows = slice(found.token_start, found.token_start + len(found))
     roles = cache.read("tags/roles", rows.start, rows.stop)
     entropy = cache.read("distribution/scalars", rows.start, rows.stop)[:, SCALARS.index("entropy")]
@@ -44,20 +42,13 @@ def token_weights(cache: Cache, segment: int, rules: Rules) -> list[TokenWeight]
     weights = Weigher.of(rules, cache.manifest.tokenizer.vocab_size).weights(
         roles[1:], np.nan_to_num(entropy[:-1].astype(np.float32))
     )
-    shown: list[TokenWeight] = []
-    pending: list[int] = []
-    for place, token in enumerate(found.input_ids.tolist()):
-        pending.append(token)
-        text = str(tokenizer.decode(pending))
-        if text.endswith(UNFINISHED) and len(pending) < LONGEST_CHARACTER and place + 1 < len(found):
-            continue
-        first = place + 1 - len(pending)
-        mine = slice(max(0, first - 1), place)
+    weighed: list[TokenWeight] = []
+    for first, stop, text in token_texts(cache).groups(found.input_ids.tolist()):
+        mine = slice(max(0, first - 1), stop - 1)
         own = weights[mine][counts[mine]]
         said = {level: names[n] for n, (level, names) in zip(roles[first], LEVELS.items(), strict=True) if n}
-        shown.append(TokenWeight(text, float(own.mean()) if first and len(own) else None, said))
-        pending = []
-    return shown
+        weighed.append(TokenWeight(text, float(own.mean()) if first and len(own) else None, said))
+    return weighed
 
 
 def coloured(tokens: list[TokenWeight]) -> Text:
@@ -76,6 +67,31 @@ def _colour(weight: float) -> tuple[int, int, int]:
     first, second, along = (blue, grey, share / middle) if share < middle else (grey, red, (share - middle) / (1 - middle))
     r, g, b = (round(a + (c - a) * float(along)) for a, c in zip(first, second, strict=True))
     return r, g, b
+
+
+def weights_html(tokens: list[TokenWeight]) -> str:
+    """The text for a notebook or a page, from white (0) to red (3); what a token's word is shows on hover."""
+    values = np.asarray([np.nan if token.weight is None else token.weight for token in tokens], np.float32)
+    says = [
+        ", ".join([*([] if t.weight is None else [f"weight {t.weight:.2f}"]), *(f"{k}: {v}" for k, v in t.roles.items())])
+        for t in tokens
+    ]
+    return tokens_html([token.text for token in tokens], values, says, MOST)
+
+
+def plot_weights(tokens: list[TokenWeight], first: int = 0, count: int = 40, axes: Any = None) -> Any:
+    """Weights along a text as bars; the line is 1, which changes nothing. Returns the matplotlib Axes."""
+    some = tokens[first : first + count]
+    axes = axes if axes is not None else pyplot().subplots(figsize=(1.5 + 0.27 * len(some), 3), layout="constrained")[1]
+    heights = [0.0 if token.weight is None else token.weight for token in some]
+    colours = ["0.8" if t.weight is None else tuple(part / 255 for part in _colour(t.weight)) for t in some]
+    axes.bar(range(len(some)), heights, color=colours, edgecolor="0.5", lw=0.5)
+    axes.axhline(1, color="0.3", lw=0.8, ls="--")
+    axes.set_xticks(range(len(some)), [shown(token.text, 10) for token in some], rotation=90, fontsize=7)
+    axes.set(ylabel="weight", ylim=(0, MOST), xlim=(-0.7, len(some) - 0.3), title="how much each token counts")
+    for label in axes.get_xticklabels():
+        label.set_fontfamily(list(fonts()[0]))
+    return axes
 
 
 def plot_surface(rules: Rules, axes: Any = None) -> Any:

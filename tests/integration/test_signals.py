@@ -14,9 +14,10 @@ from model_taps.attention_statistics import row_statistics
 from model_taps.head import OutputHead, final_norm, output_head
 from model_taps.loading import load_model
 from model_taps.slices import TAPS, tap_states
-from signal_store.cache import Cache, Segment, open_cache
+from signal_store.cache import Cache, open_cache
 from signal_store.errors import MismatchError
 from signal_store.layout import id_dtype
+from signal_store.segment import Segment
 from signal_store.signals import DistributionSignal
 from student_train.codecs import Codecs
 from student_train.losses.config import Losses

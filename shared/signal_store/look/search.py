@@ -1,0 +1,64 @@
+"""Find segments by their text, or draw one."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from signal_store.cache import Cache
+from signal_store.errors import InputError, MismatchError
+from signal_store.manifest import Split
+from signal_store.segment import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A place in a segment whose text matches: characters [start, stop) of its text, tokens [first, last] that hold them."""
+
+    segment: Segment
+    text: str
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def search(cache: Cache, pattern: str, *, split: Split | None, limit: int | None) -> Iterator[Match]:
+    """Matches in the order of segments, at most `limit`; empty matches are none."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise InputError("not a regular expression", found=f"{pattern} ({error})", where="search") from error
+    return _matches(cache, wanted, split, limit)
+
+
+def _matches(cache: Cache, wanted: "re.Pattern[str]", split: Split | None, limit: int | None) -> Iterator[Match]:
+    found = 0
+    for number in _numbers(cache, split):
+        segment = cache[int(number)]
+        pieces = segment.tokens
+        ends = np.cumsum([len(piece) for piece in pieces])
+        for match in wanted.finditer("".join(pieces)):
+            if match.end() == match.start():
+                continue
+            if limit is not None and found >= limit:
+                return
+            found += 1
+            first, last = np.searchsorted(ends, (match.start(), match.end() - 1), side="right")
+            yield Match(segment, match[0], match.start(), match.end(), int(first), int(last))
+
+
+def sample(cache: Cache, seed: int, *, split: Split | None) -> Segment:
+    """A segment, evenly among those of a split or all; MismatchError where there is none."""
+    numbers = _numbers(cache, split)
+    if not len(numbers):
+        raise MismatchError(f"the cache has no {split} split", expected=f"a source with split: {split}", where=cache.uri)
+    return cache[int(numbers[np.random.default_rng(seed).integers(len(numbers))])]
+
+
+def _numbers(cache: Cache, split: Split | None) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    if split is None:
+        return np.arange(len(cache))
+    ranges = [np.arange(cache.first_segment(int(u)), cache.first_segment(int(u) + 1)) for u in cache.units(split)]
+    return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)

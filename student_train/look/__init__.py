@@ -1,0 +1,1 @@
+"""Pictures and pages of students: beside their teacher, before and after training, run beside run."""

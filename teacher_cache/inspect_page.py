@@ -1,0 +1,94 @@
+"""The page that `inspect --html` writes: a sealed cache with its plots and samples, or how far an unfinished one is."""
+
+import html
+from collections.abc import Iterator
+
+import numpy as np
+
+from signal_store.cache import Cache, open_cache
+from signal_store.errors import IncompleteError
+from signal_store.look.coloured import segment_html
+from signal_store.look.page import Block, page, picture, progress, searchable, table
+from signal_store.look.plots import plot_attention, plot_explained_variance, plot_surprise, plot_tail_spectrum, plot_top
+from signal_store.look.summary import Section, summarise
+from signal_store.segment import Segment
+from teacher_cache.status import Status, duration, line_of, status, worker_rows
+
+SAMPLES = 60
+LOOKED_FOR_KEYWORDS = 40
+UNITS_SHOWN = 4096
+
+
+def inspect_page(addresses: list[str]) -> str:
+    """HTML of the cache at an address, with its overlays; of one that is not sealed, its progress."""
+    try:
+        cache = open_cache(addresses)
+    except IncompleteError:
+        return page(f"{addresses[0]} (not sealed)", list(_progress(status(addresses[0]))))
+    return page(cache.uri, [*_facts(cache), *_pictures(cache), _samples(cache)])
+
+
+def _facts(cache: Cache) -> Iterator[Block]:
+    for section in summarise(cache).sections:
+        body = table(section)
+        yield Block(section.title, body if len(section.rows) < 12 else f"<details open><summary>show</summary>{body}</details>")
+
+
+def _spread(cache: Cache, count: int) -> list[Segment]:
+    numbers = np.unique(np.linspace(0, len(cache) - 1, min(count, len(cache))).round().astype(int))
+    return [cache[int(number)] for number in numbers]
+
+
+def _pictures(cache: Cache) -> Iterator[Block]:
+    signals = cache.manifest.signals
+    if signals.distribution is not None:
+        shown = _spread(cache, 5)[1:4] or _spread(cache, 1)
+        n = min(8, signals.distribution.head or 8)
+        parts = []
+        for segment in shown:
+            begin = segment.context_only + (len(segment) - segment.context_only) // 3
+            says = f"segment {segment.index} of {segment.source}, from token {begin}"
+            parts += [picture(plot_top(segment, n, first=begin), says), picture(plot_surprise(segment, first=begin), says)]
+        yield Block("what the teacher expects", "".join(parts))
+        if cache.manifest.calibration.tail_rank:
+            yield Block("tail", picture(plot_tail_spectrum(cache), "how much each direction of the tail moves the logits"))
+    if cache.manifest.calibration.hidden:
+        yield Block("hidden states", picture(plot_explained_variance(cache), "what the stored directions keep of the variance"))
+    if cache.manifest.calibration.attention:
+        yield Block("attention", _attention(cache))
+
+
+def _attention(cache: Cache) -> str:
+    """The first keywords that are met, one a segment."""
+    layer = cache.manifest.calibration.attention[-1].layer
+    parts = []
+    for segment in _spread(cache, LOOKED_FOR_KEYWORDS):
+        if segment.attention(layer).keyword.values.any():
+            parts.append(picture(plot_attention(segment, layer), f"segment {segment.index} of {segment.source}"))
+        if len(parts) == 2:
+            break
+    return "".join(parts) or '<p class="note">none of the segments that were looked at has a keyword</p>'
+
+
+def _samples(cache: Cache) -> Block:
+    samples = [
+        (f"{s.index}: {s.source}, document {s.document}, {len(s)} tokens, {s.split}", segment_html(s))
+        for s in _spread(cache, SAMPLES)
+    ]
+    says = f'<p class="note">{len(samples)} of {len(cache):,} segments, spread evenly; colour is the teacher\'s surprise.</p>'
+    return Block("samples", says + searchable("samples", samples))
+
+
+def _progress(found: Status) -> Iterator[Block]:
+    left = "" if found.seconds_left is None else f", {duration(found.seconds_left)} left"
+    yield Block("progress", progress(found.done_tokens, sum(found.unit_tokens), line_of(found)) + _unit_map(found))
+    if found.workers:
+        columns = ("worker", "host", "state", "unit", "units done", "tokens/s", "last word", "error")
+        yield Block(f"workers{left}", table(Section.of("workers", columns, list(worker_rows(found)))))
+
+
+def _unit_map(found: Status) -> str:
+    """A square for each unit: dark where it has a record."""
+    cells = "".join("■" if done else "□" for done in found.done[:UNITS_SHOWN])
+    more = f"and {len(found.done) - UNITS_SHOWN:,} more" if len(found.done) > UNITS_SHOWN else ""
+    return f'<pre aria-label="units">{cells}</pre><p class="note">{html.escape(more)}</p>'
