@@ -189,6 +189,71 @@ def plot_shares(
     typer.echo(str(out))
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    html: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
+    from student_train.look.report import report as write
+
+    html.write_text(write(runs), encoding="utf-8")
+    typer.echo(str(html))
+
+
+doctor = typer.Typer(no_args_is_help=False, help="Check this machine, or look for what was wrong with a run.")
+app.add_typer(doctor, name="doctor")
+
+
+@doctor.callback(invoke_without_command=True)
+def _doctor(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option(help="Where runs will be.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, extras, processors, attention, memory, disk; exit code 1 if something will fail."""
+    if context.invoked_subcommand is not None:
+        return
+    from dataclasses import asdict
+
+    from model_taps.environment import checks, table_of
+
+    found = checks(folder)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in found]))
+    else:
+        from rich.console import Console
+
+        Console().print(table_of(found))
+    if any(check.state == "bad" for check in found):
+        raise typer.Exit(1)
+
+
+@doctor.command()
+def spikes(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    most: Annotated[int, typer.Option(min=1, help="Spikes to look at, the highest.")] = 3,
+    suspects: Annotated[int, typer.Option(min=1, help="Samples of each, the most surprising.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Name the samples behind the jumps of a run's loss, escapes shown."""
+    from dataclasses import asdict
+
+    from student_train.spikes import spikes as look
+
+    found = look(run, most, suspects)
+    if as_json:
+        typer.echo(json.dumps([asdict(spike) for spike in found]))
+        return
+    if not found:
+        typer.echo("no spike: no step's loss lies far above the steps before it")
+    for spike in found:
+        typer.echo(f"step {spike.step}: loss {spike.loss:.4f}, before it {spike.usual:.4f}")
+        for s in spike.suspects:
+            surprise = "" if s.surprise is None else f", teacher's surprise {s.surprise:.2f} nats"
+            typer.echo(f"  segment {s.segment} ({s.source}, document {s.document}, {s.tokens} tokens{surprise}): {s.text}")
+
+
 def main() -> None:
     """Entry point."""
     run_app(app)

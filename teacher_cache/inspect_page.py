@@ -15,6 +15,8 @@ from signal_store.segment import Segment
 from teacher_cache.status import Status, duration, line_of, status, worker_rows
 
 SAMPLES = 60
+BEGINNING = 60
+"""Characters of a sample that are shown before it is opened."""
 LOOKED_FOR_KEYWORDS = 40
 UNITS_SHOWN = 4096
 
@@ -31,7 +33,7 @@ def inspect_page(addresses: list[str]) -> str:
 def _facts(cache: Cache) -> Iterator[Block]:
     for section in summarise(cache).sections:
         body = table(section)
-        yield Block(section.title, body if len(section.rows) < 12 else f"<details open><summary>show</summary>{body}</details>")
+        yield Block(section.title, body if len(section.rows) < 12 else f"<details><summary>show</summary>{body}</details>")
 
 
 def _spread(cache: Cache, count: int) -> list[Segment]:
@@ -72,11 +74,15 @@ def _attention(cache: Cache) -> str:
 
 def _samples(cache: Cache) -> Block:
     samples = [
-        (f"{s.index}: {s.source}, document {s.document}, {len(s)} tokens, {s.split}", segment_html(s))
-        for s in _spread(cache, SAMPLES)
+        (f"{s.index}: {s.source}, {len(s)} tokens, {s.split}: {_beginning(s)}", segment_html(s)) for s in _spread(cache, SAMPLES)
     ]
     says = f'<p class="note">{len(samples)} of {len(cache):,} segments, spread evenly; colour is the teacher\'s surprise.</p>'
     return Block("samples", says + searchable("samples", samples))
+
+
+def _beginning(segment: Segment) -> str:
+    text = " ".join(segment.text[:200].split())
+    return text if len(text) <= BEGINNING else text[: BEGINNING - 1] + "…"
 
 
 def _progress(found: Status) -> Iterator[Block]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -98,7 +99,7 @@ def shown(found: Status) -> Group:
     table = Table("worker", "host", "state", "unit", "units done", "tokens/s", "last word", "error")
     for row in worker_rows(found):
         table.add_row(*(Text(cell) for cell in row))
-    return Group(Text(line_of(found)), bar, *([table] if found.workers else []))
+    return Group(Text(line_of(found)), Padding(bar, (0, 0, 1, 0)), *([table] if found.workers else []))
 
 
 def line_of(found: Status) -> str:

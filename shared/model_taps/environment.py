@@ -169,7 +169,7 @@ def _model(name: str) -> Iterator[Check]:
         yield Check("model", "bad", " ".join(str(error).split())[:200], "Name a causal LM's folder or hub name.")
         return
     size = sum(p.numel() for p in built.parameters())
-    yield Check("model", "ok", f"{type(built).__name__}, {size:,} parameters, {size * 2 / 2**30:,.1f} GiB in bfloat16")
+    yield Check("model", "ok", f"{type(built).__name__}, {size:,} parameters, {size * 2 / 2**20:,.0f} MiB in bfloat16")
     layers = softmax_attention_layers(built)
     found = f"{len(layers)} of {config.get_text_config().num_hidden_layers} blocks, {built.config._attn_implementation}"  # noqa: SLF001
     yield Check("model's attention", "ok" if layers else "note", found, "" if layers else "signals.attention cannot be cached.")

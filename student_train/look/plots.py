@@ -93,7 +93,7 @@ def layerwise_cka(student: PreTrainedModel, cache: Cache, tap: Tap, segments: in
         for number in range(cache.first_segment(int(unit)), cache.first_segment(int(unit) + 1)):
             segment = cache[number]
             teacher = {layer: segment.hidden(tap, layer) for layer in layers}
-            places = torch.from_numpy(teacher[layers[0]].token.values)
+            places = torch.tensor(teacher[layers[0]].token.values)
             if len(places) < MIN_TOKENS:
                 continue
             ids = torch.from_numpy(segment.input_ids.astype("int64"))[None].to(device)
@@ -102,7 +102,7 @@ def layerwise_cka(student: PreTrainedModel, cache: Cache, tap: Tap, segments: in
             inside = torch.ones(1, len(places), dtype=torch.bool)
             mine = [states[state].flatten(0, -2)[places.to(device)].float().cpu()[None] for state in own]
             for row, layer in enumerate(layers):
-                other = torch.from_numpy(teacher[layer].values)[None]
+                other = torch.tensor(teacher[layer].values)[None]
                 total[row] += [float(debiased_cka(m, other, inside).sum()) for m in mine]
             seen += 1
             if seen == segments:

@@ -1,0 +1,156 @@
+"""report: runs beside each other on one page: results, what their recipes differ in, curves, terms, gradient shares."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from signal_store.look.extras import pyplot
+from signal_store.look.page import Block, page, picture, table
+from signal_store.look.summary import Section
+from student_train.gradient_shares import SUFFIX, plot_shares, shares_of
+from student_train.look.students import about_run
+from student_train.metrics import METRICS, read_metrics
+
+NUMBERS = ("validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error", "tokens_per_second", "parameters")
+SMOOTHED = 50
+"""Points of a training curve; each is the mean of its share of the steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as its folder tells it; `result` is empty while it runs."""
+
+    name: str
+    about: dict[str, Any]
+    records: list[dict[str, Any]]
+    result: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "Run":
+        """NotFoundError where there is none."""
+        about, metrics, result = about_run(folder), folder / METRICS, folder / "result.json"
+        records = read_metrics(metrics) if metrics.is_file() else []
+        return cls(name, about, records, json.loads(result.read_text()) if result.is_file() else {}, folder)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a number of its log."""
+        found = [(int(r["step"]), float(r[name])) for r in self.records if isinstance(r.get(name), int | float)]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def report(folders: Sequence[Path]) -> str:
+    """HTML of these runs, in their order."""
+    runs = [Run.of(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    return page(f"{len(runs)} runs" if len(runs) > 1 else runs[0].name, list(_blocks(runs)))
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """What tells the folders apart: their paths without the beginning that all share."""
+    parts = [folder.absolute().parts for folder in folders]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return ["/".join(p[shared:]) for p in parts]
+
+
+def _blocks(runs: list[Run]) -> Iterator[Block]:
+    yield Block("results", table(_results(runs)))
+    if len(runs) > 1 and (differences := _differences(runs)).rows:
+        yield Block("what the recipes differ in", table(differences))
+    curves = [axes for name in ("validation_loss", "kl", "agreement") if (axes := plot_series(runs, name)) is not None]
+    yield Block("held-out text", "".join(picture(axes, axes.get_title()) for axes in curves) or _nothing("no validation yet"))
+    yield Block("training", _pictures(runs, ["loss", "gradient_norm", "tokens_per_second"]) or _nothing("no step yet"))
+    yield Block("terms", _pictures(runs, _terms(runs)) or _nothing("no term was logged"))
+    shares = [run for run in runs if any(name.endswith(SUFFIX) for record in run.records for name in record)]
+    if shares:
+        drawn = [(run, plot_shares(*shares_of(run.folder))) for run in shares]
+        yield Block("gradient shares", "".join(picture(axes, f"what moves the student: {run.name}") for run, axes in drawn))
+    yield Block("provenance", table(_provenance(runs)))
+
+
+def _nothing(says: str) -> str:
+    return f'<p class="note">{says}</p>'
+
+
+def _terms(runs: list[Run]) -> list[str]:
+    names = {name for run in runs for record in run.records for name in record}
+    return sorted(name for name in names if name.endswith("_loss") and not name.startswith("validation_loss"))
+
+
+def _results(runs: list[Run]) -> Section:
+    numbers = [name for name in NUMBERS if any(run.result.get(name) is not None for run in runs)]
+    rows = []
+    for run in runs:
+        steps = int(run.records[-1]["step"]) if run.records else 0
+        state = "done" if run.result else "not finished"
+        cells = [_number(run.result.get(name)) for name in numbers]
+        rows.append((run.name, state, f"{steps:,} of {run.about['recipe']['steps']:,}", *cells))
+    return Section.of("results", ("run", "state", "steps", *numbers), rows)
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _flat(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _flat(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, json.dumps(content, ensure_ascii=False)
+
+
+def _differences(runs: list[Run]) -> Section:
+    flat = [dict(_flat(run.about["recipe"])) for run in runs]
+    places = [p for p in dict.fromkeys(p for f in flat for p in f) if p != "out" and len({f.get(p) for f in flat}) > 1]
+    return Section.of("differences", ("place", *(run.name for run in runs)), [(p, *(f.get(p, "") for f in flat)) for p in places])
+
+
+def _provenance(runs: list[Run]) -> Section:
+    names = ("cache_id", "generation", "recipe_digest", "commit", "processes", "sharing", "machine", "python")
+    rows = [(name, *(str(run.about.get(name, "")) for run in runs)) for name in names]
+    versions = list(dict.fromkeys(name for run in runs for name in run.about.get("versions", {})))
+    rows += [(name, *(str(run.about.get("versions", {}).get(name, "")) for run in runs)) for name in versions]
+    return Section.of("provenance", ("", *(run.name for run in runs)), rows)
+
+
+def _pictures(runs: list[Run], names: Sequence[str]) -> str:
+    drawn = [axes for name in names if (axes := plot_series(runs, name, smooth=True)) is not None]
+    return "".join(picture(axes, axes.get_title()) for axes in drawn)
+
+
+def plot_series(runs: Sequence[Run], name: str, *, smooth: bool = False, axes: Any = None) -> Any:
+    """A number of the logs over steps, a line a run; None where no run has it. Returns the matplotlib Axes. `smooth`: means of a
+    fiftieth of the steps each."""
+    found = [(f"C{number}", run, *_series(run, name)) for number, run in enumerate(runs)]
+    found = [(colour, run, steps, values) for colour, run, steps, values in found if steps]
+    if not found:
+        return None
+    axes = axes if axes is not None else pyplot().subplots(figsize=(7.5, 3.4), layout="constrained")[1]
+    for colour, run, steps, values in found:
+        x, y = _smoothed(steps, values) if smooth else (np.asarray(steps), np.asarray(values))
+        axes.plot(x, y, marker="" if smooth else "o", ms=3, lw=1.3, color=colour, label=run.name)
+    axes.set(xlabel="step", title=name.replace("_", " "))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def _series(run: Run, name: str) -> tuple[list[int], list[float]]:
+    if name != "tokens_per_second":
+        return run.series(name)
+    steps, tokens = run.series("tokens")
+    _, seconds = run.series("seconds")
+    return (steps, [n / s for n, s in zip(tokens, seconds, strict=True)]) if len(tokens) == len(seconds) else ([], [])
+
+
+def _smoothed(steps: Sequence[int], values: Sequence[float]) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    parts = min(SMOOTHED, len(steps))
+    return tuple(np.asarray([part.mean() for part in np.array_split(np.asarray(each, float), parts)]) for each in (steps, values))  # type: ignore[return-value]

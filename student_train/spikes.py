@@ -1,0 +1,106 @@
+"""doctor spikes: which samples were behind the jumps of a run's loss.
+
+A spike is a step whose loss lies far above the steps before it: more than `SPREADS` times their median absolute deviation above
+their median. The stream is a function, so the step's rows are made again, from the tokens alone; segments are ranked by how much
+the teacher was surprised by them, where the cache holds that, and shown with their escapes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from model_taps.packing import probe
+from signal_store.cache import Cache, open_cache
+from signal_store.errors import InputError, NotFoundError
+from signal_store.look.coloured import surprise_and_entropy
+from student_train.look.students import about_run
+from student_train.metrics import METRICS, read_metrics
+from student_train.recipe import RunRecipe
+from student_train.stream.reader import TOKENS_ONLY
+from student_train.stream.rows import Stream
+from student_train.student import build_student
+
+BEFORE = 50
+LEAST_BEFORE = 8
+SPREADS = 8.0
+LEAST_SHARE = 0.02
+"""Of the median: a smaller jump is none, however quiet the steps before were."""
+SHOWN_CHARACTERS = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A segment of a step: `surprise` mean −log p of its tokens by the teacher, in nats, None where the cache does not hold it;
+    `text` how it begins, escapes shown."""
+
+    segment: int
+    source: str
+    document: int
+    tokens: int
+    surprise: float | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """Step `step` (from 1) had `loss` where the steps before had `usual`; `suspects`, the most surprising first."""
+
+    step: int
+    loss: float
+    usual: float
+    suspects: tuple[Suspect, ...]
+
+
+def spike_steps(losses: list[tuple[int, float]]) -> Iterator[tuple[int, float, float]]:
+    """(step, loss, median before) of the jumps in (step, loss) pairs."""
+    values = np.asarray([loss for _, loss in losses])
+    for place in range(LEAST_BEFORE, len(values)):
+        before = values[max(0, place - BEFORE) : place]
+        usual = float(np.median(before))
+        spread = max(float(np.median(np.abs(before - usual))), LEAST_SHARE * abs(usual) / SPREADS)
+        if not values[place] <= usual + SPREADS * spread:
+            yield losses[place][0], float(values[place]), usual
+
+
+def spikes(run: Path, most: int = 3, suspects: int = 5) -> list[Spike]:
+    """The `most` highest spikes of a run, each with its most suspicious segments."""
+    about = about_run(run)
+    path = run / METRICS
+    if not path.is_file():
+        raise NotFoundError("the run has no log", expected=METRICS, where=run)
+    recipe = RunRecipe.model_validate(about["recipe"])
+    if recipe.checkpoint.accept_other_cache:
+        raise InputError("the run went over to another cache: its early steps cannot be made again", where=run)
+    losses = [(int(record["step"]), float(record["loss"])) for record in read_metrics(path) if "loss" in record]
+    found = sorted(spike_steps(losses), key=lambda spike: spike[2] - spike[1])[:most]
+    if not found:
+        return []
+    cache = open_cache(recipe.cache, generation=int(about["generation"]))
+    segments = segments_of(recipe, cache, {step for step, _, _ in found})
+    return [Spike(step, loss, usual, tuple(_ranked(cache, segments[step])[:suspects])) for step, loss, usual in sorted(found)]
+
+
+def segments_of(recipe: RunRecipe, cache: Cache, steps: set[int]) -> dict[int, list[int]]:
+    """By step (from 1), the segments of its rows; the stream is walked from its beginning."""
+    student, _ = build_student(recipe.student, cache)
+    packed = probe(student, cache.manifest.tokenizer.vocab_size) == "packed"
+    config = recipe.stream.model_copy(update={"micro_rows": None})
+    batches = Stream(cache, TOKENS_ONLY, config, packed=packed).micro_batches({}, 0)
+    return {step: sorted(set(batch.segments)) for step, batch in enumerate(islice(batches, max(steps)), start=1) if step in steps}
+
+
+def _ranked(cache: Cache, segments: list[int]) -> list[Suspect]:
+    held = cache.manifest.signals.distribution is not None
+    found = []
+    for number in segments:
+        segment = cache[number]
+        surprise = None
+        if held:
+            values, _ = surprise_and_entropy(segment)
+            surprise = float(np.nanmean(values)) if np.isfinite(values).any() else None
+        text = ascii(segment.text[:SHOWN_CHARACTERS])
+        found.append(Suspect(segment.index, segment.source, segment.document, len(segment), surprise, text))
+    return sorted(found, key=lambda suspect: -(suspect.surprise or 0.0))

@@ -1,0 +1,495 @@
+"""Looking at a cache: what is shown is what is stored, decoded, named, bounded and escaped."""
+
+import html as html_module
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from model_taps.environment import checks
+from signal_store import open_cache
+from signal_store.cache import Cache
+from signal_store.errors import InputError, MismatchError, NotFoundError
+from signal_store.layout import SCALARS
+from signal_store.look import plots
+from signal_store.look.coloured import surprise_and_entropy
+from signal_store.look.extras import pyplot
+from signal_store.look.lazy import to_xarray
+from signal_store.look.meaning import meaning
+from signal_store.look.summary import html_of, signal_bytes, summarise, text_of
+from student_train.cli import app as student_app
+from student_train.importance.rules import load_rules
+from student_train.importance.show import plot_weights, token_weights, weights_html
+from student_train.look.plots import layerwise_cka, plot_against_teacher, plot_cka
+from student_train.look.report import report
+from student_train.look.students import before_and_after
+from student_train.metrics import METRICS, read_metrics
+from student_train.recipe import RunRecipe
+from student_train.run import run
+from student_train.spikes import segments_of, spike_steps, spikes
+from student_train.student import cached_tokenizer
+from teacher_cache import fill as fill_module
+from teacher_cache.build import build
+from teacher_cache.cli import app
+from teacher_cache.plan import plan
+from teacher_cache.status import status
+from teacher_cache.verify import verify
+from tests.browser import opened
+from tests.conftest import RecipeMaker
+from tests.tiny import COMMON, write_jsonl
+
+mpl.use("agg")
+
+HOSTILE = (
+    "<script>alert('from a text')</script> if x: return <img src=http://example.invalid/x.png onerror=alert(1)>",
+    "if مرحبا بالعالم: return 'שלום עולם' # $\\alpha$ & \"quotes\" '</bdi></pre>'",
+    "今天天气很好,\u200b我们一起去公园散步吧。for token in 老师: pass",
+)
+
+
+@pytest.fixture(scope="module")
+def hostile_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+    """Sampled states, rows that keep their heaviest columns, drawn tokens; texts that would run if they were not escaped."""
+    folder = tmp_path_factory.mktemp("hostile")
+    texts = [f"{text} {number}" for number in range(4) for text in HOSTILE]
+    source = {"name": "<b>hostile</b>", "jsonl": write_jsonl(folder / "texts.jsonl", texts), "lexer": "python"}
+    signals = {
+        "distribution": {"rank": 8, "head": 6, "samples": 3},
+        "hidden": {"positions": {"every": 3}, "rank": 5, "layers": [2]},
+        "attention": {"heads": 2, "max_columns": 4},
+    }
+    return build(recipe_for(folder / "cache.zarr", sources=[source], signals=signals))
+
+
+def test_pieces_are_the_text(hostile_cache: Cache) -> None:
+    tokenizer = cached_tokenizer(hostile_cache)
+    for segment in hostile_cache:
+        assert segment.text == tokenizer.decode(segment.input_ids.tolist())
+        assert len(segment.tokens) == len(segment)
+
+
+def test_the_favourites_are_the_favourites(hostile_cache: Cache, exact_cache: Cache) -> None:
+    for looked in (hostile_cache[1], exact_cache.sample(3)):
+        for temperature in (1.0, 3.0):
+            dense = looked.logprobs(temperature)
+            assert dense.attrs["units"] == "nat"
+            torch.testing.assert_close(torch.from_numpy(dense.values).exp().sum(1), torch.ones(len(looked)), rtol=1e-5, atol=0)
+            frame = looked.top(6, temperature)
+            rows, ids = frame.index.get_level_values("token"), frame.id.to_numpy()
+            np.testing.assert_allclose(dense.values[rows, ids], -frame.nats, rtol=1e-5, atol=1e-6)
+            assert (frame.nats.groupby("token").diff().dropna() >= 0).all()
+            assert np.bincount(rows).tolist() == [6] * len(looked)
+        labels = np.append(looked.input_ids[1:].astype(np.int64), -1 if looked.next_token is None else looked.next_token)
+        deep = looked.top(30)
+        assert (deep.id[deep.is_next].to_numpy() == labels[deep.index[deep.is_next].get_level_values("token")]).all()
+        values = torch.from_numpy(looked.logprobs(1.0).values).topk(30, 1).values
+        np.testing.assert_allclose(deep.nats.to_numpy().reshape(-1, 30), -values.numpy(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(MismatchError, match="so many tokens"):
+        exact_cache[0].top(0)
+    with pytest.raises(MismatchError, match="temperature"):
+        exact_cache[0].top(3, 1.7)
+
+
+def test_a_pure_head_says_what_it_knows(recipe_for: RecipeMaker, tmp_path: Path) -> None:
+    made = build(recipe_for(tmp_path / "cache.zarr", signals={"distribution": {"rank": 0, "head": 4}}))
+    assert made[0].top(4).probability.groupby("token").sum().max() <= 1
+    with pytest.raises(MismatchError, match="single tokens"):
+        made[0].logprobs()
+    with pytest.raises(MismatchError, match="there is no tail"):
+        made[0].top(5)
+    with pytest.raises(MismatchError, match="no attention"):
+        made[0].attention(1)
+    with pytest.raises(MismatchError, match="no hidden states"):
+        made[0].hidden("block_output", 1)
+    assert "/hidden" not in made[0].to_xarray().groups
+
+
+def test_scalars_are_of_the_row_that_predicts(exact_cache: Cache) -> None:
+    segment = exact_cache[2]
+    rows = exact_cache.read("distribution/scalars", segment.token_start, segment.token_start + len(segment)).astype(np.float32)
+    surprise, entropy = surprise_and_entropy(segment)
+    assert np.isnan(surprise[0])
+    np.testing.assert_array_equal(surprise[1:], -rows[:-1, SCALARS.index("label_logprob")])
+    np.testing.assert_array_equal(entropy[1:], rows[:-1, SCALARS.index("entropy")])
+    dense = segment.logprobs(1.0).values
+    stored = segment.scalars().label_logprob.values[:-1]
+    np.testing.assert_allclose(dense[np.arange(len(segment) - 1), segment.input_ids[1:].astype(int)], stored, atol=0.02)
+    np.testing.assert_allclose(segment.scalars()["head_mass@2"].values, 1 / (1 + np.exp(-rows[:, len(SCALARS) + 1])), rtol=1e-6)
+
+
+def test_attention_rows_are_what_is_stored(hostile_cache: Cache, cache: Cache) -> None:
+    for looked in (hostile_cache, cache):
+        layer = looked.manifest.calibration.attention[0].layer
+        rows = 0
+        for segment in looked:
+            found = segment.attention(layer)
+            rows += len(found.token)
+            assert found.dims == ("token", "head", "key")
+            for row, place in enumerate(found.token.values):
+                assert np.isnan(found.values[row, :, place + 1 :]).all()
+                total = np.nansum(found.values[row], 1)
+                if "residual" in found.coords:
+                    total = total + found.residual.values[row]
+                    assert (np.isfinite(found.values[row]).sum(1) == min(4, place + 1)).all()
+                np.testing.assert_allclose(total, 1, atol=0.03)
+                assert found.key_piece.values[place] == found.piece.values[row]
+        assert rows
+
+
+def test_every_decoded_array_has_a_name_and_a_unit(knowing_cache: Cache, hostile_cache: Cache) -> None:
+    for looked in (knowing_cache, hostile_cache):
+        segment = next(s for s in looked if s.source.startswith("qa")) if looked is knowing_cache else looked[0]
+        for tree, texts in (
+            (segment.to_xarray(), {"piece", "text", "pos", "dependency", "semantic", "code"}),
+            (looked.to_xarray(), set()),
+        ):
+            assert len(tree.groups) > 4
+            for node in tree.subtree:
+                for name, variable in node.dataset.data_vars.items():
+                    assert name in texts or variable.attrs.get("units", "unknown") != "unknown", (node.path, name)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_a_lazy_array_is_the_stored_one(hostile_cache: Cache, data: st.DataObject) -> None:
+    tree = hostile_cache.to_xarray()
+    path = data.draw(
+        st.sampled_from(["distribution/scalars", "tokens/input_ids", "distribution/head_ids", "attention/rows/position"])
+    )
+    if path == "distribution/scalars":
+        whole = hostile_cache.read(path)[:, SCALARS.index("entropy")].astype(np.float32)
+        lazy = tree["distribution/entropy"]
+    else:
+        whole, lazy = hostile_cache.read(path), tree[path]
+    rows = data.draw(
+        st.one_of(
+            st.integers(-len(whole), len(whole) - 1),
+            st.slices(len(whole)).filter(lambda s: (s.step or 1) > 0),  # xarray 2026.9 fails on empty backward ones
+            st.lists(st.integers(0, len(whole) - 1), max_size=5).map(lambda some: np.asarray(some, np.int64)),
+        )
+    )
+    np.testing.assert_array_equal(lazy[rows].values, whole[rows])
+    if whole.ndim == 2:
+        column = data.draw(
+            st.one_of(st.integers(0, whole.shape[1] - 1), st.slices(whole.shape[1]).filter(lambda s: (s.step or 1) > 0))
+        )
+        np.testing.assert_array_equal(lazy[rows, column].values, whole[rows][..., column])
+
+
+def test_a_lazy_state_is_the_segment_s(hostile_cache: Cache) -> None:
+    tree, layer = hostile_cache.to_xarray(), hostile_cache.manifest.calibration.attention[0].layer
+    segment = next(s for s in hostile_cache if len(s.attention(layer).token))
+    one = segment.hidden("block_output", 2)
+    row = segment.columns("hidden/segments", "row_start", "rows")
+    own = tree["hidden/block_output/2/state"][row["row_start"] : row["row_start"] + row["rows"]]
+    np.testing.assert_array_equal(own.values, one.values)
+    head = tree["distribution/head_logprob"][segment.token_start].values
+    np.testing.assert_allclose(np.sort(-head), segment.top(6).loc[0].nats, rtol=1e-5, atol=1e-6)
+    place = segment.columns("attention/segments", "row_start", "rows")["row_start"]
+    first, count = (int(tree[f"attention/rows/{name}"][place].values) for name in ("offset", "length"))
+    entries = tree[f"attention/{layer}/probability"][first : first + count].values
+    np.testing.assert_allclose(np.sort(entries, 0), np.sort(segment.attention(layer).values[0].T, 0)[:count], rtol=1e-6)
+
+
+def test_nothing_is_read_before_it_is_asked_for(hostile_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = open_cache(hostile_cache.uri)
+    monkeypatch.setattr(Cache, "read", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(Cache, "read_unit", lambda *_: pytest.fail("data was read"))
+    assert "input_ids" in repr(to_xarray(fresh))
+    assert len(repr(fresh)) < 400
+    assert len(fresh._repr_html_()) < 100_000
+    assert text_of(summarise(fresh))
+
+
+def test_text_and_html_have_the_same_sections(hostile_cache: Cache, cache: Cache) -> None:
+    for looked in (hostile_cache, cache):
+        summary = summarise(looked)
+        text, page = text_of(summary), html_of(summary)
+        for section in summary.sections:
+            assert f"\n{section.title}\n" in text
+            assert html_module.escape(section.title) in page
+            for row in section.rows:
+                assert all(cell in text and html_module.escape(cell) in page for cell in row)
+        assert "<b>hostile" not in page
+        assert all(meaning(path)[1] != "unknown" for path in looked.capacity_rows)
+    sizes = signal_bytes(cache)
+    assert sum(sizes.values()) == sum(
+        path.stat().st_size
+        for top in sizes
+        for path in (Path(cache.uri) / top).rglob("*")
+        if "c" in path.relative_to(cache.uri).parts and path.is_file()
+    )
+    assert "<script>" not in hostile_cache[0]._repr_html_()
+    assert repr(cache[0]).startswith("<Segment 0 of 'train'")
+
+
+def test_search_and_sample(cache: Cache, hostile_cache: Cache) -> None:
+    found = list(cache.search(r"def \w+"))
+    assert len(found) > 8
+    for match in found:
+        assert match.segment.text[match.start : match.stop] == match.text
+        assert match.text in "".join(match.segment.tokens[match.first : match.last + 1])
+    assert list(cache.search("散步", limit=2))[1].text == "散步"
+    assert {m.segment.split for m in cache.search("held out", split="validation")} == {"validation"}
+    assert [m.start for m in cache.search("x*", limit=3)] == [m.start for m in cache.search("x+", limit=3)]
+    assert cache.sample(5).index == cache.sample(5).index
+    assert len({cache.sample(seed).index for seed in range(20)}) > 5
+    assert cache.sample(1, split="validation").split == "validation"
+    with pytest.raises(InputError, match="regular expression"):
+        cache.search("(")
+    with pytest.raises(MismatchError, match="no validation split"):
+        hostile_cache.sample(split="validation")
+
+
+def test_plots_are_axes(knowing_cache: Cache, hostile_cache: Cache) -> None:
+    for looked in (knowing_cache, hostile_cache):
+        segment = next(s for s in looked if s.attention(looked.manifest.calibration.attention[0].layer).keyword.values.any())
+        axes = plots.plot_top(segment, 4, 2.0, tokens=6)
+        pieces = [text.get_text() for text in axes.texts]
+        assert len(pieces) == 4 * min(6, len(segment))
+        boxes = [patch for patch in axes.patches if patch.get_edgecolor()[:3] != (0, 0, 0)]
+        assert len(boxes) == int(segment.top(4, 2.0).loc[0:5].is_next.sum())
+        drawn = [
+            plots.plot_attention(segment),
+            plots.plot_tail_spectrum(looked),
+            plots.plot_explained_variance(looked),
+            plots.plot_surprise(segment),
+        ]
+        for one in (axes, *drawn):
+            one.figure.canvas.draw()
+            pyplot().close(one.figure)
+    with pytest.raises(InputError, match="no such token"):
+        plots.plot_top(hostile_cache[0], first=10_000)
+    keywordless = next(
+        (s for s in knowing_cache if not len(s.attention(knowing_cache.manifest.calibration.attention[0].layer).token)), None
+    )
+    if keywordless is not None:
+        with pytest.raises(MismatchError, match="no keyword"):
+            plots.plot_attention(keywordless)
+
+
+@given(st.text(max_size=40))
+def test_any_text_can_be_a_label(text: str) -> None:
+    shown = plots.shown(text)
+    assert "\n" not in shown
+    assert "$" not in shown.replace(r"\$", "")
+    _, has = plots.fonts()
+    assert all(has(character) for character in shown)
+
+
+def test_evidence_coverage_and_roles_are_frames(knowing_cache: Cache) -> None:
+    question = next(s for s in knowing_cache if s.source.startswith("qa"))
+    frame = question.evidence()
+    assert frame.filter(like="share_").sum().to_numpy() == pytest.approx(1, abs=5e-3)
+    assert all(text in question.text for text in frame.text)
+    summary = next(s for s in knowing_cache if s.source.startswith("summary") and len(s.coverage()))
+    assert summary.coverage().probability.between(0, 1).all()
+    assert (question.roles().code != "none").any()
+    weights = token_weights(knowing_cache, question.index, load_rules(None))
+    assert "weight" in weights_html(weights)
+    assert len(plot_weights(weights).patches) == min(40, len(weights))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Cache) -> Path:
+    out = tmp_path_factory.mktemp("run") / "first"
+    content = {
+        "cache": cache.uri,
+        "out": out,
+        "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2}},
+        "preset": "cross_entropy",
+        "steps": 30,
+        "optimizer": {"learning_rate": 1e-2},
+        "stream": {"row_tokens": 48, "rows_per_step": 4, "workers": 0},
+        "validation": {"every": 10},
+        "gradient_shares_every": 10,
+    }
+    run(RunRecipe.model_validate(content))
+    return out
+
+
+def test_students_beside_their_teacher(cache: Cache, finished_run: Path) -> None:
+    students = before_and_after(finished_run, cache)
+    segment = cache.sample(1, split="validation")
+    axes = plot_against_teacher(segment, students, tokens=12)
+    assert [line.get_label().split(",")[0] for line in axes.lines] == ["before", "after"]
+    means = [float(line.get_label().rsplit(" ", 1)[1]) for line in axes.lines]
+    assert means[1] < means[0]
+    layers, matrix = layerwise_cka(students["after"], cache, "block_output", 4)
+    assert matrix.shape == (len(layers), 2)
+    assert (np.abs(matrix) <= 1 + 1e-6).all()
+    assert plot_cka(students["after"], cache, segments=2).get_title() == "CKA of block_output"
+    with pytest.raises(MismatchError, match="holds no ffn_gate"):
+        plot_cka(students["after"], cache, "ffn_gate")
+
+
+def test_the_teacher_itself_has_a_diagonal(knowing_cache: Cache) -> None:
+    from model_taps.loading import load_model
+
+    teacher = load_model(knowing_cache.manifest.teacher.name, what="teacher", dtype=torch.float32)
+    layers, matrix = layerwise_cka(teacher, knowing_cache, "block_output", 4)
+    for row, layer in enumerate(layers):
+        assert matrix[row, layer - 1] == pytest.approx(1, abs=1e-3)
+        assert matrix[row].argmax() == layer - 1
+
+
+def test_a_report_compares_runs(cache: Cache, finished_run: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "second <i>"
+    unfinished.mkdir()
+    about = json.loads((finished_run / "run.json").read_text())
+    about["recipe"]["optimizer"]["learning_rate"] = 0.123
+    (unfinished / "run.json").write_text(json.dumps(about))
+    lines = (finished_run / METRICS).read_text().splitlines(keepends=True)[:12]
+    (unfinished / METRICS).write_text("".join(lines))
+    page = report([finished_run, unfinished])
+    assert "0.123" in page
+    assert "not finished" in page
+    assert "<i>" not in page
+    target = tmp_path / "report.html"
+    called = CliRunner().invoke(student_app, ["report", str(finished_run), str(unfinished), "--html", str(target)])
+    assert called.exit_code == 0, called.output
+    with opened(target) as (browser_page, said):
+        assert not said
+        assert browser_page.locator("img").count() >= 5
+        assert browser_page.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
+        assert browser_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    with pytest.raises(NotFoundError, match="no run here"):
+        report([tmp_path])
+
+
+def test_spikes_name_the_samples_of_their_step(cache: Cache, finished_run: Path, tmp_path: Path) -> None:
+    assert spikes(finished_run) == []
+    records = read_metrics(finished_run / METRICS)
+    told = tmp_path / "spiky"
+    told.mkdir()
+    (told / "run.json").write_text((finished_run / "run.json").read_text())
+    for record in records:
+        if record.get("step") == 20 and "loss" in record:
+            record["loss"] *= 50
+            tokens = record["tokens"]
+    (told / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (spike,) = spikes(told, suspects=99)
+    assert spike.step == 20
+    assert spike.loss > 3 * spike.usual
+    assert sum(suspect.tokens for suspect in spike.suspects) == tokens
+    surprises = [suspect.surprise or 0.0 for suspect in spike.suspects]
+    assert surprises == sorted(surprises, reverse=True)
+    assert all(suspect.text.isascii() for suspect in spike.suspects)
+    recipe = RunRecipe.model_validate(json.loads((told / "run.json").read_text())["recipe"])
+    assert sorted(s.segment for s in spike.suspects) == segments_of(recipe, cache, {20})[20]
+    shown = CliRunner().invoke(student_app, ["doctor", "spikes", str(told)]).output
+    assert "step 20" in shown
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
+def test_a_quiet_run_has_no_spikes_and_a_jump_is_one(losses: list[float]) -> None:
+    quiet = [(n, 3 - 0.01 * n) for n in range(40)]
+    assert list(spike_steps(quiet)) == []
+    assert [step for step, *_ in spike_steps([*quiet, (40, 30.0)])] == [40]
+    assert [step for step, *_ in spike_steps([*quiet, (40, float("nan"))])] == [40]
+    assert all(loss > usual for _, loss, usual in spike_steps(list(enumerate(losses))))
+
+
+def test_a_page_shows_texts_and_runs_none(hostile_cache: Cache, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    called = CliRunner().invoke(app, ["inspect", hostile_cache.uri, "--html", str(target)])
+    assert called.exit_code == 0, called.output
+    with opened(target) as (page, said):
+        assert page.locator("#samples > details").count() == len(hostile_cache)
+        page.locator("#samples > details > summary").first.click()
+        shown = page.locator("#samples pre").first.inner_text()
+        assert "<script>alert('from a text')</script>" in shown.replace("\n", "")
+        assert page.locator("#samples script, #samples img").count() == 0
+        page.fill("input[type=search]", "مرحبا")
+        assert page.locator("#samples > details:visible").count() == 4
+        assert page.locator("#samples-count").inner_text() == f"4 of {len(hostile_cache)}"
+        page.fill("input[type=search]", "no such words")
+        assert page.locator("#samples > details:visible").count() == 0
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert not said
+    source = target.read_text()
+    assert "http" not in source.replace("http-equiv", "").replace("http://example.invalid", "").replace("&lt;", "")
+
+
+def test_status_before_while_and_after(recipe_for: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(tmp_path / "cache.zarr")
+    with pytest.raises(NotFoundError, match="no cache here"):
+        status(recipe.cache)
+    plan(recipe)
+    assert (status(recipe.cache).stage, status(recipe.cache).done_units) == ("planned", 0)
+    real = fill_module.compute_unit
+
+    def failing(calibrated: Any, objects: Any, unit: int, *rest: Any) -> Any:
+        if unit == 2:
+            raise RuntimeError("the node lost\nits GPU")
+        assert status(recipe.cache).workers[0].unit == unit
+        return real(calibrated, objects, unit, *rest)
+
+    monkeypatch.setattr(fill_module, "compute_unit", failing)
+    with pytest.raises(RuntimeError, match="lost"):
+        build(recipe)
+    monkeypatch.undo()
+    found = status(recipe.cache)
+    assert (found.stage, found.done_units, found.done[:3]) == ("filling", 2, (True, True, False))
+    assert found.done_tokens == sum(found.unit_tokens[:2])
+    assert found.last_error is not None
+    assert found.last_error.error == "RuntimeError: the node lost its GPU"
+    assert found.seconds_left is None
+    called = CliRunner().invoke(app, ["status", recipe.cache, "--json"])
+    assert json.loads(called.output)["last_error"] == "RuntimeError: the node lost its GPU"
+    target = tmp_path / "progress.html"
+    assert CliRunner().invoke(app, ["inspect", recipe.cache, "--html", str(target)]).exit_code == 0
+    with opened(target) as (page, said):
+        assert page.locator("progress").get_attribute("value") == f"{found.done_tokens:g}"
+        assert page.locator("pre").inner_text().startswith("■■□")
+        assert "the node lost its GPU" in page.inner_text("body")
+        assert not said
+    build(recipe)
+    found = status(recipe.cache)
+    assert (found.stage, found.generation, found.done_tokens) == ("sealed", 0, sum(found.unit_tokens))
+    assert found.workers[0].state == "done"
+    assert "sealed" in CliRunner().invoke(app, ["status", recipe.cache, "--watch", "1"]).output
+    assert not verify(recipe.cache).damages
+
+
+def test_inspect_shows_segments_and_tokens(cache: Cache) -> None:
+    def said(*arguments: Any) -> str:
+        called = CliRunner().invoke(app, ["inspect", cache.uri, *map(str, arguments)])
+        assert called.exit_code == 0, called.output
+        return called.output
+
+    facts = json.loads(said("--segment", 3, "--json"))
+    assert facts["text"] == cache[3].text
+    assert len(facts["surprise"]) == len(facts["tokens"]) == len(cache[3])
+    token = json.loads(said("--segment", 3, "--token", 4, "--json"))
+    assert len(token["top"]["2"]) == 10
+    assert token["next_piece"] == cache[3].tokens[5]
+    assert "T = 3" in said("--segment", 3, "--token", 4)
+    assert cache[3].text.split()[0] in said("--segment", 3)
+    assert "coverage by temperature" in said()
+    assert json.loads(said("--json"))["segments"] == len(cache)
+    for wrong in (["--token", "1"], ["--segment", "100000"], ["--segment", "0", "--token", "999"]):
+        assert isinstance(CliRunner().invoke(app, ["inspect", cache.uri, *wrong]).exception, InputError)
+
+
+def test_doctor_looks_at_the_machine(tmp_path: Path, teacher_folder: Path) -> None:
+    found = {check.name: check for check in checks(tmp_path, str(teacher_folder))}
+    assert found["Python"].state == found["commit"].state == found["model"].state == "ok"
+    assert "torch" in found["versions"].found
+    called = CliRunner().invoke(app, ["doctor", "--folder", str(tmp_path), "--json"])
+    assert {check["name"] for check in json.loads(called.output)} >= {
+        "GPU" if not torch.cuda.is_available() else "GPU 0",
+        "disk",
+        "attention",
+    }
+    missing = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path / "none"), "--json"])
+    assert missing.exit_code == 1
+    assert "no such model folder" in missing.output
