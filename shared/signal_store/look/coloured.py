@@ -1,5 +1,5 @@
-"""Coloured tokens as HTML: how unsure the teacher was, how surprised, how heavy a token weighs. All text is escaped, and each token
-is isolated, so that right-to-left text does not reorder its neighbours.
+"""Coloured tokens as HTML: how unsure the teacher was, how surprised, how heavy a token weighs. All text is escaped, and stays
+in a block of its own, so that right-to-left text reads as it should and reorders nothing else.
 """
 
 import html
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2048
 """Of a segment, that a page shows."""
+STYLE = "white-space:pre-wrap;font-family:monospace;line-height:1.7;unicode-bidi:plaintext"
 
 
 def tokens_html(pieces: Sequence[str], values: NDArray[np.float32], says: Sequence[str], largest: float) -> str:
@@ -25,8 +26,8 @@ def tokens_html(pieces: Sequence[str], values: NDArray[np.float32], says: Sequen
         share = 0.0 if not largest or value != value else min(1.0, max(0.0, value / largest))
         colour = f"rgb(255,{255 - round(155 * share)},{255 - round(175 * share)})"
         shown = html.escape(piece).replace("\n", "↵\n").replace("\t", "⇥\t")
-        spans.append(f"<bdi style='background:{colour}' title='{html.escape(words, quote=True)}'>{shown}</bdi>")
-    return f"<pre dir='auto' style='white-space:pre-wrap;line-height:1.7'>{''.join(spans)}</pre>"
+        spans.append(f"<span style='background:{colour}' title='{html.escape(words, quote=True)}'>{shown}</span>")
+    return f"<pre dir='auto' style='{STYLE}'>{''.join(spans)}</pre>"
 
 
 def surprise_html(segment: "Segment", of: str = "surprise") -> str:
@@ -59,5 +60,5 @@ def segment_html(segment: "Segment") -> str:
     if segment.cache.manifest.signals.distribution is not None:
         body = surprise_html(segment)
     else:
-        body = f"<pre dir='auto' style='white-space:pre-wrap'>{html.escape(''.join(segment.tokens[:MOST_TOKENS]))}</pre>"
+        body = f"<pre dir='auto' style='{STYLE}'>{html.escape(''.join(segment.tokens[:MOST_TOKENS]))}</pre>"
     return f"<div class='teacher-cache'><code>{html.escape(facts)}</code>{body}</div>"
