@@ -191,7 +191,7 @@ def plot_shares(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of many runs, such as a sweep's.", metavar="RUN...")],
     html: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
 ) -> None:
     """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""

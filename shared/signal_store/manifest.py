@@ -201,4 +201,4 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
     try:
         return Manifest.model_validate(body)
     except ValueError as error:
-        raise CorruptError("the manifest does not parse", found=str(error).splitlines()[0], where=where) from error
+        raise CorruptError("the manifest does not parse", found=" ".join(str(error).split())[:300], where=where) from error

@@ -22,8 +22,9 @@ class Section(BaseModel):
 
 
 def without_empty(content: dict[str, Any], *names: str) -> dict[str, Any]:
-    """What is serialised, less these names where they hold nothing: what came later changes no digest of what was before."""
-    return {name: value for name, value in content.items() if name not in names or value}
+    """What is serialised, less these names where they hold nothing: what came later changes no digest of what was before. A section
+    without settings, {}, is something."""
+    return {name: value for name, value in content.items() if name not in names or value or isinstance(value, dict)}
 
 
 class DistributionSignal(Section):

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from signal_store.errors import NotFoundError
 from signal_store.look.extras import pyplot
 from signal_store.look.page import Block, page, picture, table
 from signal_store.look.summary import Section
 from student_train.gradient_shares import SUFFIX, plot_shares, shares_of
-from student_train.look.students import about_run
+from student_train.look.students import ABOUT, about_run
 from student_train.metrics import METRICS, read_metrics
 
 NUMBERS = ("validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error", "tokens_per_second", "parameters")
@@ -44,9 +45,20 @@ class Run:
 
 
 def report(folders: Sequence[Path]) -> str:
-    """HTML of these runs, in their order."""
+    """HTML of these runs, in their order; of a folder that is no run, of all runs below it. NotFoundError where there is none."""
+    folders = [run for folder in folders for run in runs_below(folder)]
     runs = [Run.of(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     return page(f"{len(runs)} runs" if len(runs) > 1 else runs[0].name, list(_blocks(runs)))
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The folder, if it is a run's; else those of all runs below it."""
+    if (folder / ABOUT).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.rglob(ABOUT))
+    if not found:
+        raise NotFoundError("no run here", expected=ABOUT, where=folder)
+    return found
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
