@@ -1,0 +1,31 @@
+# What people and CI run. Each recipe makes .venv first if there is none.
+.PHONY: help ci check test docs demo notebook torture browser
+
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
+
+ci: browser test docs   ## all that CI runs
+
+check:           ## lint, format, imports, types
+	./tools/check
+
+test:            ## the static checks and the test suite
+	./tools/test
+
+docs:            ## the documentation as a site, every link checked
+	./tools/docs
+
+demo:            ## a teacher, a cache, two students
+	./tools/demo
+
+notebook:        ## run the notebook anew on the demo's cache
+	./tools/notebook
+
+torture:         ## kills and bit flips, the long form
+	./tools/torture
+
+browser:         ## a headless browser for the tests of pages, where apt can give one
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1 \
+	|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+	|| echo "no browser could be installed: the tests of pages will be skipped, and say so"
