@@ -193,11 +193,14 @@ def plot_shares(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of many runs, such as a sweep's.", metavar="RUN...")],
     html: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    students: Annotated[
+        bool, typer.Option("--students", help="Load the finished students, and show them beside their teacher.")
+    ] = False,
 ) -> None:
     """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
     from student_train.look.report import report as write
 
-    html.write_text(write(runs), encoding="utf-8")
+    html.write_text(write(runs, students=students), encoding="utf-8")
     typer.echo(str(html))
 
 

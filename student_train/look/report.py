@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from signal_store.cache import open_cache
 from signal_store.errors import NotFoundError
 from signal_store.look.extras import pyplot
 from signal_store.look.page import Block, page, picture, table
 from signal_store.look.summary import Section
+from signal_store.manifest import Split
 from student_train.gradient_shares import SUFFIX, plot_shares, shares_of
-from student_train.look.students import ABOUT, about_run
+from student_train.look.plots import plot_against_teacher, plot_cka
+from student_train.look.students import ABOUT, about_run, before_and_after
 from student_train.metrics import METRICS, read_metrics
 
 NUMBERS = ("validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error", "tokens_per_second", "parameters")
@@ -44,11 +47,12 @@ class Run:
         return [step for step, _ in found], [value for _, value in found]
 
 
-def report(folders: Sequence[Path]) -> str:
-    """HTML of these runs, in their order; of a folder that is no run, of all runs below it. NotFoundError where there is none."""
+def report(folders: Sequence[Path], *, students: bool = False) -> str:
+    """HTML of these runs, in their order; of a folder that is no run, of all runs below it. NotFoundError where there is none.
+    `students`: load those that are finished, and show them beside their teacher."""
     folders = [run for folder in folders for run in runs_below(folder)]
     runs = [Run.of(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    return page(f"{len(runs)} runs" if len(runs) > 1 else runs[0].name, list(_blocks(runs)))
+    return page(f"{len(runs)} runs" if len(runs) > 1 else runs[0].name, list(_blocks(runs, students=students)))
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -70,7 +74,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(p[shared:]) for p in parts]
 
 
-def _blocks(runs: list[Run]) -> Iterator[Block]:
+def _blocks(runs: list[Run], *, students: bool) -> Iterator[Block]:
     yield Block("results", table(_results(runs)))
     if len(runs) > 1 and (differences := _differences(runs)).rows:
         yield Block("what the recipes differ in", table(differences))
@@ -82,7 +86,33 @@ def _blocks(runs: list[Run]) -> Iterator[Block]:
     if shares:
         drawn = [(run, plot_shares(*shares_of(run.folder))) for run in shares]
         yield Block("gradient shares", "".join(picture(axes, f"what moves the student: {run.name}") for run, axes in drawn))
+    if students:
+        yield Block("students and teacher", _beside_teacher([run for run in runs if (run.folder / "student").is_dir()]))
     yield Block("provenance", table(_provenance(runs)))
+
+
+def _beside_teacher(runs: list[Run]) -> str:
+    """By cache, one sentence as its students knew it after training, and as the first of them knew it before; then each one's
+    CKA."""
+    parts = []
+    for address in dict.fromkeys(json.dumps(run.about["recipe"]["cache"]) for run in runs):
+        mine = [run for run in runs if json.dumps(run.about["recipe"]["cache"]) == address]
+        found = json.loads(address)
+        cache = open_cache(found, generation=int(mine[0].about["generation"]))
+        loaded = {run.name: before_and_after(run.folder, cache) for run in mine}
+        if cache.manifest.signals.distribution is not None:
+            split: Split | None = "validation" if len(cache.units("validation")) else None
+            segment = max((cache.sample(seed, split=split) for seed in range(8)), key=len)
+            first = mine[0].name
+            shown = {f"{first}, before": loaded[first]["before"]} | {name: both["after"] for name, both in loaded.items()}
+            says = f"segment {segment.index} of {segment.source}"
+            parts.append(picture(plot_against_teacher(segment, shown), says))
+        if any(layout.tap == "block_output" for layout in cache.manifest.calibration.hidden):
+            parts += [
+                picture(plot_cka(both["after"], cache), f"{name}: what its blocks share with the teacher's")
+                for name, both in loaded.items()
+            ]
+    return "".join(parts) or _nothing("no run has exported its student yet")
 
 
 def _nothing(says: str) -> str:

@@ -353,15 +353,15 @@ def test_a_report_compares_runs(cache: Cache, finished_run: Path, tmp_path: Path
     assert "not finished" in page
     assert "<i>" not in page
     target = tmp_path / "report.html"
-    called = CliRunner().invoke(student_app, ["report", str(finished_run), str(unfinished), "--html", str(target)])
+    called = CliRunner().invoke(student_app, ["report", str(finished_run), str(unfinished), "--students", "--html", str(target)])
     assert called.exit_code == 0, called.output
     with opened(target) as (browser_page, said):
         assert not said
-        assert browser_page.locator("img").count() >= 5
+        assert browser_page.locator("img").count() >= 7
         assert browser_page.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
         assert browser_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     with pytest.raises(NotFoundError, match="no run here"):
-        report([tmp_path])
+        report([tmp_path / "nothing"])
 
 
 def test_spikes_name_the_samples_of_their_step(cache: Cache, finished_run: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
+from signal_store.look.tokens import token_texts
 from signal_store.manifest import Split
 from signal_store.segment import Segment
 
@@ -35,8 +36,7 @@ def search(cache: Cache, pattern: str, *, split: Split | None, limit: int | None
 
 def _matches(cache: Cache, wanted: "re.Pattern[str]", split: Split | None, limit: int | None) -> Iterator[Match]:
     found = 0
-    for number in _numbers(cache, split):
-        segment = cache[int(number)]
+    for segment in _segments_with(cache, wanted, split):
         pieces = segment.tokens
         ends = np.cumsum([len(piece) for piece in pieces])
         for match in wanted.finditer("".join(pieces)):
@@ -47,6 +47,18 @@ def _matches(cache: Cache, wanted: "re.Pattern[str]", split: Split | None, limit
             found += 1
             first, last = np.searchsorted(ends, (match.start(), match.end() - 1), side="right")
             yield Match(segment, match[0], match.start(), match.end(), int(first), int(last))
+
+
+def _segments_with(cache: Cache, wanted: "re.Pattern[str]", split: Split | None) -> Iterator[Segment]:
+    """Segments whose text matches somewhere; units are read whole, and text alone is decoded."""
+    texts, path = token_texts(cache), "tokens/input_ids"
+    for unit in range(cache.seal.num_units) if split is None else cache.units(split).tolist():
+        columns = cache.segment_columns(unit, "token_start", "length")
+        first_row = unit * cache.capacity_rows[path]
+        ids = cache.read_unit(unit, {path: cache.capacity_rows[path]})[path]
+        for place, (start, length) in enumerate(zip(columns["token_start"], columns["length"].astype(np.int64), strict=True)):
+            if wanted.search(texts.decode(ids[start - first_row : start - first_row + length].tolist())):
+                yield cache[cache.first_segment(unit) + place]
 
 
 def sample(cache: Cache, seed: int, *, split: Split | None) -> Segment:
