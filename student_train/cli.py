@@ -200,7 +200,7 @@ def report(
     """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
     from student_train.look.report import report as write
 
-    html.write_text(write(runs, students=students), encoding="utf-8")
+    html.write_text(write(runs, students=students), encoding="utf-8", errors="replace")
     typer.echo(str(html))
 
 
@@ -216,20 +216,12 @@ def _doctor(
 ) -> None:
     """Check this machine: versions, extras, processors, attention, memory, disk; exit code 1 if something will fail."""
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise InputError("--json stands after the verb", expected="doctor spikes RUN --json", where="doctor")
         return
-    from dataclasses import asdict
+    from model_taps.environment import checks, say
 
-    from model_taps.environment import checks, table_of
-
-    found = checks(folder)
-    if as_json:
-        typer.echo(json.dumps([asdict(check) for check in found]))
-    else:
-        from rich.console import Console
-
-        Console().print(table_of(found))
-    if any(check.state == "bad" for check in found):
-        raise typer.Exit(1)
+    say(checks(folder), as_json=as_json)
 
 
 @doctor.command()

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from accelerate import Accelerator
 
-from signal_store.errors import InputError
+from signal_store.errors import CorruptError, InputError
 from signal_store.local_objects import LocalObjects
 
 METRICS = "metrics.jsonl"
@@ -69,5 +69,13 @@ def _whole(line: str, resume_step: int) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """All records; a last line that a kill, or a run that is writing, left unfinished is none. CorruptError for any other line."""
+    lines = path.read_text(errors="replace").splitlines()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise CorruptError("a line of the log is not JSON", found=line[:80], where=f"{path}, line {number}") from error
+    return found

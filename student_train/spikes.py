@@ -14,9 +14,9 @@ import numpy as np
 
 from model_taps.packing import probe
 from signal_store.cache import Cache, open_cache
-from signal_store.errors import InputError, NotFoundError
+from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.look.coloured import surprise_and_entropy
-from student_train.look.students import about_run
+from student_train.look.students import about_run, recipe_of
 from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
 from student_train.stream.reader import TOKENS_ONLY
@@ -71,16 +71,31 @@ def spikes(run: Path, most: int = 3, suspects: int = 5) -> list[Spike]:
     path = run / METRICS
     if not path.is_file():
         raise NotFoundError("the run has no log", expected=METRICS, where=run)
-    recipe = RunRecipe.model_validate(about["recipe"])
+    recipe = recipe_of(run)
     if recipe.checkpoint.accept_other_cache:
         raise InputError("the run went over to another cache: its early steps cannot be made again", where=run)
-    losses = [(int(record["step"]), float(record["loss"])) for record in read_metrics(path) if "loss" in record]
+    records = {int(record["step"]): record for record in read_metrics(path) if "loss" in record}
+    losses = [(step, float(record["loss"])) for step, record in records.items()]
     found = sorted(spike_steps(losses), key=lambda spike: spike[2] - spike[1])[:most]
     if not found:
         return []
     cache = open_cache(recipe.cache, generation=int(about["generation"]))
     segments = segments_of(recipe, cache, {step for step, _, _ in found})
+    for step, numbers in segments.items():
+        _refuse_other_rows(run, step, sum(len(cache[number]) for number in numbers), int(records[step]["tokens"]))
     return [Spike(step, loss, usual, tuple(_ranked(cache, segments[step])[:suspects])) for step, loss, usual in sorted(found)]
+
+
+def _refuse_other_rows(run: Path, step: int, found: int, logged: int) -> None:
+    """A student that packs rows here and did not there has seen others."""
+    if found != logged:
+        raise MismatchError(
+            "the step's rows cannot be made again here",
+            expected=f"{logged} tokens",
+            found=found,
+            where=f"{run}, step {step}",
+            remedy="Run it where the run was made: whether rows are packed depends on the attention there.",
+        )
 
 
 def segments_of(recipe: RunRecipe, cache: Cache, steps: set[int]) -> dict[int, list[int]]:

@@ -199,10 +199,12 @@ def inspect(
     """Say what a sealed cache holds, alone or with its overlays. Without options, torch is not imported."""
     if token is not None and segment is None:
         raise InputError("a token is one of a segment", expected="--segment too", where="--token")
+    if html is not None and segment is not None:
+        raise InputError("a page shows samples of its own", expected="--html or --segment", found="both", where="inspect")
     if html is not None:
         from teacher_cache.inspect_page import inspect_page
 
-        html.write_text(inspect_page(cache), encoding="utf-8")
+        html.write_text(inspect_page(cache), encoding="utf-8", errors="replace")
         _say({"page": str(html)}, as_json)
         return
     from signal_store.cache import open_cache
@@ -254,6 +256,8 @@ def status(
     from teacher_cache.status import shown
     from teacher_cache.status import status as look
 
+    if as_json and watch is not None:
+        raise InputError("--watch draws on the terminal", expected="--json or --watch", found="both", where="status")
     found = look(cache)
     if as_json:
         facts = asdict(found) | {
@@ -283,17 +287,9 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: versions, extras, processors, attention, memory, disk; exit code 1 if something will fail."""
-    from model_taps.environment import checks, table_of
+    from model_taps.environment import checks, say
 
-    found = checks(folder, model)
-    if as_json:
-        typer.echo(json.dumps([asdict(check) for check in found]))
-    else:
-        from rich.console import Console
-
-        Console().print(table_of(found))
-    if any(check.state == "bad" for check in found):
-        raise typer.Exit(1)
+    say(checks(folder, model), as_json=as_json)
 
 
 def tokens_by_name(sources: Sequence[SourceIdentity]) -> dict[str, int]:

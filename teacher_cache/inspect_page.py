@@ -6,13 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from signal_store.cache import Cache, open_cache
-from signal_store.errors import IncompleteError
 from signal_store.look.coloured import segment_html
 from signal_store.look.page import Block, page, picture, progress, searchable, table
 from signal_store.look.plots import plot_attention, plot_explained_variance, plot_surprise, plot_tail_spectrum, plot_top
 from signal_store.look.summary import Section, summarise
 from signal_store.segment import Segment
-from teacher_cache.status import Status, duration, line_of, status, worker_rows
+from teacher_cache.status import COLUMNS, Status, duration, find_status, line_of, worker_rows
 
 SAMPLES = 60
 BEGINNING = 60
@@ -22,11 +21,12 @@ UNITS_SHOWN = 4096
 
 
 def inspect_page(addresses: list[str]) -> str:
-    """HTML of the cache at an address, with its overlays; of one that is not sealed, its progress."""
-    try:
-        cache = open_cache(addresses)
-    except IncompleteError:
-        return page(f"{addresses[0]} (not sealed)", list(_progress(status(addresses[0]))))
+    """HTML of the cache at an address, with its overlays; or, where one of them is being filled, of its progress."""
+    for address in addresses:
+        found = find_status(address)
+        if found is not None and found.generation is None:
+            return page(f"{address} (not sealed)", list(_progress(found)))
+    cache = open_cache(addresses)
     return page(cache.uri, [*_facts(cache), *_pictures(cache), _samples(cache)])
 
 
@@ -89,8 +89,7 @@ def _progress(found: Status) -> Iterator[Block]:
     left = "" if found.seconds_left is None else f", {duration(found.seconds_left)} left"
     yield Block("progress", progress(found.done_tokens, sum(found.unit_tokens), line_of(found)) + _unit_map(found))
     if found.workers:
-        columns = ("worker", "host", "state", "unit", "units done", "tokens/s", "last word", "error")
-        yield Block(f"workers{left}", table(Section.of("workers", columns, list(worker_rows(found)))))
+        yield Block(f"workers{left}", table(Section.of("workers", COLUMNS, list(worker_rows(found)))))
 
 
 def _unit_map(found: Status) -> str:

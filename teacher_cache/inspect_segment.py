@@ -1,5 +1,6 @@
 """What `inspect --segment` and `--token` say: a segment's text under the teacher's surprise, and what it expected at one token."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from rich.text import Text
 from signal_store.cache import Cache
 from signal_store.errors import InputError
 from signal_store.look.coloured import surprise_and_entropy
+from signal_store.look.decoded import place_among
+from signal_store.look.summary import printable
 from signal_store.segment import Segment
 
 TOP = 10
@@ -47,20 +50,17 @@ def segment_text(segment: Segment) -> Group:
     surprise = np.full(len(segment), np.nan, np.float32)
     if segment.cache.manifest.signals.distribution is not None:
         surprise, _ = surprise_and_entropy(segment)
-    largest = float(np.nanmax(surprise)) if np.isfinite(surprise).any() else 1.0
+    largest = (float(np.nanmax(surprise)) if np.isfinite(surprise).any() else 0.0) or 1.0
     for piece, value in zip(segment.tokens, surprise.tolist(), strict=True):
         fade = 255 if value != value else 255 - round(160 * min(1.0, value / largest))
-        text.append(piece, style=None if value != value else f"black on rgb(255,{fade},{fade})")
+        text.append(printable(piece), style=None if value != value else f"black on rgb(255,{fade},{fade})")
     return Group(Text(repr(segment)), text)
 
 
 def token_facts(segment: Segment, token: int) -> dict[str, Any]:
     """What the teacher expected after a token: by cached temperature the likeliest, and entropy and next token where they are
     known."""
-    own = range(segment.context_only, len(segment))
-    if token not in own:
-        where = f"segment {segment.index}"
-        raise InputError("no such token", expected=f"{own.start} to {own.stop - 1}", found=token, where=where)
+    place_among(segment, token)
     signal = segment.cache.manifest.signals.distribution
     facts: dict[str, Any] = {"segment": segment.index, "token": token, "piece": segment.tokens[token]}
     pieces = [*segment.tokens, segment.next_piece]
@@ -68,11 +68,14 @@ def token_facts(segment: Segment, token: int) -> dict[str, Any]:
     if signal is None:
         return facts
     rows = segment.scalars().sel(token=token)
-    facts |= {"entropy": float(rows.entropy), "next_logprob": float(rows.label_logprob)}
+    next_logprob = float(rows.label_logprob)
+    facts |= {"entropy": float(rows.entropy), "next_logprob": None if math.isnan(next_logprob) else next_logprob}
     has_tail = segment.cache.manifest.calibration.tail_rank > 0
     n = TOP if has_tail else min(TOP, signal.head)
     facts["top"] = {
-        f"{t:g}": segment.top(n, t).loc[token][["piece", "id", "probability", "is_next"]].to_dict("records")
+        f"{t:g}": segment.top(n, t, slice(token, token + 1))
+        .loc[token][["piece", "id", "probability", "is_next"]]
+        .to_dict("records")
         for t in signal.temperatures
     }
     return facts
@@ -80,12 +83,14 @@ def token_facts(segment: Segment, token: int) -> dict[str, Any]:
 
 def token_table(facts: dict[str, Any]) -> Group:
     """For a terminal: a column for each temperature."""
-    line = f"after token {facts['token']} {facts['piece']!r} comes {facts['next_piece']!r}"
+    follows = "what comes is not stored" if facts["next_piece"] is None else f"comes {facts['next_piece']!r}"
+    line = f"after token {facts['token']} {facts['piece']!r} {follows}"
     if "top" not in facts:
         return Group(Text(line))
     table = Table("rank", *(f"T = {temperature}" for temperature in facts["top"]))
     for rank, row in enumerate(zip(*facts["top"].values(), strict=True), start=1):
         cells = [Text(f"{c['probability']:.4f} {c['piece']!r}", style="bold red" if c["is_next"] else "") for c in row]
         table.add_row(str(rank), *cells)
-    numbers = f"entropy {facts['entropy']:.3f} nats, log p(next) {facts['next_logprob']:.3f}"
+    known = "" if facts["next_logprob"] is None else f", log p(next) {facts['next_logprob']:.3f}"
+    numbers = f"entropy {facts['entropy']:.3f} nats{known}"
     return Group(Text(f"{line}: {numbers}"), table)

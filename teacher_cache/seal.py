@@ -41,6 +41,7 @@ from signal_store.shard_writer import write_unit_array
 from teacher_cache.calibrate import read_calibration_arrays
 from teacher_cache.fill import publish_unit
 from teacher_cache.plan import Plan, read_plan
+from teacher_cache.worker_notes import NOTES
 from teacher_cache.workers import CLAIMS
 
 
@@ -232,3 +233,4 @@ def _sweep(objects: Objects) -> None:
     """Remove what kills and lost races left behind."""
     objects.delete_tree(STAGING)
     objects.delete_tree(CLAIMS)
+    objects.delete_tree(NOTES)

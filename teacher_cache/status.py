@@ -14,14 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from signal_store.cache import newest_generation
-from signal_store.errors import NotFoundError
-from signal_store.ledger import CALIBRATION, PLAN, extension_key, find_document, listed_records
+from signal_store.errors import NotFoundError, StorageError
+from signal_store.ledger import CALIBRATION, PLAN, extension_key, find_document, listed_records, read_document, seal_key
 from signal_store.objects import objects_at
 from teacher_cache.worker_notes import WorkerNote, read_notes
 
 SILENT_SECONDS = 120.0
 """A worker that has said nothing for so long is not counted as one that works."""
 
+COLUMNS = ("worker", "host", "state", "unit", "units done", "tokens/s", "last word", "error")
 Stage = Literal["planned", "filling", "filled", "sealed"]
 
 
@@ -86,17 +87,26 @@ def status(uri: str) -> Status:
     finished = {unit for unit, _ in listed_records(objects)}
     done = tuple(unit in finished for unit in range(len(units)))
     generation = newest_generation(objects)
-    sealed = generation is not None and all(done)
+    sealed_units = 0 if generation is None else int(read_document(objects, seal_key(generation)).body["num_units"])
     calibrated = bool(finished) or objects.exists(CALIBRATION)
-    stage: Stage = "sealed" if sealed else "filled" if all(done) else "filling" if calibrated else "planned"
+    stage: Stage = "filled" if all(done) else "filling" if calibrated else "planned"
+    stage = "sealed" if all(done) and sealed_units == len(units) else stage
     tokens = tuple(int(unit["tokens"]) for unit in units)
     return Status(objects.uri, stage, generation, done, tokens, read_notes(objects), time.time())
+
+
+def find_status(uri: str) -> Status | None:
+    """The same, or None where it cannot be told: no plan, or a place that cannot be listed."""
+    try:
+        return status(uri)
+    except (NotFoundError, StorageError):
+        return None
 
 
 def shown(found: Status) -> Group:
     """For a terminal: a bar, a line, a row for each worker."""
     bar = ProgressBar(total=max(1, sum(found.unit_tokens)), completed=found.done_tokens, width=60)
-    table = Table("worker", "host", "state", "unit", "units done", "tokens/s", "last word", "error")
+    table = Table(*COLUMNS)
     for row in worker_rows(found):
         table.add_row(*(Text(cell) for cell in row))
     return Group(Text(line_of(found)), Padding(bar, (0, 0, 1, 0)), *([table] if found.workers else []))

@@ -1,4 +1,5 @@
-"""What workers say of themselves while they fill: `ledger/workers/<i>-of-<n>.json`, replaced every few seconds.
+"""What workers say of themselves while they fill: `ledger/workers/<i>-of-<n>.json`, replaced every few seconds,
+gone when the cache is sealed.
 
 Policy: for people only. Nothing waits for a note, nothing is decided by one, and one that is lost is written again.
 """
@@ -73,7 +74,8 @@ class NoteBook:
     def _write(self, note: WorkerNote) -> None:
         self._written = time.time()
         self.note = replace(note, updated=self._written)
-        self._objects.put(self._key, json.dumps(asdict(self.note)).encode())
+        with contextlib.suppress(SignalStoreError, OSError):  # the work goes on, and the next note may be written
+            self._objects.put(self._key, json.dumps(asdict(self.note)).encode())
 
 
 @contextlib.contextmanager
@@ -83,8 +85,7 @@ def noted(objects: Objects, worker: Worker) -> Iterator[NoteBook]:
     try:
         yield book
     except BaseException as error:
-        with contextlib.suppress(SignalStoreError):  # the error that is being raised says more
-            book.ends("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        book.ends("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
         raise
     book.ends("done")
 

@@ -1,4 +1,4 @@
-"""A headless browser for tests: the Chromium or Chrome of this machine, with no network but files and loopback."""
+"""A headless browser for tests: the Chromium or Chrome of this machine; what it asks the network for is written down."""
 
 import shutil
 from collections.abc import Iterator

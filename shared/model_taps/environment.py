@@ -1,26 +1,29 @@
 """doctor: what this machine has, and what of it will be in the way."""
 
+import json
 import os
 import platform
 import resource
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
 import torch
+import typer
 from packaging.requirements import Requirement
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from model_taps.attention import softmax_attention_layers
-from model_taps.loading import load_config, quiet
+from model_taps.blocks import num_layers
+from model_taps.loading import LOADING_ERRORS, load_config, quiet
 from signal_store.bf16_units import has_bf16_units
 from signal_store.errors import SignalStoreError
 from signal_store.local_objects import LocalObjects
@@ -48,24 +51,27 @@ def checks(folder: Path, model: str | None = None) -> list[Check]:
     return found + ([] if model is None else list(_model(model)))
 
 
-def table_of(found: list[Check]) -> Table:
-    """For a terminal."""
-    table = Table("", "check", "found", "what to do")
-    marks = {"ok": Text("ok", style="green"), "note": Text("note", style="yellow"), "bad": Text("bad", style="bold red")}
-    for check in found:
-        table.add_row(marks[check.state], check.name, Text(check.found), Text(check.advice))
-    return table
+def say(found: list[Check], *, as_json: bool) -> None:
+    """On the terminal, as a table or JSON; typer.Exit(1) if something will fail."""
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in found]))
+    else:
+        table = Table("", "check", "found", "what to do")
+        marks = {"ok": Text("ok", style="green"), "note": Text("note", style="yellow"), "bad": Text("bad", style="bold red")}
+        for check in found:
+            table.add_row(marks[check.state], check.name, Text(check.found), Text(check.advice))
+        Console().print(table)
+    if any(check.state == "bad" for check in found):
+        raise typer.Exit(1)
 
 
 def _python() -> Check:
-    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    old = sys.version_info < (3, 11)
-    return Check("Python", "bad" if old else "ok", found, "Install Python 3.11 or newer." if old else "")
+    return Check("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
 def _packages() -> Iterator[Check]:
     wanted = {r.name: r for r in map(Requirement, requires("teacher-cache") or []) if r.marker is None}
-    yield Check("versions", "ok", ", ".join(f"{name} {version(name)}" for name in SHOWN))
+    yield Check("versions", "ok", ", ".join(f"{name} {version(name)}" for name in SHOWN if _is_installed(name)))
     for name, requirement in wanted.items():
         try:
             found = version(name)
@@ -165,11 +171,10 @@ def _model(name: str) -> Iterator[Check]:
         config = load_config(name, what="model", trust_remote_code=False)
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config)
-    except (SignalStoreError, ValueError, ImportError) as error:
+        size, layers = sum(p.numel() for p in built.parameters()), softmax_attention_layers(built)
+    except (SignalStoreError, *LOADING_ERRORS) as error:
         yield Check("model", "bad", " ".join(str(error).split())[:200], "Name a causal LM's folder or hub name.")
         return
-    size = sum(p.numel() for p in built.parameters())
     yield Check("model", "ok", f"{type(built).__name__}, {size:,} parameters, {size * 2 / 2**20:,.0f} MiB in bfloat16")
-    layers = softmax_attention_layers(built)
-    found = f"{len(layers)} of {config.get_text_config().num_hidden_layers} blocks, {built.config._attn_implementation}"  # noqa: SLF001
+    found = f"{len(layers)} of {num_layers(built)} blocks, {built.config._attn_implementation}"  # noqa: SLF001
     yield Check("model's attention", "ok" if layers else "note", found, "" if layers else "signals.attention cannot be cached.")

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import zarr
@@ -15,7 +15,7 @@ from zarr.core.sync import sync
 from signal_store.arrays import ArraySpec, hierarchy_metadata
 from signal_store.canonical import sha256
 from signal_store.disk_cache import DiskCachedStore, DiskCacheOptions
-from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
+from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError, NotFoundError
 from signal_store.ledger import CALIBRATION, MANIFEST, PLAN, UNITS, find_document, read_document, seal_key, tokenizer_key
 from signal_store.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
 from signal_store.objects import Objects, objects_at
@@ -214,7 +214,9 @@ class Cache:
         return self._of_units("is_validation").astype(bool)
 
     def units(self, split: Split) -> NDArray[np.int64]:
-        """Numbers of the units that hold a split; a unit holds one split only."""
+        """Numbers of the units that hold a split; a unit holds one split only. InputError for another name."""
+        if split not in get_args(Split):
+            raise InputError("no such split", expected=" or ".join(get_args(Split)), found=split, where=self.uri)
         return np.flatnonzero(self._is_validation == (split == "validation"))
 
     def segment_columns(self, unit: int, *names: str, group: str = "segments") -> dict[str, NDArray[Any]]:

@@ -1,6 +1,6 @@
 """One segment of a cache: its tokens, and what the teacher thought of them, decoded when it is asked for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from signal_store.cache import Cache
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Segment:
     """One segment: the tokens the teacher saw as one context, and where its rows are.
 
@@ -32,7 +32,7 @@ class Segment:
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.uint8]
     next_token: int | None
-    cache: "Cache" = field(compare=False)
+    cache: "Cache"
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -64,15 +64,17 @@ class Segment:
     def row_of(self, path: str) -> NDArray[Any]:
         """Its row of an array with one row a segment, such as `stats/ffn/values`."""
         unit, place = self.cache.place_of(self.index)
+        self.cache.array(path)  # refuses one that is not held
         row = unit * self.cache.capacity_rows[path] + place
         found: NDArray[Any] = self.cache.read(path, row, row + 1)[0]
         return found
 
-    def top(self, n: int = 10, temperature: float = 1.0) -> Any:
-        """pandas DataFrame of each row's n likeliest tokens, indexed by (token, rank): piece, id, probability, nats, is_next."""
+    def top(self, n: int = 10, temperature: float = 1.0, tokens: slice = slice(None)) -> Any:
+        """pandas DataFrame of each row's n likeliest tokens, indexed by (token, rank): piece, id, probability, nats, is_next;
+        `tokens`: of these places only."""
         from signal_store.look.decoded import top
 
-        return top(self, n, temperature)
+        return top(self, n, temperature, tokens)
 
     def logprobs(self, temperature: float = 1.0) -> Any:
         """xarray DataArray [token, vocabulary] float32: the teacher's log-probabilities in nats, at a cached temperature."""
@@ -118,7 +120,7 @@ class Segment:
         return roles(self)
 
     def to_xarray(self) -> Any:
-        """xarray DataTree of everything that the cache holds of it, decoded, but for the dense distribution (`logprobs`)."""
+        """xarray DataTree of what the cache holds of it, decoded; not the dense distribution (`logprobs`), drawn ids, gradients."""
         from signal_store.look.decoded import to_xarray
 
         return to_xarray(self)

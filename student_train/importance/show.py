@@ -11,8 +11,7 @@ from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from signal_store.layout import SCALARS
 from signal_store.look.coloured import tokens_html
-from signal_store.look.extras import pyplot
-from signal_store.look.plots import fonts, shown
+from signal_store.look.plots import axes_of, label_tokens
 from signal_store.look.tokens import token_texts
 from signal_store.roles import LEVELS
 from student_train.importance.rules import LEAST, MOST, Rules
@@ -82,22 +81,19 @@ def weights_html(tokens: list[TokenWeight]) -> str:
 def plot_weights(tokens: list[TokenWeight], first: int = 0, count: int = 40, axes: Any = None) -> Any:
     """Weights along a text as bars; the line is 1, which changes nothing. Returns the matplotlib Axes."""
     some = tokens[first : first + count]
-    axes = axes if axes is not None else pyplot().subplots(figsize=(1.5 + 0.27 * len(some), 3), layout="constrained")[1]
+    axes = axes_of(axes, (1.5 + 0.27 * len(some), 3))
     heights = [0.0 if token.weight is None else token.weight for token in some]
     colours = ["0.8" if t.weight is None else tuple(part / 255 for part in _colour(t.weight)) for t in some]
     axes.bar(range(len(some)), heights, color=colours, edgecolor="0.5", lw=0.5)
     axes.axhline(1, color="0.3", lw=0.8, ls="--")
-    axes.set_xticks(range(len(some)), [shown(token.text, 10) for token in some], rotation=90, fontsize=7)
+    label_tokens(axes, [token.text for token in some])
     axes.set(ylabel="weight", ylim=(0, MOST), xlim=(-0.7, len(some) - 0.3), title="how much each token counts")
-    for label in axes.get_xticklabels():
-        label.set_fontfamily(list(fonts()[0]))
     return axes
 
 
 def plot_surface(rules: Rules, axes: Any = None) -> Any:
     """The weight over impact and the teacher's confidence, with lines of equal weight; returns the matplotlib Axes."""
-    plt = pyplot()
-    axes = axes or plt.subplots(figsize=(5.4, 4.4), layout="constrained")[1]
+    axes = axes_of(axes, (5.4, 4.4))
     grid = np.linspace(0, 1, 121, dtype=np.float32)
     weights = surface(grid[None], grid[:, None], rules.corners)
     mesh = axes.pcolormesh(grid, grid, weights, cmap="viridis", vmin=LEAST, vmax=MOST, shading="gouraud")

@@ -12,10 +12,9 @@ from model_taps.blocks import num_layers
 from model_taps.head import final_hidden
 from model_taps.slices import State, tap_states
 from signal_store.cache import Cache
-from signal_store.errors import InputError, MismatchError
-from signal_store.look.decoded import labels_of
-from signal_store.look.extras import pyplot
-from signal_store.look.plots import fonts, shown
+from signal_store.errors import MismatchError
+from signal_store.look.decoded import labels_of, place_among
+from signal_store.look.plots import axes_of, label_tokens, shown
 from signal_store.manifest import Split
 from signal_store.segment import Segment
 from signal_store.signals import Tap
@@ -26,32 +25,27 @@ from student_train.losses.features import MIN_TOKENS
 SEGMENTS = 16
 
 
-def _labelled(axes: Any, pieces: list[str]) -> None:
-    axes.set_xticks(range(len(pieces)), [shown(piece, 10) for piece in pieces], rotation=90, fontsize=7)
-    for label in axes.get_xticklabels():
-        label.set_fontfamily(list(fonts()[0]))
-
-
 def plot_against_teacher(
     segment: Segment, students: Mapping[str, PreTrainedModel], first: int | None = None, tokens: int = 40, axes: Any = None
 ) -> Any:
-    """−log p of each token that follows, in nats, by the teacher and by each student, along `tokens` of a segment."""
-    begin = segment.context_only if first is None else first
-    if not segment.context_only <= begin < len(segment):
-        expected = f"{segment.context_only} to {len(segment) - 1}"
-        raise InputError("no such token", expected=expected, found=begin, where=f"segment {segment.index}")
+    """−log p of each token that follows, in nats, by the teacher and by each student, along `tokens` of a segment. Drawn on Axes
+    that have the teacher already, the students are added."""
+    begin = place_among(segment, segment.context_only if first is None else first)
     rows = slice(begin, min(len(segment), begin + tokens))
     labels = labels_of(segment)[rows]
     places = np.arange(len(labels))[labels >= 0]
-    axes = axes if axes is not None else pyplot().subplots(figsize=(1.5 + 0.27 * len(labels), 3.6), layout="constrained")[1]
-    teacher = -segment.scalars().label_logprob.sel(token=np.arange(rows.start, rows.stop)).values
-    axes.bar(places, teacher[places], color="0.8", label=f"teacher, mean {np.nanmean(teacher):.2f}")
-    for number, (name, student) in enumerate(students.items()):
+    if axes is None or not axes.containers:
+        axes = axes_of(axes, (1.5 + 0.27 * len(labels), 3.6))
+        teacher = -segment.scalars().label_logprob.sel(token=np.arange(rows.start, rows.stop)).values
+        mean = f", mean {np.nanmean(teacher[places]):.2f}" if len(places) else ""
+        axes.bar(places, teacher[places], color="0.8", label=f"teacher{mean}")
+    for name, student in students.items():
         found = student_logprobs(student, segment)[rows]
         nats = -found[places, torch.from_numpy(labels[places])].numpy()
-        axes.plot(places, nats, color=f"C{number}", marker=".", lw=1.2, label=f"{name}, mean {nats.mean():.2f}")
+        mean = f", mean {nats.mean():.2f}" if len(places) else ""
+        axes.plot(places, nats, marker=".", lw=1.2, label=f"{shown(name, 60)}{mean}")
     pieces = [*segment.tokens, segment.next_piece or ""][rows.start + 1 : rows.stop + 1]
-    _labelled(axes, pieces)
+    label_tokens(axes, pieces)
     axes.set(ylabel="−log p, nats", title="the tokens that follow, by teacher and student", xlim=(-0.7, len(pieces) - 0.3))
     axes.legend(frameon=False, fontsize=8)
     return axes
@@ -61,11 +55,7 @@ def plot_cka(student: PreTrainedModel, cache: Cache, tap: Tap = "block_output", 
     """Debiased linear CKA of every cached layer of the teacher (rows) with every layer of the student (columns), mean over the
     first segments, of the validation split where there is one."""
     layers, matrix = layerwise_cka(student, cache, tap, segments)
-    axes = (
-        axes
-        if axes is not None
-        else pyplot().subplots(figsize=(2 + 0.5 * matrix.shape[1], 1.6 + 0.4 * len(layers)), layout="constrained")[1]
-    )
+    axes = axes_of(axes, (2 + 0.5 * matrix.shape[1], 1.6 + 0.4 * len(layers)))
     image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(matrix.shape):
         value = matrix[row, column]

@@ -12,11 +12,12 @@ from signal_store.cache import open_cache
 from signal_store.errors import NotFoundError
 from signal_store.look.extras import pyplot
 from signal_store.look.page import Block, page, picture, table
+from signal_store.look.plots import shown
 from signal_store.look.summary import Section
 from signal_store.manifest import Split
 from student_train.gradient_shares import SUFFIX, plot_shares, shares_of
 from student_train.look.plots import plot_against_teacher, plot_cka
-from student_train.look.students import ABOUT, about_run, before_and_after
+from student_train.look.students import ABOUT, RESULT, about_run, read_json, student_after, student_before
 from student_train.metrics import METRICS, read_metrics
 
 NUMBERS = ("validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error", "tokens_per_second", "parameters")
@@ -37,9 +38,9 @@ class Run:
     @classmethod
     def of(cls, folder: Path, name: str) -> "Run":
         """NotFoundError where there is none."""
-        about, metrics, result = about_run(folder), folder / METRICS, folder / "result.json"
+        about, metrics, result = about_run(folder), folder / METRICS, folder / RESULT
         records = read_metrics(metrics) if metrics.is_file() else []
-        return cls(name, about, records, json.loads(result.read_text()) if result.is_file() else {}, folder)
+        return cls(name, about, records, read_json(result) if result.is_file() else {}, folder)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a number of its log."""
@@ -99,19 +100,22 @@ def _beside_teacher(runs: list[Run]) -> str:
         mine = [run for run in runs if json.dumps(run.about["recipe"]["cache"]) == address]
         found = json.loads(address)
         cache = open_cache(found, generation=int(mine[0].about["generation"]))
-        loaded = {run.name: before_and_after(run.folder, cache) for run in mine}
-        if cache.manifest.signals.distribution is not None:
-            split: Split | None = "validation" if len(cache.units("validation")) else None
-            segment = max((cache.sample(seed, split=split) for seed in range(8)), key=len)
-            first = mine[0].name
-            shown = {f"{first}, before": loaded[first]["before"]} | {name: both["after"] for name, both in loaded.items()}
-            says = f"segment {segment.index} of {segment.source}"
-            parts.append(picture(plot_against_teacher(segment, shown), says))
-        if any(layout.tap == "block_output" for layout in cache.manifest.calibration.hidden):
-            parts += [
-                picture(plot_cka(both["after"], cache), f"{name}: what its blocks share with the teacher's")
-                for name, both in loaded.items()
-            ]
+        split: Split | None = "validation" if len(cache.units("validation")) else None
+        with_states = any(layout.tap == "block_output" for layout in cache.manifest.calibration.hidden)
+        segment = max((cache.sample(seed, split=split) for seed in range(8)), key=len)
+        axes = None
+        below = []
+        for run in mine:
+            students = {f"{run.name}, before": student_before(run.folder, cache)} if axes is None else {}
+            students[run.name] = student_after(run.folder, cache)
+            if cache.manifest.signals.distribution is not None:
+                axes = plot_against_teacher(segment, students, axes=axes)
+            if with_states:
+                says = f"{run.name}: what its blocks share with the teacher's"
+                below.append(picture(plot_cka(students[run.name], cache), says))
+        if axes is not None:
+            parts.append(picture(axes, f"segment {segment.index} of {segment.source}"))
+        parts += below
     return "".join(parts) or _nothing("no run has exported its student yet")
 
 
@@ -142,7 +146,7 @@ def _number(value: Any) -> str:
 
 
 def _flat(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(content, dict):
+    if isinstance(content, dict) and content:
         for key, value in content.items():
             yield from _flat(value, f"{place}.{key}" if place else str(key))
     else:
@@ -178,7 +182,7 @@ def plot_series(runs: Sequence[Run], name: str, *, smooth: bool = False, axes: A
     axes = axes if axes is not None else pyplot().subplots(figsize=(7.5, 3.4), layout="constrained")[1]
     for colour, run, steps, values in found:
         x, y = _smoothed(steps, values) if smooth else (np.asarray(steps), np.asarray(values))
-        axes.plot(x, y, marker="" if smooth else "o", ms=3, lw=1.3, color=colour, label=run.name)
+        axes.plot(x, y, marker="" if smooth else "o", ms=3, lw=1.3, color=colour, label=shown(run.name, 60))
     axes.set(xlabel="step", title=name.replace("_", " "))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

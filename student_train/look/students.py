@@ -11,12 +11,21 @@ from transformers import PreTrainedModel
 
 from model_taps.head import final_hidden, output_head
 from signal_store.cache import Cache
-from signal_store.errors import NotFoundError
+from signal_store.errors import CorruptError, MismatchError, NotFoundError
 from signal_store.segment import Segment
 from student_train.recipe import RunRecipe, StudentSection
 from student_train.student import build_student
 
-ABOUT = "run.json"
+ABOUT, RESULT = "run.json", "result.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run; CorruptError where it is not whole."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptError("a run's file is not JSON", found=error, where=path, remedy="Look at the run's folder.") from error
+    return found
 
 
 def about_run(run: Path) -> dict[str, Any]:
@@ -24,23 +33,40 @@ def about_run(run: Path) -> dict[str, Any]:
     path = run / ABOUT
     if not path.is_file():
         raise NotFoundError("no run here", expected=ABOUT, where=run)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return read_json(path)
 
 
 def recipe_of(run: Path) -> RunRecipe:
-    """The recipe that a run began with."""
-    return RunRecipe.model_validate(about_run(run)["recipe"])
+    """The recipe that a run began with; MismatchError where this version does not know it."""
+    content = about_run(run).get("recipe")
+    try:
+        return RunRecipe.model_validate(content)
+    except ValueError as error:
+        said = " ".join(str(error).split())[:200]
+        raise MismatchError("the run's recipe is another version's", found=said, where=run / ABOUT) from error
+
+
+def student_before(run: Path, cache: Cache) -> PreTrainedModel:
+    """The student as the run made it."""
+    student, _ = build_student(recipe_of(run).student, cache)
+    return student
+
+
+def student_after(run: Path, cache: Cache) -> PreTrainedModel:
+    """The student as the run exported it; NotFoundError where it has not."""
+    finished, asked = run / "student", recipe_of(run).student
+    if not finished.is_dir():
+        raise NotFoundError("the run has not exported its student", expected="a finished run", where=finished)
+    section = StudentSection(
+        checkpoint=str(finished), attn_implementation=asked.attn_implementation, trust_remote_code=asked.trust_remote_code
+    )
+    student, _ = build_student(section, cache)
+    return student
 
 
 def before_and_after(run: Path, cache: Cache) -> Mapping[str, PreTrainedModel]:
-    """The student as the run made it, and as it exported it: "before" and "after"."""
-    finished = run / "student"
-    if not finished.is_dir():
-        raise NotFoundError("the run has not exported its student", expected="a finished run", where=finished)
-    before, _ = build_student(recipe_of(run).student, cache)
-    after, _ = build_student(StudentSection(checkpoint=str(finished)), cache)
-    return {"before": before.eval(), "after": after.eval()}
+    """Both: "before" and "after"."""
+    return {"before": student_before(run, cache), "after": student_after(run, cache)}
 
 
 @torch.no_grad()

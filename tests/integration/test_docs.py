@@ -34,7 +34,6 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE |
 APPS = {"teacher-cache": teacher_app, "student-train": student_app}
 MODULES = {"teacher-cache": "teacher_cache.cli", "student-train": "student_train.cli"}
 ON_A_CACHE = ("many-students", "looking", "choosing", "losses", "troubleshooting", "format", "extending", "comparison")
-ON_A_RUN = ("looking", "troubleshooting")
 SLOW = {"extending"}
 PACKAGES = ("teacher_cache", "student_train", "shared")
 SHIM = '#!/bin/sh\nexec "{python}" -m {module} "$@"\n'

@@ -34,7 +34,7 @@ def bodies(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         key = path.relative_to(root).as_posix()
-        if path.is_file() and not key.startswith("ledger/tokenizer/"):
+        if path.is_file() and not key.startswith(("ledger/tokenizer/", "ledger/workers/")):
             data = path.read_bytes()
             found[key] = json.loads(data)["body"] if key.startswith("ledger/") and key.endswith(".json") else data
     return found

@@ -2,6 +2,10 @@
 
 import html as html_module
 import json
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +15,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 from typer.testing import CliRunner
 
 from model_taps.environment import checks
 from signal_store import open_cache
 from signal_store.cache import Cache
-from signal_store.errors import InputError, MismatchError, NotFoundError
+from signal_store.errors import CorruptError, InputError, MismatchError, NotFoundError
 from signal_store.layout import SCALARS
 from signal_store.look import plots
 from signal_store.look.coloured import surprise_and_entropy
 from signal_store.look.extras import pyplot
 from signal_store.look.lazy import to_xarray
 from signal_store.look.meaning import meaning
-from signal_store.look.summary import html_of, signal_bytes, summarise, text_of
+from signal_store.look.summary import html_of, printable, signal_bytes, summarise, text_of
+from signal_store.look.tokens import TokenTexts, token_texts
 from student_train.cli import app as student_app
 from student_train.importance.rules import load_rules
 from student_train.importance.show import plot_weights, token_weights, weights_html
@@ -38,6 +44,8 @@ from student_train.student import cached_tokenizer
 from teacher_cache import fill as fill_module
 from teacher_cache.build import build
 from teacher_cache.cli import app
+from teacher_cache.extend import extend
+from teacher_cache.inspect_page import inspect_page
 from teacher_cache.plan import plan
 from teacher_cache.status import status
 from teacher_cache.verify import verify
@@ -73,6 +81,29 @@ def test_pieces_are_the_text(hostile_cache: Cache) -> None:
     for segment in hostile_cache:
         assert segment.text == tokenizer.decode(segment.input_ids.tolist())
         assert len(segment.tokens) == len(segment)
+
+
+BYTES = [f"<0x{number:02X}>" for number in range(256)]
+
+
+@given(st.lists(st.sampled_from(["今天", "é", "a b", "  ", "🙂", "ab", "\n", "天"]), min_size=1, max_size=8))
+def test_pieces_of_a_tokenizer_that_falls_back_to_bytes(words: list[str]) -> None:
+    """As SentencePiece's models have it: spaces are ▁, what is unknown is bytes, and a run of bytes is decoded together."""
+    vocabulary = {token: number for number, token in enumerate(["<unk>", *BYTES, "▁", "a", "b", "天", "▁a", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    ids = tokenizer.encode("".join(words)).ids
+    texts = TokenTexts(tokenizer)
+    pieces = texts.pieces(ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == "".join(words)
+    assert len(pieces) == len(ids)
+    for first, stop, text in texts.groups(ids):
+        assert pieces[stop - 1] == text
+        assert pieces[first : stop - 1] == [""] * (stop - 1 - first)
+    assert texts.piece(vocabulary["▁a"]) == " a"
 
 
 def test_the_favourites_are_the_favourites(hostile_cache: Cache, exact_cache: Cache) -> None:
@@ -146,14 +177,12 @@ def test_attention_rows_are_what_is_stored(hostile_cache: Cache, cache: Cache) -
 def test_every_decoded_array_has_a_name_and_a_unit(knowing_cache: Cache, hostile_cache: Cache) -> None:
     for looked in (knowing_cache, hostile_cache):
         segment = next(s for s in looked if s.source.startswith("qa")) if looked is knowing_cache else looked[0]
-        for tree, texts in (
-            (segment.to_xarray(), {"piece", "text", "pos", "dependency", "semantic", "code"}),
-            (looked.to_xarray(), set()),
-        ):
+        for tree in (segment.to_xarray(), looked.to_xarray()):
             assert len(tree.groups) > 4
             for node in tree.subtree:
                 for name, variable in node.dataset.data_vars.items():
-                    assert name in texts or variable.attrs.get("units", "unknown") != "unknown", (node.path, name)
+                    assert variable.attrs.get("units", "unknown") != "unknown", (node.path, name)
+                    assert variable.attrs["long_name"], (node.path, name)
 
 
 @settings(max_examples=15)
@@ -226,22 +255,29 @@ def test_text_and_html_have_the_same_sections(hostile_cache: Cache, cache: Cache
         for path in (Path(cache.uri) / top).rglob("*")
         if "c" in path.relative_to(cache.uri).parts and path.is_file()
     )
-    assert "<script>" not in hostile_cache[0]._repr_html_()
+    for segment in hostile_cache:
+        assert said_by(segment._repr_html_()).endswith(segment.text)
     assert repr(cache[0]).startswith("<Segment 0 of 'train'")
 
 
 def test_search_and_sample(cache: Cache, hostile_cache: Cache) -> None:
-    found = list(cache.search(r"def \w+"))
+    found, texts = list(cache.search(r"def \w+")), token_texts(cache)
     assert len(found) > 8
     for match in found:
         assert match.segment.text[match.start : match.stop] == match.text
         assert match.text in "".join(match.segment.tokens[match.first : match.last + 1])
-    assert list(cache.search("散步", limit=2))[1].text == "散步"
+        assert match.text in texts.decode(match.segment.input_ids[match.first : match.last + 1].tolist())
+    for match in cache.search("散步"):
+        assert match.text == texts.decode(match.segment.input_ids[match.first : match.last + 1].tolist())
+        assert match.last > match.first
+    assert [m.text for m in cache.search("散步", limit=2)] == ["散步"] * 2
     assert {m.segment.split for m in cache.search("held out", split="validation")} == {"validation"}
     assert [m.start for m in cache.search("x*", limit=3)] == [m.start for m in cache.search("x+", limit=3)]
     assert cache.sample(5).index == cache.sample(5).index
     assert len({cache.sample(seed).index for seed in range(20)}) > 5
     assert cache.sample(1, split="validation").split == "validation"
+    with pytest.raises(InputError, match="no such split"):
+        list(cache.search("x", split="valid"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="regular expression"):
         cache.search("(")
     with pytest.raises(MismatchError, match="no validation split"):
@@ -267,6 +303,8 @@ def test_plots_are_axes(knowing_cache: Cache, hostile_cache: Cache) -> None:
             pyplot().close(one.figure)
     with pytest.raises(InputError, match="no such token"):
         plots.plot_top(hostile_cache[0], first=10_000)
+    with pytest.raises(InputError, match="no such token"):
+        plots.plot_surprise(hostile_cache[0], first=-5)
     keywordless = next(
         (s for s in knowing_cache if not len(s.attention(knowing_cache.manifest.calibration.attention[0].layer).token)), None
     )
@@ -397,10 +435,35 @@ def test_a_quiet_run_has_no_spikes_and_a_jump_is_one(losses: list[float]) -> Non
     assert all(loss > usual for _, loss, usual in spike_steps(list(enumerate(losses))))
 
 
+class Words(HTMLParser):
+    """What of a page is text, and which elements it has."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.text, self.tags = "", Counter[str]()
+        self.feed(source)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        assert all((value or "").startswith(("data:", "#")) for name, value in attrs if name in {"src", "href"})
+
+
+def said_by(source: str) -> str:
+    return Words(source).text.replace("↵", "").replace("⇥", "")
+
+
 def test_a_page_shows_texts_and_runs_none(hostile_cache: Cache, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     called = CliRunner().invoke(app, ["inspect", hostile_cache.uri, "--html", str(target)])
     assert called.exit_code == 0, called.output
+    words = Words(target.read_text())
+    assert words.tags["script"] == 1
+    assert words.tags["img"] >= 6
+    assert all(segment.text in words.text for segment in hostile_cache)
     with opened(target) as (page, said):
         assert page.locator("#samples > details").count() == len(hostile_cache)
         page.locator("#samples > details > summary").first.click()
@@ -415,8 +478,6 @@ def test_a_page_shows_texts_and_runs_none(hostile_cache: Cache, tmp_path: Path) 
         assert page.evaluate("[...document.images].every(image => image.naturalWidth > 100)")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert not said
-    source = target.read_text()
-    assert "http" not in source.replace("http-equiv", "").replace("http://example.invalid", "").replace("&lt;", "")
 
 
 def test_status_before_while_and_after(recipe_for: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +516,7 @@ def test_status_before_while_and_after(recipe_for: RecipeMaker, tmp_path: Path, 
     build(recipe)
     found = status(recipe.cache)
     assert (found.stage, found.generation, found.done_tokens) == ("sealed", 0, sum(found.unit_tokens))
-    assert found.workers[0].state == "done"
+    assert found.workers == ()  # notes go with the seal
     assert "sealed" in CliRunner().invoke(app, ["status", recipe.cache, "--watch", "1"]).output
     assert not verify(recipe.cache).damages
 
@@ -493,3 +554,112 @@ def test_doctor_looks_at_the_machine(tmp_path: Path, teacher_folder: Path) -> No
     missing = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path / "none"), "--json"])
     assert missing.exit_code == 1
     assert "no such model folder" in missing.output
+
+
+CORNERS: dict[str, dict[str, Any]] = {
+    "no distribution": {"signals": {"distribution": None, "hidden": {"layers": [2]}}},
+    "a pure head": {"signals": {"distribution": {"rank": 0, "head": 4}}},
+    "states in float16": {
+        "signals": {"distribution": {"rank": 8}, "hidden": {"rank": 4, "values": "float16", "positions": {"every": 5}}}
+    },
+    "states at keywords": {
+        "signals": {"distribution": {"rank": 8}, "hidden": {"rank": 4, "positions": "keywords"}, "attention": {}}
+    },
+    "overlapping contexts": {"overlap": 16, "signals": {"distribution": {"rank": 8}, "hidden": {}, "attention": {}}},
+}
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_every_legal_cache_can_be_looked_at(corner: str, recipe_for: RecipeMaker, tmp_path: Path) -> None:
+    made = build(recipe_for(tmp_path / "cache.zarr", **CORNERS[corner]))
+    assert Words(inspect_page([made.uri])).tags["script"] == 1
+    assert len(Words(made._repr_html_()).text) > 500
+    lengths = {len(segment) for segment in made}
+    for segment in (made[0], min(made, key=len), made[len(made) // 2], max(made, key=lambda s: s.context_only)):
+        assert "/tokens" in segment.to_xarray().groups
+        assert said_by(segment._repr_html_()).endswith(segment.text)
+        last = str(len(segment) - 1)
+        for extra in ([], ["--token", last]):
+            for form in ([], ["--json"]):
+                called = CliRunner().invoke(app, ["inspect", made.uri, "--segment", str(segment.index), *extra, *form])
+                assert called.exit_code == 0, (called.output, called.exception)
+                if form:
+                    json.loads(called.output, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+        if made.manifest.signals.distribution is not None:
+            own = segment.top(2, tokens=slice(0, 5)).index.get_level_values("token")
+            assert own.tolist() == [t for t in range(segment.context_only, min(5, len(segment))) for _ in (0, 1)]
+    assert len(lengths) > 1
+    assert made.to_xarray()["tokens/input_ids"].size == made.seal.num_units * made.capacity_rows["tokens/input_ids"]
+
+
+def test_overlays_and_generations_can_be_looked_at(
+    cache: Cache, recipe_for: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {
+        "base": cache.uri,
+        "sources": None,
+        "context": None,
+        "unit_tokens": None,
+        "signals": {"distribution": None, "stats": {}},
+    }
+    recipe = recipe_for(tmp_path / "overlay.zarr", **content)
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("preempted")
+
+    monkeypatch.setattr(fill_module, "compute_unit", failing)
+    with pytest.raises(RuntimeError, match="preempted"):
+        build(recipe)
+    unfinished = inspect_page([cache.uri, recipe.cache])
+    assert f"{recipe.cache} (not sealed)" in unfinished
+    assert "RuntimeError: preempted" in unfinished
+    monkeypatch.undo()
+    build(recipe)
+    both = open_cache([cache.uri, recipe.cache])
+    assert "stats/ffn" in text_of(summarise(both))
+    assert "ffn_statistics" in {name.rsplit("/", 1)[-1] for name in both[0].to_xarray().groups}
+    assert inspect_page([cache.uri, recipe.cache]).startswith("<!doctype html>")
+
+
+def test_an_extension_that_is_not_sealed_is_not(recipe_for: RecipeMaker, texts: dict[str, Path], tmp_path: Path) -> None:
+    source = {"name": "train", "jsonl": texts["train"], "max_documents": 8}
+    signals = {"distribution": {"rank": 8}}
+    build(recipe_for(tmp_path / "cache.zarr", sources=[source], signals=signals))
+    grown = recipe_for(tmp_path / "cache.zarr", sources=[source, {"name": "more", "jsonl": texts["validation"]}], signals=signals)
+    extend(grown)
+    assert (status(grown.cache).stage, status(grown.cache).generation) == ("sealed", 1)
+    (tmp_path / "cache.zarr" / "ledger/seals/000001.json").unlink()
+    found = status(grown.cache)
+    assert (found.stage, found.generation) == ("filled", 0)
+    assert all(found.done)
+
+
+def test_inspect_does_not_import_torch(cache: Cache) -> None:
+    code = "import sys; from teacher_cache.cli import app; app(['inspect', sys.argv[1]], standalone_mode=False); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, cache.uri], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "coverage by temperature" in done.stdout
+
+
+def test_a_run_s_broken_files_are_named(finished_run: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "run.json").write_text((finished_run / "run.json").read_text())
+    (torn / METRICS).write_text((finished_run / METRICS).read_text()[:-9])
+    assert "not finished" in report([torn])
+    lines = (finished_run / METRICS).read_text().splitlines()
+    (torn / METRICS).write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]))
+    with pytest.raises(CorruptError, match="not JSON"):
+        report([torn])
+    about = json.loads((torn / "run.json").read_text())
+    about["recipe"]["of_another_version"] = 1
+    (torn / "run.json").write_text(json.dumps(about))
+    with pytest.raises(MismatchError, match="another version"):
+        spikes(torn)
+    (torn / "run.json").write_text("{")
+    with pytest.raises(CorruptError, match="not JSON"):
+        spikes(torn)
+
+
+def test_a_terminal_is_not_steered_by_a_text() -> None:
+    assert printable("a\x1b[31mb\tc\n\x07") == "a\\x1b[31mb\tc\n\\x07"

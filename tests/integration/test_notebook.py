@@ -1,6 +1,7 @@
 """The notebook runs from its first cell to its last on a cache it has not seen, and its committed form has its outputs."""
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -42,6 +43,6 @@ def test_its_outputs_are_committed_and_say_nothing_of_the_machine() -> None:
     shown = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert all(cell.outputs and cell.execution_count == n for n, cell in enumerate(shown, start=1))
     text = NOTEBOOK.read_text()
-    assert str(ROOT) not in text
+    assert not re.findall(r"[\"' (=](/(?:home|root|tmp|work|Users|mnt|opt)/[^\"' ]*)", text)
     assert "Traceback" not in text
     assert not [out for cell in shown for out in cell.outputs if out.output_type in {"error", "stream"}]

@@ -48,7 +48,7 @@ def contents(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         key = path.relative_to(root).as_posix()
-        if path.is_file():
+        if path.is_file() and not key.startswith("ledger/workers/"):
             data = path.read_bytes()
             document = key.startswith("ledger/") and key.endswith(".json") and not key.startswith("ledger/tokenizer/")
             found[key] = json.loads(data)["body"] if document else data

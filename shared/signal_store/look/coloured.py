@@ -40,8 +40,11 @@ def surprise_html(segment: "Segment", of: str = "surprise") -> str:
         for place, (s, e) in enumerate(zip(surprise[: len(pieces)], entropy[: len(pieces)], strict=True))
     ]
     largest = float(np.nanquantile(values, 0.98)) if np.isfinite(values).any() else 0.0
-    more = f"<p>and {len(segment) - len(pieces):,} more tokens</p>" if len(segment) > len(pieces) else ""
-    return tokens_html(pieces, values, says, largest) + more
+    return tokens_html(pieces, values, says, largest) + _more(segment)
+
+
+def _more(segment: "Segment") -> str:
+    return f"<p>and {len(segment) - MOST_TOKENS:,} more tokens</p>" if len(segment) > MOST_TOKENS else ""
 
 
 def surprise_and_entropy(segment: "Segment") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -60,5 +63,5 @@ def segment_html(segment: "Segment") -> str:
     if segment.cache.manifest.signals.distribution is not None:
         body = surprise_html(segment)
     else:
-        body = f"<pre dir='auto' style='{STYLE}'>{html.escape(''.join(segment.tokens[:MOST_TOKENS]))}</pre>"
+        body = f"<pre dir='auto' style='{STYLE}'>{html.escape(''.join(segment.tokens[:MOST_TOKENS]))}</pre>" + _more(segment)
     return f"<div class='teacher-cache'><code>{html.escape(facts)}</code>{body}</div>"

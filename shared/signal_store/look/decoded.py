@@ -4,29 +4,40 @@ Row t predicts token t + 1, here too: `next_piece` at t is the text of token t +
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.cache import NO_TOKEN, Cache
-from signal_store.errors import MismatchError
+from signal_store.cache import Cache
+from signal_store.errors import InputError, MismatchError
 from signal_store.layout import ATTENTION_STATISTICS, FFN_STATISTICS, SCALARS
 from signal_store.look.extras import pandas, xarray
+from signal_store.look.meaning import meaning
+from signal_store.look.remembered import once_per_cache
 from signal_store.look.tokens import token_texts
 from signal_store.roles import LEVELS
 
 if TYPE_CHECKING:
     from signal_store.distribution_codec import DistributionCodec, DistributionCodes
+    from signal_store.hidden_codec import HiddenCodec
     from signal_store.segment import Segment
 
 
-@lru_cache(maxsize=4)
-def _codec(cache: Cache) -> "DistributionCodec":
+@once_per_cache
+def codec_of(cache: Cache) -> "DistributionCodec":
+    """The distribution's, on the CPU, read once."""
     from signal_store.cached_codecs import distribution_codec
 
     return distribution_codec(cache)
+
+
+@once_per_cache
+def hidden_codecs(cache: Cache) -> "dict[str, HiddenCodec]":
+    """By group, those of the hidden states, on the CPU, read once."""
+    from signal_store.cached_codecs import hidden_codec
+
+    return {layout.group: hidden_codec(cache, layout) for layout in cache.manifest.calibration.hidden}
 
 
 def _codes(cache: Cache, start: int, stop: int) -> "DistributionCodes":
@@ -65,7 +76,7 @@ def row_coordinates(segment: "Segment", places: NDArray[np.int64]) -> dict[str, 
 
 def logprobs(segment: "Segment", temperature: float) -> Any:
     """DataArray [token, vocabulary] float32, log-probabilities in nats at a cached temperature."""
-    codec = _codec(segment.cache)
+    codec = codec_of(segment.cache)
     if not codec.rank:
         raise MismatchError(
             "a cache without a tail knows single tokens only",
@@ -87,20 +98,31 @@ def logprobs(segment: "Segment", temperature: float) -> Any:
     )
 
 
-def top(segment: "Segment", n: int, temperature: float) -> Any:
+def place_among(segment: "Segment", place: int) -> int:
+    """The place, if the segment has a row of its own there; InputError if not."""
+    if not segment.context_only <= place < len(segment):
+        expected, where = f"{segment.context_only} to {len(segment) - 1}", f"segment {segment.index}"
+        raise InputError("no such token", expected=expected, found=place, where=where)
+    return place
+
+
+def top(segment: "Segment", n: int, temperature: float, tokens: slice) -> Any:
     """DataFrame of each row's n likeliest tokens, the likeliest first, indexed by (token, rank): `piece`, `id`, `probability`,
-    `nats` (−log p), and `is_next`, whether it is the token that follows. Of a cache without a tail, at most its head's n."""
+    `nats` (−log p), and `is_next`, whether it is the token that follows. Of a cache without a tail, at most its head's n.
+    `tokens`: places of the segment; of these, those that are its own."""
     import torch
 
-    codec = _codec(segment.cache)
+    codec = codec_of(segment.cache)
     if not 1 <= n <= (codec.vocab_size if codec.rank else codec.head):
         most = f"1 to {codec.vocab_size}" if codec.rank else f"1 to {codec.head}: there is no tail"
         raise MismatchError("so many tokens are not known", expected=most, found=n, where=segment.cache.uri)
-    own = own_places(segment)
+    codec.mass_column(temperature)
+    begin, end, _ = tokens.indices(len(segment))
+    own = slice(max(begin, segment.context_only), end)
     codes = _codes(segment.cache, segment.token_start + own.start, segment.token_start + own.stop)
     if n <= codec.head:
         known = codec.known(codes, temperature)
-        values, place = known.log_head.topk(n, 1)  # what the tail holds lies below the head
+        values, place = known.log_head.topk(n, 1)
         ids = known.ids.gather(1, place)
     else:
         values, ids = codec.logprobs(codes, temperature).topk(n, 1)
@@ -162,8 +184,6 @@ def hidden(segment: "Segment", tap: str, layer: int) -> Any:
     """DataArray [token, channel] float32 of a tap of a layer, at the places that were sampled."""
     import torch
 
-    from signal_store.cached_codecs import hidden_codec
-
     cache = segment.cache
     layouts = {(h.tap, h.layer): h for h in cache.manifest.calibration.hidden}
     if (tap, layer) not in layouts:
@@ -184,7 +204,7 @@ def hidden(segment: "Segment", tap: str, layer: int) -> Any:
         "rank": layout.rank or layout.width,
     }
     return xarray().DataArray(
-        hidden_codec(cache, layout).decode(values, scale).numpy(),
+        hidden_codecs(cache)[layout.group].decode(values, scale).numpy(),
         dims=("token", "channel"),
         coords={"token": places, **row_coordinates(segment, places)},
         name=f"{tap}_{layer}",
@@ -238,6 +258,11 @@ def attention(segment: "Segment", layer: int) -> Any:
     )
 
 
+def _about(path: str) -> dict[str, str]:
+    what, unit = meaning(path)
+    return {"units": unit, "long_name": what}
+
+
 def statistics(segment: "Segment") -> dict[str, Any]:
     """By name, DataArrays of the segment's statistics: attention by layer, FFN and gradient by layer."""
     cache, layout, xr = segment.cache, segment.cache.manifest.calibration.stats, xarray()
@@ -250,12 +275,12 @@ def statistics(segment: "Segment") -> dict[str, Any]:
             values = segment.row_of(path).astype(np.float32)
             coords = {"head": np.arange(layout.num_heads), "statistic": list(ATTENTION_STATISTICS)}
             found[f"attention_statistics_{layer}"] = xr.DataArray(
-                values, dims=("head", "statistic"), coords=coords, attrs={"units": "share"}
+                values, dims=("head", "statistic"), coords=coords, attrs=_about(path)
             )
     if "stats/ffn/values" in cache.capacity_rows:
         coords = {"layer": list(layout.layers), "statistic": list(FFN_STATISTICS)}
         values = segment.row_of("stats/ffn/values").astype(np.float32)
-        found["ffn_statistics"] = xr.DataArray(values, dims=("layer", "statistic"), coords=coords, attrs={"units": "share"})
+        found["ffn_statistics"] = xr.DataArray(values, dims=("layer", "statistic"), coords=coords, attrs=_about("stats/ffn/values"))
     if "stats/gradient/log10_variance" in cache.capacity_rows:
         values = segment.row_of("stats/gradient/log10_variance").astype(np.float32)
         attributes = {"units": "log10", "long_name": "log10 of the variance of the loss's gradient"}
@@ -306,8 +331,8 @@ def replay(segment: "Segment") -> Any:
     moved = values.astype(np.float32) * scale[:, None, None]
     return xarray().Dataset(
         {
-            "moved": (("token", "step", "channel"), moved, {"units": "activation"}),
-            "nll": (("token", "state"), nll.astype(np.float32), {"units": "nat"}),
+            "moved": (("token", "step", "channel"), moved, {"units": "activation", "long_name": "from the path's beginning"}),
+            "nll": (("token", "state"), nll.astype(np.float32), _about("replay/path/nll")),
         },
         coords={"token": places, **row_coordinates(segment, places)},
     )
@@ -321,14 +346,16 @@ def roles(segment: "Segment") -> Any:
 
 
 def to_xarray(segment: "Segment") -> Any:
-    """DataTree of everything that the cache holds of a segment, but for the dense distribution."""
+    """DataTree of what the cache holds of a segment, decoded: tokens, the distribution's scalars, hidden states, attention,
+    statistics, replayed paths, evidence, coverage, tags. Not in it: the dense distribution (`logprobs`, `top`), drawn ids,
+    gradients."""
     cache, xr = segment.cache, xarray()
     signals: Mapping[str, Any] = dict(cache.manifest.signals)
     tokens = xr.Dataset(
         {
             "input_ids": ("token", segment.input_ids, {"units": "id", "long_name": "token id"}),
             "loss_mask": ("token", segment.loss_mask, {"units": "flag", "long_name": "0 nowhere, 1 counts, 2 distribution only"}),
-            "piece": ("token", np.asarray(segment.tokens, dtype=object), {"long_name": "text of the token"}),
+            "piece": ("token", np.asarray(segment.tokens, dtype=object), {"units": "text", "long_name": "text of the token"}),
         },
         coords={"token": np.arange(len(segment))},
         attrs={"source": segment.source, "split": segment.split, "document": segment.document, "segment": segment.index},
@@ -349,9 +376,11 @@ def to_xarray(segment: "Segment") -> Any:
             frame = frame_of(segment)
             parts[f"/{name}"] = xr.Dataset.from_dataframe(frame.rename_axis("row"))
             for column in frame.columns:
-                parts[f"/{name}"][column].attrs["units"] = _frame_unit(column)
+                parts[f"/{name}"][column].attrs |= {"units": _frame_unit(column), "long_name": f"{name}: {column}"}
     if "tags/roles" in cache.capacity_rows:
         parts["/tags"] = xr.Dataset.from_dataframe(roles(segment))
+        for level in parts["/tags"].data_vars:
+            parts["/tags"][level].attrs |= {"units": "text", "long_name": f"role of the word: {level}"}
     return xr.DataTree.from_dict(parts, name=f"segment {segment.index}")
 
 
@@ -363,4 +392,4 @@ def _frame_unit(column: str) -> str:
 
 def next_piece(segment: "Segment") -> str | None:
     """The text of the token after the last one, or None where it is not stored."""
-    return None if segment.next_token in (None, NO_TOKEN) else token_texts(segment.cache).piece(int(segment.next_token or 0))
+    return None if segment.next_token is None else token_texts(segment.cache).piece(segment.next_token)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from signal_store.arrays import FILL
 from signal_store.cache import Cache
-from signal_store.look.decoded import scalar_columns
+from signal_store.look.decoded import codec_of, hidden_codecs, scalar_columns
 from signal_store.look.extras import xarray
 from signal_store.look.meaning import meaning
 
@@ -79,7 +79,6 @@ def _head(cache: Cache) -> Decode:
     def decode(rows: slice) -> NDArray[Any]:
         import torch
 
-        from signal_store.cached_codecs import distribution_codec
         from signal_store.distribution_codec import DistributionCodes
 
         ids, codes, scalars = (
@@ -89,7 +88,7 @@ def _head(cache: Cache) -> Decode:
         found = DistributionCodes(
             torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(codes.astype(np.int32)), nothing, torch.from_numpy(scalars)
         )
-        values: NDArray[Any] = distribution_codec(cache).known(found, 1.0).log_head.numpy()
+        values: NDArray[Any] = codec_of(cache).known(found, 1.0).log_head.numpy()
         return np.where(np.isnan(scalars[:, :1].astype(np.float32)), np.nan, values)
 
     return decode
@@ -99,11 +98,8 @@ def _hidden(cache: Cache, group: str) -> Decode:
     def decode(rows: slice) -> NDArray[Any]:
         import torch
 
-        from signal_store.cached_codecs import hidden_codec
-
-        layout = next(h for h in cache.manifest.calibration.hidden if h.group == group)
         values, scale = (torch.from_numpy(cache.read(f"{group}/{name}", rows.start, rows.stop)) for name in ("values", "scale"))
-        decoded: NDArray[Any] = hidden_codec(cache, layout).decode(values, scale).numpy()
+        decoded: NDArray[Any] = hidden_codecs(cache)[group].decode(values, scale).numpy()
         return decoded  # the scale of an unused row is NaN, and so is the row
 
     return decode

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from signal_store.look.extras import pyplot
-from signal_store.look.summary import Section
+from signal_store.look.summary import Section, table_html
 
 _HERE = files("signal_store.look")
 
@@ -43,15 +43,13 @@ def page(title: str, blocks: Sequence[Block]) -> str:
 def _policy(script: str) -> str:
     """Nothing is fetched, and no script runs but this one."""
     own = base64.b64encode(sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{own}'; base-uri 'none'"
+    rules = ("default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{own}'", "base-uri 'none'")
+    return "; ".join((*rules, "form-action 'none'"))
 
 
 def table(section: Section) -> str:
-    """A section as a table."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in section.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in section.rows)
-    more = f'<p class="note">and {section.more} more</p>' if section.more else ""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{more}'
+    """A section as a table that scrolls where it is too wide."""
+    return f'<div class="scroll">{table_html(section)}</div>'
 
 
 def picture(axes: Any, says: str) -> str:
@@ -66,7 +64,7 @@ def picture(axes: Any, says: str) -> str:
 
 def searchable(name: str, samples: Sequence[tuple[str, str]]) -> str:
     """(summary, safe HTML) of samples that open and close, under a field that finds among them."""
-    folded = "".join(f"<details><summary>{html.escape(summary)}</summary>{body}</details>" for summary, body in samples)
+    folded = "".join(f"<details><summary><bdi>{html.escape(summary)}</bdi></summary>{body}</details>" for summary, body in samples)
     return (
         f'<p><input type="search" data-of="{name}" aria-label="find in {name}" placeholder="find in {name}"> '
         f'<span id="{name}-count" class="note"></span></p><div id="{name}">{folded}</div>'

@@ -3,6 +3,7 @@
 Text on a plot is shown as it is where an installed font has it, and as its code point where none has.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
+from signal_store.look.decoded import place_among
 from signal_store.look.extras import pyplot
 
 if TYPE_CHECKING:
@@ -40,11 +42,18 @@ def shown(piece: str, most: int = 14) -> str:
     return "".join(marks.get(c) or (c if c.isprintable() and has(c) else f"U+{ord(c):04X}") for c in cut)
 
 
-def _axes(axes: Any, size: tuple[float, float]) -> Any:
+def axes_of(axes: Any, size: tuple[float, float]) -> Any:
+    """The given Axes, or those of a new figure of a size in inches."""
     return axes if axes is not None else pyplot().subplots(figsize=size, layout="constrained")[1]
 
 
-def _labelled(labels: list[Any]) -> None:
+def label_tokens(axes: Any, pieces: Sequence[str], **style: Any) -> None:
+    """Pieces of text along the x axis."""
+    axes.set_xticks(range(len(pieces)), [shown(piece, 10) for piece in pieces], **{"rotation": 90, "fontsize": 7, **style})
+    _in_fonts(axes.get_xticklabels())
+
+
+def _in_fonts(labels: Sequence[Any]) -> None:
     for label in labels:
         label.set_fontfamily(list(fonts()[0]))
 
@@ -54,27 +63,22 @@ def plot_top(
 ) -> Any:
     """The teacher's n likeliest tokens along a sentence: a column for each row from `first` on (the segment's own first one if
     None), headed by its token, the likeliest at the top, coloured by probability; a box marks the token that follows."""
-    begin = segment.context_only if first is None else first
-    if not segment.context_only <= begin < len(segment):
-        found = f"{segment.context_only} to {len(segment) - 1}"
-        raise InputError("no such token", expected=found, found=begin, where=f"segment {segment.index}")
-    frame = segment.top(n, temperature).loc[begin : begin + tokens - 1]
+    begin = place_among(segment, segment.context_only if first is None else first)
+    frame = segment.top(n, temperature, slice(begin, begin + tokens))
     columns = len(frame) // n
     probability, pieces, is_next = (frame[name].to_numpy().reshape(columns, n).T for name in ("probability", "piece", "is_next"))
-    axes = _axes(axes, (1.6 + 0.82 * columns, 1.2 + 0.36 * n))
+    axes = axes_of(axes, (1.6 + 0.82 * columns, 1.2 + 0.36 * n))
     image = axes.imshow(probability, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for rank in range(n):
         for column in range(columns):
             colour = "white" if probability[rank, column] > 0.6 else "black"
             text = axes.text(column, rank, shown(pieces[rank, column], 9), ha="center", va="center", fontsize=7, color=colour)
-            _labelled([text])
+            _in_fonts([text])
             if is_next[rank, column]:
                 axes.add_patch(pyplot().Rectangle((column - 0.48, rank - 0.46), 0.96, 0.92, fill=False, edgecolor="C3", lw=1.6))
-    heads = [shown(piece, 10) for piece in segment.tokens[begin : begin + columns]]
-    axes.set_xticks(range(columns), heads, rotation=45, ha="right")
+    label_tokens(axes, segment.tokens[begin : begin + columns], rotation=45, ha="right", fontsize=10)
     axes.set_yticks(range(n), range(1, n + 1))
     axes.set(xlabel="token", ylabel="rank", title=f"what the teacher expects next, T = {temperature:g} (box: what follows)")
-    _labelled(axes.get_xticklabels())
     axes.figure.colorbar(image, ax=axes, label="probability", pad=0.01)
     return axes
 
@@ -94,37 +98,38 @@ def plot_attention(segment: "Segment", layer: int | None = None, token: int | No
         raise InputError("no row of this token is stored", expected=own.tolist(), found=place, where=f"segment {segment.index}")
     row = array.sel(token=place).values[:, : place + 1]
     first = max(0, place + 1 - keys)
-    axes = _axes(axes, (1.8 + 0.3 * (place + 1 - first), 1.3 + 0.4 * len(row)))
+    axes = axes_of(axes, (1.8 + 0.3 * (place + 1 - first), 1.3 + 0.4 * len(row)))
     image = axes.imshow(row[:, first:], cmap="magma_r", vmin=0, vmax=max(0.05, float(np.nanmax(row[:, first:]))), aspect="auto")
-    axes.set_xticks(range(place + 1 - first), [shown(p, 10) for p in segment.tokens[first : place + 1]], rotation=90, fontsize=7)
+    label_tokens(axes, segment.tokens[first : place + 1])
     axes.set_yticks(range(len(row)), array["head"].values.tolist())
     left = float(np.nansum(row[:, :first]) / len(row))
     before = f" ({left:.0%} lies before what is shown)" if first else ""
     axes.set(ylabel="head", title=f"block {array.name.rsplit('_', 1)[1]}: where “{shown(segment.tokens[place])}” looks{before}")
-    _labelled([*axes.get_xticklabels(), axes.title])
+    _in_fonts([axes.title])
     axes.figure.colorbar(image, ax=axes, label="probability", pad=0.01)
     return axes
 
 
-def _sampled(cache: Cache, path: str) -> NDArray[np.float32]:
-    """Rows of codes of the first unit, at most `MOST_ROWS`, without filler."""
-    rows = min(MOST_ROWS, cache.capacity_rows[path])
-    codes = cache.read(path, 0, rows)
-    used = codes[:, 0] != cache.array(path).fill_value
-    found: NDArray[np.float32] = codes[used].astype(np.float32)
-    return found
+def _used_rows(cache: Cache, path: str, *others: str) -> list[NDArray[np.float32]]:
+    """Rows of an array's first `MOST_ROWS` that hold something, and the same rows of others; MismatchError where none does."""
+    arrays = [cache.read(each, 0, MOST_ROWS) for each in (path, *others)]
+    first = arrays[0][:, 0]
+    used = ~np.isnan(first) if first.dtype.kind == "f" else first != cache.array(path).fill_value
+    if not used.any():
+        raise MismatchError("none of the rows that were looked at holds anything", expected="one", found=path, where=cache.uri)
+    return [array[used].astype(np.float32) for array in arrays]
 
 
 def plot_tail_spectrum(cache: Cache, axes: Any = None) -> Any:
-    """How much each direction of the tail basis moves the logits: the root mean square over the vocabulary and the first unit's
+    """How much each direction of the tail basis moves the logits: the root mean square over the vocabulary and the first
     tokens, in nats, and the share of the whole up to it."""
     if not cache.manifest.calibration.tail_rank:
         raise MismatchError("the cache has no tail", expected="signals.distribution with rank above 0", found=0, where=cache.uri)
     basis, step = (cache.read(f"calibration/distribution/{name}").astype(np.float32) for name in ("tail_basis", "tail_step"))
-    codes = _sampled(cache, "distribution/tail_codes")
+    (codes,) = _used_rows(cache, "distribution/tail_codes")
     moved = np.sqrt((basis**2).mean(0)) * step * np.sqrt((codes**2).mean(0))
     share = np.cumsum(moved**2) / (moved**2).sum()
-    axes = _axes(axes, (6, 3.6))
+    axes = axes_of(axes, (6, 3.6))
     axes.semilogy(np.arange(1, len(moved) + 1), moved, label="of one direction")
     axes.set(xlabel="direction of the tail basis", ylabel="movement of a logit, nats (RMS)", title="spectrum of the tail basis")
     axes.grid(alpha=0.3)
@@ -139,14 +144,14 @@ def plot_tail_spectrum(cache: Cache, axes: Any = None) -> Any:
 
 
 def plot_explained_variance(cache: Cache, axes: Any = None) -> Any:
-    """What the principal directions of each cached state keep of its variance, direction by direction on the first unit's rows, up
+    """What the principal directions of each cached state keep of its variance, direction by direction on the first rows, up
     to what calibration measured for all of them; states in full width keep everything."""
     layouts = cache.manifest.calibration.hidden
     if not layouts:
         raise MismatchError("the cache holds no hidden states", expected="signals.hidden", found="none", where=cache.uri)
     taps = list(dict.fromkeys(layout.tap for layout in layouts))
     layers = sorted({layout.layer for layout in layouts})
-    axes = _axes(axes, (7, 3.8))
+    axes = axes_of(axes, (7, 3.8))
     colours = pyplot().get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
     styles = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1)))
     for layout in layouts:
@@ -154,8 +159,8 @@ def plot_explained_variance(cache: Cache, axes: Any = None) -> Any:
             share = np.ones(2)
             places = np.asarray([1, layout.width])
         else:
-            values, scale = _sampled(cache, f"{layout.group}/values"), cache.read(f"{layout.group}/scale", 0, MOST_ROWS)
-            variance = (values * scale[np.isfinite(scale)][: len(values), None]).var(0)
+            values, scale = _used_rows(cache, f"{layout.group}/values", f"{layout.group}/scale")
+            variance = (values * scale[:, None]).var(0)
             share = layout.explained_variance * np.cumsum(variance) / variance.sum()
             places = np.arange(1, layout.rank + 1)
         label = f"{layout.tap} {layout.layer}"
@@ -172,14 +177,13 @@ def plot_surprise(segment: "Segment", first: int | None = None, tokens: int = 40
     """The teacher's surprise at each token and its entropy before it, in nats."""
     from signal_store.look.coloured import surprise_and_entropy
 
-    begin = segment.context_only if first is None else first
+    begin = place_among(segment, segment.context_only if first is None else first)
     surprise, entropy = (values[begin : begin + tokens] for values in surprise_and_entropy(segment))
     pieces = segment.tokens[begin : begin + tokens]
-    axes = _axes(axes, (1.5 + 0.27 * len(pieces), 3.4))
+    axes = axes_of(axes, (1.5 + 0.27 * len(pieces), 3.4))
     axes.bar(range(len(pieces)), surprise, color="C0", alpha=0.7, label="surprise, −log p")
     axes.plot(range(len(pieces)), entropy, color="C3", marker=".", lw=1, label="entropy")
-    axes.set_xticks(range(len(pieces)), [shown(piece, 10) for piece in pieces], rotation=90, fontsize=7)
+    label_tokens(axes, pieces)
     axes.set(ylabel="nats", title="how surprised, how unsure the teacher was", xlim=(-0.7, len(pieces) - 0.3))
     axes.legend(frameon=False)
-    _labelled(axes.get_xticklabels())
     return axes

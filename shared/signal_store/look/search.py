@@ -13,9 +13,10 @@ from signal_store.manifest import Split
 from signal_store.segment import Segment
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Match:
-    """A place in a segment whose text matches: characters [start, stop) of its text, tokens [first, last] that hold them."""
+    """A place in a segment whose text matches: characters [start, stop) of its text, tokens first to last, both included, that hold
+    them."""
 
     segment: Segment
     text: str
@@ -45,8 +46,10 @@ def _matches(cache: Cache, wanted: "re.Pattern[str]", split: Split | None, limit
             if limit is not None and found >= limit:
                 return
             found += 1
-            first, last = np.searchsorted(ends, (match.start(), match.end() - 1), side="right")
-            yield Match(segment, match[0], match.start(), match.end(), int(first), int(last))
+            first, last = (int(place) for place in np.searchsorted(ends, (match.start(), match.end() - 1), side="right"))
+            while first and not pieces[first - 1]:
+                first -= 1  # the character's other tokens
+            yield Match(segment, match[0], match.start(), match.end(), first, last)
 
 
 def _segments_with(cache: Cache, wanted: "re.Pattern[str]", split: Split | None) -> Iterator[Segment]:

@@ -3,6 +3,7 @@ large cache from its first units. Everything that a cache says is escaped.
 """
 
 import html
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,24 +57,31 @@ def text_of(summary: Summary) -> str:
         lines += ["", section.title]
         lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
         lines += [f"  and {section.more} more"] if section.more else []
-    return "\n".join(lines)
+    return printable("\n".join(lines))
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: control characters, but for line ends and tabs, are shown by their code points."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
 
 
 def html_of(summary: Summary) -> str:
-    """For a notebook or a page: each section opens and closes."""
+    """For a notebook: each section opens and closes."""
     parts = [f"<div class='teacher-cache'><code>{html.escape(summary.line)}</code>"]
     for number, section in enumerate(summary.sections):
-        head = "".join(f"<th style='text-align:left'>{html.escape(column)}</th>" for column in section.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in section.rows
-        )
-        more = f"<tr><td>and {section.more} more</td></tr>" if section.more else ""
         opened = " open" if number < 2 else ""
-        parts.append(
-            f"<details{opened}><summary>{html.escape(section.title)}</summary><table><tr>{head}</tr>{body}{more}</table></details>"
-        )
+        parts.append(f"<details{opened}><summary>{html.escape(section.title)}</summary>{table_html(section)}</details>")
     return "".join(parts) + "</div>"
+
+
+def table_html(section: Section) -> str:
+    """A section as a table."""
+    cell = "text-align:left"
+    head = "".join(f"<th style='{cell}'>{html.escape(column)}</th>" for column in section.columns)
+    rows = ("".join(f"<td style='{cell}'>{html.escape(text)}</td>" for text in row) for row in section.rows)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    more = f"<p>and {section.more} more</p>" if section.more else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
 
 
 def _identity(cache: Cache) -> Section:

@@ -5,11 +5,11 @@ empty, so that the pieces of a text, joined, are the text. A tokenizer without a
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
 
 from tokenizers import Tokenizer
 
 from signal_store.cache import Cache
+from signal_store.look.remembered import once_per_cache
 
 UNFINISHED = "\ufffd"
 """What a tokenizer decodes part of a character to."""
@@ -18,15 +18,11 @@ LONGEST_CHARACTER = 8
 
 
 class TokenTexts:
-    """Of one cache."""
+    """Of one tokenizer; None where there is none."""
 
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer | None:
-        data = self._cache.tokenizer_files().get("tokenizer.json")
-        return None if data is None else Tokenizer.from_str(data.decode())
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, special ones too."""
@@ -35,27 +31,31 @@ class TokenTexts:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def groups(self, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
-        """(first, one after the last, text) of tokens that stand together, in order."""
-        first = 0
+        """(first, one after the last, text) of tokens that stand together, in order. Each is decoded behind the group before it:
+        some tokenizers drop the space at the beginning of a text, and some decode bytes in runs."""
+        before, first = 0, 0
         for place in range(len(ids)):
-            text = self._after(ids[first - 1 : first], ids[first : place + 1])
+            text = self._after(ids[before:first], ids[first : place + 1])
             if text.endswith(UNFINISHED) and place + 1 - first < LONGEST_CHARACTER and place + 1 < len(ids):
                 continue
             yield first, place + 1, text
-            first = place + 1
+            before, first = first, place + 1
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """One text a token; joined, they are the text."""
         return [piece for first, stop, text in self.groups(ids) for piece in [*[""] * (stop - first - 1), text]]
 
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """Decoded behind the token before: some tokenizers drop the space at the beginning of a text."""
         known, both = self.decode(before), self.decode([*before, *ids])
         return both[len(known) :] if before and both.startswith(known) else self.decode(ids)
 
-    @lru_cache(maxsize=65_536)  # noqa: B019  (lives as long as the cache it is of)
     def piece(self, number: int) -> str:
         """Of one token by itself; part of a character is shown as the vocabulary spells it."""
+        if number not in self._pieces:
+            self._pieces[number] = self._piece(number)
+        return self._pieces[number]
+
+    def _piece(self, number: int) -> str:
         if self._tokenizer is None:
             return f"#{number}"
         text, spelled = self.decode([number]), self._tokenizer.id_to_token(number) or f"#{number}"
@@ -64,7 +64,8 @@ class TokenTexts:
         return f" {text}" if spelled.startswith("▁") and not text.startswith(" ") else text
 
 
-@lru_cache(maxsize=8)
+@once_per_cache
 def token_texts(cache: Cache) -> TokenTexts:
     """Of a cache, its tokenizer read once."""
-    return TokenTexts(cache)
+    data = cache.tokenizer_files().get("tokenizer.json")
+    return TokenTexts(None if data is None else Tokenizer.from_str(data.decode()))
