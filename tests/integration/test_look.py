@@ -595,7 +595,7 @@ def test_every_legal_cache_can_be_looked_at(corner: str, recipe_for: RecipeMaker
 def test_overlays_and_generations_can_be_looked_at(
     cache: Cache, recipe_for: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = {
+    content: dict[str, Any] = {
         "base": cache.uri,
         "sources": None,
         "context": None,
