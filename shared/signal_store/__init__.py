@@ -12,6 +12,7 @@ from signal_store.errors import (
     InputError,
     MismatchError,
     NotFoundError,
+    OutOfMemoryError,
     SignalStoreError,
     StorageError,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "InputError",
     "MismatchError",
     "NotFoundError",
+    "OutOfMemoryError",
     "Segment",
     "SignalStoreError",
     "StorageError",

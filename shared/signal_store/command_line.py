@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from signal_store.errors import SignalStoreError, path_error, storage_error
+from signal_store.errors import SignalStoreError, memory_error, path_error, storage_error
 
 EXIT_WRONG_INPUT = 2
 
@@ -41,6 +41,11 @@ def guarded(command: Callable[[], None]) -> None:
         if known is None:
             raise
         _stop(str(known))
+    except (MemoryError, RuntimeError) as error:
+        scarce = memory_error(error)
+        if scarce is None:
+            raise
+        _stop(str(scarce))
 
 
 def _stop(line: str) -> None:

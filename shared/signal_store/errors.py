@@ -57,6 +57,12 @@ class CorruptError(SignalStoreError, RuntimeError):
     kind = "corrupt"
 
 
+class OutOfMemoryError(SignalStoreError, MemoryError):
+    """What was asked for does not fit: lower what is held at once."""
+
+    kind = "memory"
+
+
 class StorageError(SignalStoreError, OSError):
     """The disk is full or refuses to be written; nothing committed is lost."""
 
@@ -88,3 +94,12 @@ def storage_error(error: OSError, where: object) -> SignalStoreError | None:
             "the target cannot be written", found=error.strerror, where=where, remedy="Check that it is a folder you may write."
         )
     return None
+
+
+def memory_error(error: Exception) -> SignalStoreError | None:
+    """The error to raise for Python's MemoryError, torch.OutOfMemoryError, and what torch raises on a CPU; None for others."""
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in said:
+        return None
+    remedy = "For a teacher lower batch_tokens; for a student stream.micro_rows, or set activation_checkpointing: true or precision: bfloat16."
+    return OutOfMemoryError("out of memory", found=said, remedy=f"{remedy} The same command goes on from what is committed.")

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from signal_store.cache import Cache
+from signal_store.command_line import guarded
 from signal_store.ledger import read_document
 from signal_store.local_objects import LocalObjects
 from tests.tiny import COMMON, CONTEXT, make_model, make_tokenizer
@@ -305,3 +307,31 @@ def test_help_is_light(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize("plant", ["torch on a CPU", "torch on a GPU", "Python"])
+def test_out_of_memory_is_one_line_that_says_what_to_lower(plant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        if plant == "torch on a CPU":
+            torch.empty(2**50)
+        raise (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+            if plant == "torch on a GPU"
+            else MemoryError
+        )
+
+    with pytest.raises(SystemExit) as stopped:
+        guarded(command)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[memory] out of memory")
+    assert "batch_tokens" in line
+    assert "micro_rows" in line
+
+
+def test_another_fault_is_not_taken_for_a_lack_of_memory() -> None:
+    def command() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        guarded(command)
