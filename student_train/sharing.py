@@ -5,6 +5,7 @@ runs on GPUs. Both ways average gradients over ranks, which the scaling of the l
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,24 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model_taps.blocks import decoder_blocks
+from signal_store.errors import MismatchError
 from student_train.distiller import Distiller
 from student_train.recipe import SharingSection
 
 
 def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
-    """An accelerator of this precision; accelerate by itself refuses another one in a process that had one, as a notebook does."""
+    """An accelerator of this precision; accelerate by itself refuses another one in a process that had one, as a notebook does.
+
+    Without `cpu` accelerate takes each process that torchrun starts on a machine without a GPU for one that is alone.
+    """
     AcceleratorState._reset_state()  # noqa: SLF001  (accelerate has no other word for it)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", **options)
+    made = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available(), **options)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if made.num_processes != started:
+        raise MismatchError(
+            "the processes do not see each other", expected=f"{started} (WORLD_SIZE)", found=made.num_processes, where="accelerate"
+        )
+    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,6 @@ def work(rank: int, world: int, port: int, recipe: RunRecipe) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     run(recipe)
 
