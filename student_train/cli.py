@@ -26,7 +26,17 @@ def run(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = F
     from student_train.run import run as train
 
     result = train(loaded)
-    typer.echo(json.dumps(result) if as_json else "  ".join(f"{key}: {value}" for key, value in result.items()))
+    typer.echo(json.dumps(result) if as_json else "  ".join(f"{key}: {_short(value)}" for key, value in result.items()))
+
+
+def _short(value: object) -> str:
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float) and abs(value) < 100
+        else f"{value:,.0f}"
+        if isinstance(value, int | float)
+        else str(value)
+    )
 
 
 @app.command()
@@ -39,23 +49,9 @@ def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson
     if as_json:
         typer.echo(json.dumps(found))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from student_train.explain import text_of
 
-    table = Table("term", "kind", "weight", "from", "settings", "what it is", "reads of the cache", "taps of the student")
-    for term in found["terms"]:
-        settings = ", ".join(f"{k}: {v}" for k, v in term["settings"].items())
-        places = "\n".join(term["reads"]), "\n".join(term["taps"])
-        table.add_row(term["term"], term["kind"], term["weight"], term["source"], settings, term["formula"], *places)
-    console = Console()
-    console.print(table)
-    from rich.markup import escape
-
-    off = Table("off", "kind", "why")
-    for term in found["off"]:
-        off.add_row(term["term"], term["kind"], escape(term["why"]))
-    console.print(off)
-    console.print({key: value for key, value in found.items() if key not in ("terms", "off")})
+    typer.echo(text_of(found))
 
 
 @app.command()
@@ -71,7 +67,7 @@ def sweep(
     from student_train.sweep import sweep as train
 
     report = train(loaded, jobs)
-    typer.echo(json.dumps(report) if as_json else markdown(report))
+    typer.echo(json.dumps(report) if as_json else f"\n{markdown(report)}")
     if report["failed"]:
         raise typer.Exit(1)
 
@@ -125,7 +121,10 @@ def fidelity(
         typer.echo(json.dumps(found))
         return
     cka = found.pop("cka")
-    for name, value in [*found.items(), *((f"cka, teacher's layer / student's {pair}", mean) for pair, mean in cka.items())]:
+    for name, value in [
+        *found.items(),
+        *((f"CKA of teacher's block / student's at its depth, {pair}", mean) for pair, mean in cka.items()),
+    ]:
         typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:.4f}")
 
 

@@ -1,5 +1,6 @@
 """explain: what a run would optimise, against which cache; refuses what `run` would refuse at its start, without training."""
 
+import re
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -28,14 +29,14 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
             "weight": str(term.weight),
             "source": _source(recipe, name),
             "settings": term.model_dump(mode="json", exclude={"weight"}),
-            "formula": " ".join((type(term).__doc__ or "").split()),
+            "formula": _formula(term),
             "reads": _reads(objective, name),
             "taps": _taps(objective, name),
         }
         for name, term in objective.terms.items()
     ]
     if anchor := objective.losses.parameter_anchor:
-        formula = " ".join((type(anchor).__doc__ or "").split())
+        formula = _formula(anchor)
         about = {"term": "parameter_anchor", "kind": "none: the parameters' scale", "formula": formula, "settings": {}}
         terms.append(
             {**about, "weight": str(anchor.weight), "source": _source(recipe, "parameter_anchor"), "reads": [], "taps": []}
@@ -61,13 +62,41 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     }
 
 
+def _formula(term: object) -> str:
+    """The first thing that a term's section says of itself, without the numbers that point to where it was asked for."""
+    said = " ".join((type(term).__doc__ or "").split())
+    return re.sub(r" \((?:L2-SP, )?(?:REQUIREMENTS )?\d+(?:[-, ]+\d+)*\)", "", said)
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """For a terminal of any width: a paragraph a term, then those that are off and why, then the stream."""
+    lines = []
+    for term in found["terms"]:
+        settings = "".join(f", {key}: {value}" for key, value in term["settings"].items())
+        lines += [
+            f"{term['term']} ({term['kind']}), weight {term['weight']} ({term['source']}){settings}",
+            f"    {term['formula']}",
+        ]
+        lines += [f"    {what}: {', '.join(term[key])}" for what, key in (("reads", "reads"), ("taps", "taps")) if term[key]]
+    lines += ["", "off"]
+    lines += [f"    {term['term']} ({term['kind']}): {term['why']}" for term in found["off"]]
+    rest = {key: value for key, value in found.items() if key not in ("terms", "off", "kinds")}
+    lines.append("")
+    for key, value in rest.items():
+        shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        lines.append(f"{key}: {shown:,.2f}" if isinstance(shown, float) else f"{key}: {shown}")
+    return "\n".join(lines)
+
+
 def _source(recipe: RunRecipe, name: str) -> str:
     """Who gave a term its weight."""
     given = recipe.losses.get(name)
     if isinstance(given, dict) and "weight" in given:
         return "losses"
     held = PRESETS.get(recipe.preset or "", {})
-    return f"preset {recipe.preset}" if name in held and "weight" in held[name] else "the term's default"
+    if name not in held:
+        return "the term's default"
+    return f"preset {recipe.preset}" if "weight" in held[name] else f"preset {recipe.preset}, the term's default"
 
 
 def _off(recipe: RunRecipe, objective: Objective, cache: Cache, student: PreTrainedModel) -> list[dict[str, str]]:
@@ -83,7 +112,8 @@ def _off(recipe: RunRecipe, objective: Objective, cache: Cache, student: PreTrai
             why = f"losses.{name}: null"
         else:
             why = f"not in {'preset ' + recipe.preset if recipe.preset else 'losses'}"
-        found.append({"term": name, "kind": kind, "why": why + (f"; could not be had: {refused[name]}" if name in refused else "")})
+        cannot = refused.get(name, "").removeprefix(f"{name}: ").removeprefix(f"{name} ")
+        found.append({"term": name, "kind": kind, "why": why + (f"; could not be had: {cannot}" if cannot else "")})
     return found
 
 

@@ -1,5 +1,6 @@
 """The recipe of a run: which cache, which student, which objective, how trained. One frozen model a section."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -109,6 +110,15 @@ class SharingSection(Section):
         if self.cpu_offload and self.mode != "sharded":
             raise ValueError("cpu_offload needs mode: sharded")
         return self
+
+
+def flat(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted place, value) of nested mappings; an empty one is a value."""
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from flat(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, content
 
 
 class RunRecipe(Section):

@@ -24,7 +24,7 @@ from student_train.checkpoint import Progress
 from student_train.distiller import Distiller
 from student_train.losses.objective import resolve
 from student_train.metrics import METRICS, read_metrics
-from student_train.recipe import RunRecipe
+from student_train.recipe import RunRecipe, flat
 from student_train.sharing import accelerator_of
 from student_train.student import build_student
 from student_train.trainer import Trainer, run_settings
@@ -89,15 +89,27 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
 
 
 def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
-    found = _begun(recipe).get("recipe_digest", recipe_digest)
-    if found != recipe_digest:
+    begun = _begun(recipe)
+    if begun.get("recipe_digest", recipe_digest) != recipe_digest:
+        differ = _differences(begun, recipe)
         raise MismatchError(
-            "the folder holds another run",
-            expected=recipe_digest,
-            found=found,
+            f"the folder holds another run ({', '.join(differ) or 'its cache or rules'} differ)",
+            expected={place: held for place, (held, _) in differ.items()} or begun["recipe_digest"],
+            found={place: asked for place, (_, asked) in differ.items()} or recipe_digest,
             where=recipe.out,
             remedy="Give another out, or restore the recipe.",
         )
+
+
+def _differences(begun: dict[str, Any], recipe: RunRecipe) -> dict[str, tuple[Any, Any]]:
+    """By place, what the run that began has and what this recipe asks for."""
+    try:
+        held = dict(flat(run_settings(RunRecipe.model_validate(begun["recipe"]))))
+    except (KeyError, ValueError):  # of another version: the digests must do
+        return {}
+    asked = dict(flat(run_settings(recipe)))
+    places = [place for place in dict.fromkeys((*held, *asked)) if held.get(place) != asked.get(place)]
+    return {place: (held.get(place), asked.get(place)) for place in places}
 
 
 def _begun(recipe: RunRecipe) -> dict[str, Any]:

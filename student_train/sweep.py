@@ -157,7 +157,8 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a table; ± is the standard deviation over seeds."""
     columns = list(dict.fromkeys([report["metric"], *SHOWN]))
     columns = [name for name in columns if any(name in group["mean"] for group in report["groups"])]
-    lines = [f"Ranked by {report['metric']}, {report['order']} first; ± is the standard deviation over seeds.", ""]
+    spread = "; ± is the standard deviation over seeds" if any(group["sd"] for group in report["groups"]) else ""
+    lines = [f"Ranked by {report['metric']}, {report['order']} first{spread}.", ""]
     lines += ["| | run | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
     for place, group in enumerate(report["groups"], start=1):
         cells = [_cell(group, name) for name in columns]
@@ -184,6 +185,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.errorbar(means, range(len(groups)), xerr=spreads, fmt="o", capsize=3)
     axes.set_yticks(range(len(groups)), [group["name"] for group in groups])
     axes.set_xlabel(f"{report['metric']} (mean ± standard deviation over seeds)")
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -118,7 +118,7 @@ class Trainer:
                     train_seconds=progress.train_seconds + seconds,
                 )
                 log.write(step=progress.step, **record, seconds=seconds, data_wait_seconds=waited)
-                says = f"train  loss {record['loss']:.4f}  {tokens / seconds:,.0f} tokens/s  waiting {waited / seconds:.0%}"
+                says = f"loss {record['loss']:.3f} {tokens / seconds:,.0f} tok/s wait {waited / seconds:.0%}"
                 display.update(bar, advance=1, description=says)
                 last = progress.step == recipe.steps
                 if recipe.validation is not None and (last or progress.step % recipe.validation.every == 0):

@@ -38,6 +38,7 @@ from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, think
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import load_plan_tokenizer
+from teacher_cache.worker_notes import noted
 from teacher_cache.workers import ALONE, Worker
 
 CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
@@ -99,7 +100,8 @@ def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE
     objects = objects_at(recipe.cache)
     teacher = load_recipe_teacher(recipe, planned.vocab_size, worker)
     if worker.should_make(objects, "calibration", CALIBRATION):
-        body, data = calibration_body(recipe, planned, teacher, objects)
+        with noted(objects, worker, "calibrates"):
+            body, data = calibration_body(recipe, planned, teacher, objects)
         for copy in calibration_keys(body["arrays_digest"]):
             objects.put(copy, data)
         commit(objects, CALIBRATION, body, new_attempt())

@@ -101,6 +101,7 @@ def estimate(
     """Say what the cache will cost: bytes, objects, FLOPs, hours, memory. Plan and calibration are kept."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.estimate import estimate as run
+    from teacher_cache.status import duration
 
     found = run(loaded, quick=quick)
     if as_json:
@@ -117,7 +118,7 @@ def estimate(
     typer.echo(f"teacher       {found.teacher_flops:.3g} FLOP")
     if found.tokens_per_second is not None and found.hours is not None and found.worker_bytes is not None:
         typer.echo(f"objects       {found.objects:,}")
-        typer.echo(f"this machine  {found.tokens_per_second:,.0f} tokens/s, {found.hours:,.2f} hours alone")
+        typer.echo(f"this machine  {found.tokens_per_second:,.0f} tokens/s, {duration(3600 * found.hours)} alone")
         typer.echo(f"memory        {found.worker_bytes / 2**30:,.2f} GiB a worker (measured on {found.encoded_segments} segments)")
     else:
         typer.echo("Nothing was encoded: a range, and no hours. Without --quick the teacher encodes some segments first.")

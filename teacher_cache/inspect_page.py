@@ -11,7 +11,7 @@ from signal_store.look.page import Block, page, picture, progress, searchable, t
 from signal_store.look.plots import plot_attention, plot_explained_variance, plot_surprise, plot_tail_spectrum, plot_top
 from signal_store.look.summary import Section, summarise
 from signal_store.segment import Segment
-from teacher_cache.status import COLUMNS, Status, duration, find_status, line_of, worker_rows
+from teacher_cache.status import COLUMNS, Status, find_status, line_of, worker_rows
 
 SAMPLES = 60
 BEGINNING = 60
@@ -86,10 +86,9 @@ def _beginning(segment: Segment) -> str:
 
 
 def _progress(found: Status) -> Iterator[Block]:
-    left = "" if found.seconds_left is None else f", {duration(found.seconds_left)} left"
     yield Block("progress", progress(found.done_tokens, sum(found.unit_tokens), line_of(found)) + _unit_map(found))
     if found.workers:
-        yield Block(f"workers{left}", table(Section.of("workers", COLUMNS, list(worker_rows(found)))))
+        yield Block("workers", table(Section.of("workers", COLUMNS, list(worker_rows(found)))))
 
 
 def _unit_map(found: Status) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.columns import Columns
 from rich.console import Group
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -52,7 +52,9 @@ class Status:
     @property
     def working(self) -> tuple[WorkerNote, ...]:
         """Workers that fill, and have said so lately."""
-        return tuple(note for note in self.workers if note.state == "fills" and self.now - note.updated < SILENT_SECONDS)
+        return tuple(
+            note for note in self.workers if note.state in {"calibrates", "fills"} and self.now - note.updated < SILENT_SECONDS
+        )
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -78,7 +80,8 @@ def status(uri: str) -> Status:
     objects = objects_at(uri)
     plan = find_document(objects, PLAN)
     if plan is None:
-        raise NotFoundError("no cache here", expected="one that was planned at least", found=objects.uri)
+        remedy = "If a build has just begun, its plan is not written yet."
+        raise NotFoundError("no plan of a cache here", expected="teacher-cache plan or build", where=objects.uri, remedy=remedy)
     units = list(plan.body["units"])
     number = 1
     while (extension := find_document(objects, extension_key(number))) is not None:
@@ -109,7 +112,7 @@ def shown(found: Status) -> Group:
     table = Table(*COLUMNS)
     for row in worker_rows(found):
         table.add_row(*(Text(cell) for cell in row))
-    return Group(Text(line_of(found)), Padding(bar, (0, 0, 1, 0)), *([table] if found.workers else []))
+    return Group(Text(line_of(found)), Columns([bar]), *([table] if found.workers else []))
 
 
 def line_of(found: Status) -> str:
@@ -129,7 +132,7 @@ def worker_rows(found: Status) -> Sequence[tuple[str, ...]]:
     """Of each worker: name, host, state, unit, units, rate, seconds since its last word, error."""
     rows = []
     for note in found.workers:
-        silent = note.state == "fills" and note not in found.working
+        silent = note.state in {"calibrates", "fills"} and note not in found.working
         rate = note.tokens_per_second
         rows.append(
             (

@@ -21,6 +21,9 @@ NOTES = "ledger/workers"
 EVERY_SECONDS = 5.0
 
 
+State = Literal["calibrates", "fills", "done", "failed"]
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerNote:
     """`started` and `updated` in seconds since 1970 by the worker's own clock; `units` and `tokens` done since then; `unit` the one
@@ -29,7 +32,7 @@ class WorkerNote:
     worker: str
     host: str
     pid: int
-    state: Literal["fills", "done", "failed"]
+    state: State
     started: float
     updated: float
     unit: int | None = None
@@ -47,11 +50,11 @@ class WorkerNote:
 class NoteBook:
     """A worker's own note."""
 
-    def __init__(self, objects: Objects, worker: Worker) -> None:
+    def __init__(self, objects: Objects, worker: Worker, state: State) -> None:
         now = time.time()
         self._objects, self._key = objects, f"{NOTES}/{worker.number}-of-{worker.count}.json"
-        self.note = WorkerNote(str(worker), socket.gethostname(), os.getpid(), "fills", now, now)
-        self._written = 0.0
+        self.note = WorkerNote(str(worker), socket.gethostname(), os.getpid(), state, now, now)
+        self._write(self.note)
 
     def begins(self, unit: int) -> None:
         """A unit."""
@@ -67,7 +70,7 @@ class NoteBook:
         """The unit."""
         self._write(replace(self.note, unit=None, units=self.note.units + 1))
 
-    def ends(self, state: Literal["done", "failed"], error: str | None = None) -> None:
+    def ends(self, state: State, error: str | None = None) -> None:
         """All of it."""
         self._write(replace(self.note, state=state, error=error))
 
@@ -79,9 +82,9 @@ class NoteBook:
 
 
 @contextlib.contextmanager
-def noted(objects: Objects, worker: Worker) -> Iterator[NoteBook]:
+def noted(objects: Objects, worker: Worker, state: State = "fills") -> Iterator[NoteBook]:
     """A note for as long as the block runs; how it ended stays."""
-    book = NoteBook(objects, worker)
+    book = NoteBook(objects, worker, state)
     try:
         yield book
     except BaseException as error:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
 import zarr
@@ -228,12 +228,22 @@ class Cache:
     def place_of(self, index: int) -> tuple[int, int]:
         """(unit, place in the unit) of a segment; IndexError if there is none."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"segment {index} of {len(self)}")
+            raise IndexError(f"no segment {index}: there are {len(self)}, from 0")
         index %= len(self)
         unit = int(np.searchsorted(self._first_segment, index, side="right")) - 1
         return unit, index - int(self._first_segment[unit])
 
-    def __getitem__(self, index: int) -> Segment:
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Segment]: ...
+    def __getitem__(self, index: int | slice) -> Segment | list[Segment]:
+        """One segment, or those of a slice."""
+        if isinstance(index, slice):
+            return [self._segment(number) for number in range(*index.indices(len(self)))]
+        return self._segment(index)
+
+    def _segment(self, index: int) -> Segment:
         unit, place = self.place_of(index)
         names = ("token_start", "length", "context_only", "document", "source", "next_token", "finished")
         row = {name: int(column[place]) for name, column in self.segment_columns(unit, *names).items()}

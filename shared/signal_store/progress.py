@@ -26,7 +26,7 @@ def progress_bar() -> Progress:
     """A rich progress display; tasks name their `unit` as a field."""
     columns = (
         TextColumn("{task.description:<10}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         TaskProgressColumn(),
         _Rate(),
         TimeElapsedColumn(),

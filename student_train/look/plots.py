@@ -47,7 +47,7 @@ def plot_against_teacher(
     pieces = [*segment.tokens, segment.next_piece or ""][rows.start + 1 : rows.stop + 1]
     label_tokens(axes, pieces)
     axes.set(ylabel="−log p, nats", title="the tokens that follow, by teacher and student", xlim=(-0.7, len(pieces) - 0.3))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(framealpha=0.85, fontsize=8)
     return axes
 
 

@@ -19,6 +19,7 @@ from student_train.gradient_shares import SUFFIX, plot_shares, shares_of
 from student_train.look.plots import plot_against_teacher, plot_cka
 from student_train.look.students import ABOUT, RESULT, about_run, read_json, student_after, student_before
 from student_train.metrics import METRICS, read_metrics
+from student_train.recipe import flat
 
 NUMBERS = ("validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error", "tokens_per_second", "parameters")
 SMOOTHED = 50
@@ -145,18 +146,12 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
-def _flat(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(content, dict) and content:
-        for key, value in content.items():
-            yield from _flat(value, f"{place}.{key}" if place else str(key))
-    else:
-        yield place, json.dumps(content, ensure_ascii=False)
-
-
 def _differences(runs: list[Run]) -> Section:
-    flat = [dict(_flat(run.about["recipe"])) for run in runs]
-    places = [p for p in dict.fromkeys(p for f in flat for p in f) if p != "out" and len({f.get(p) for f in flat}) > 1]
-    return Section.of("differences", ("place", *(run.name for run in runs)), [(p, *(f.get(p, "") for f in flat)) for p in places])
+    recipes = [{p: json.dumps(v, ensure_ascii=False) for p, v in flat(run.about["recipe"])} for run in runs]
+    places = [p for p in dict.fromkeys(p for r in recipes for p in r) if p != "out" and len({r.get(p) for r in recipes}) > 1]
+    return Section.of(
+        "differences", ("place", *(run.name for run in runs)), [(p, *(r.get(p, "") for r in recipes)) for p in places]
+    )
 
 
 def _provenance(runs: list[Run]) -> Section:
@@ -184,6 +179,7 @@ def plot_series(runs: Sequence[Run], name: str, *, smooth: bool = False, axes: A
         x, y = _smoothed(steps, values) if smooth else (np.asarray(steps), np.asarray(values))
         axes.plot(x, y, marker="" if smooth else "o", ms=3, lw=1.3, color=colour, label=shown(run.name, 60))
     axes.set(xlabel="step", title=name.replace("_", " "))
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes

@@ -28,33 +28,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def about_run(run: Path) -> dict[str, Any]:
+def about_run(run: Path | str) -> dict[str, Any]:
     """What a run says of itself; NotFoundError where there is none."""
-    path = run / ABOUT
+    path = Path(run) / ABOUT
     if not path.is_file():
         raise NotFoundError("no run here", expected=ABOUT, where=run)
     return read_json(path)
 
 
-def recipe_of(run: Path) -> RunRecipe:
+def recipe_of(run: Path | str) -> RunRecipe:
     """The recipe that a run began with; MismatchError where this version does not know it."""
     content = about_run(run).get("recipe")
     try:
         return RunRecipe.model_validate(content)
     except ValueError as error:
         said = " ".join(str(error).split())[:200]
-        raise MismatchError("the run's recipe is another version's", found=said, where=run / ABOUT) from error
+        raise MismatchError("the run's recipe is another version's", found=said, where=Path(run) / ABOUT) from error
 
 
-def student_before(run: Path, cache: Cache) -> PreTrainedModel:
+def student_before(run: Path | str, cache: Cache) -> PreTrainedModel:
     """The student as the run made it."""
     student, _ = build_student(recipe_of(run).student, cache)
     return student
 
 
-def student_after(run: Path, cache: Cache) -> PreTrainedModel:
+def student_after(run: Path | str, cache: Cache) -> PreTrainedModel:
     """The student as the run exported it; NotFoundError where it has not."""
-    finished, asked = run / "student", recipe_of(run).student
+    finished, asked = Path(run) / "student", recipe_of(run).student
     if not finished.is_dir():
         raise NotFoundError("the run has not exported its student", expected="a finished run", where=finished)
     section = StudentSection(
@@ -64,7 +64,7 @@ def student_after(run: Path, cache: Cache) -> PreTrainedModel:
     return student
 
 
-def before_and_after(run: Path, cache: Cache) -> Mapping[str, PreTrainedModel]:
+def before_and_after(run: Path | str, cache: Cache) -> Mapping[str, PreTrainedModel]:
     """Both: "before" and "after"."""
     return {"before": student_before(run, cache), "after": student_after(run, cache)}
 

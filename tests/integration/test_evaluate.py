@@ -51,7 +51,7 @@ def test_a_student_that_is_its_teacher_has_kept_everything(knowing_cache: Cache,
     assert other["kl"] > 0.1
     assert all(value < 0.9 for value in other["cka"].values())
     assert fidelity_report(stranger, knowing_cache.uri, 60)["tokens"] < same["tokens"]
-    assert "cka, teacher's layer / student's 2/2" in called("fidelity", stranger, knowing_cache.uri, "--bf16")
+    assert "CKA of teacher's block / student's at its depth, 2/2" in called("fidelity", stranger, knowing_cache.uri, "--bf16")
 
 
 def test_fidelity_needs_held_out_text(recipe_for: RecipeMaker, texts: dict[str, Path], stranger: Path, tmp_path: Path) -> None:

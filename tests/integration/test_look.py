@@ -212,6 +212,15 @@ def test_a_lazy_array_is_the_stored_one(hostile_cache: Cache, data: st.DataObjec
         np.testing.assert_array_equal(lazy[rows, column].values, whole[rows][..., column])
 
 
+def test_rows_in_use_are_told_from_room(cache: Cache, hostile_cache: Cache) -> None:
+    for looked in (cache, hostile_cache):
+        tree = looked.to_xarray()
+        assert int(tree["tokens/in_use"].sum()) == looked.num_tokens
+        assert int(tree["segments/in_use"].sum()) == len(looked)
+        assert int(tree["segments/length"].values[tree["segments/in_use"].values].sum()) == looked.num_tokens
+        assert np.isfinite(tree["distribution/entropy"].values[tree["distribution/in_use"].values]).all()
+
+
 def test_a_lazy_state_is_the_segment_s(hostile_cache: Cache) -> None:
     tree, layer = hostile_cache.to_xarray(), hostile_cache.manifest.calibration.attention[0].layer
     segment = next(s for s in hostile_cache if len(s.attention(layer).token))
@@ -482,7 +491,7 @@ def test_a_page_shows_texts_and_runs_none(hostile_cache: Cache, tmp_path: Path) 
 
 def test_status_before_while_and_after(recipe_for: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_for(tmp_path / "cache.zarr")
-    with pytest.raises(NotFoundError, match="no cache here"):
+    with pytest.raises(NotFoundError, match="no plan of a cache"):
         status(recipe.cache)
     plan(recipe)
     assert (status(recipe.cache).stage, status(recipe.cache).done_units) == ("planned", 0)

@@ -1,6 +1,7 @@
 """A whole cache as an xarray DataTree whose arrays decode where they are looked at.
 
-Rows stand as they are stored, unit after unit: rows that a unit does not use are NaN, or the fill value of integers. Integer arrays
+Rows stand as they are stored, unit after unit: rows that a unit does not use are NaN, or the fill value of integers; `in_use` in
+each group tells them. Integer arrays
 and those without a decoded form are the stored ones; the distribution shows its scalars and its head at T = 1.
 """
 
@@ -34,6 +35,12 @@ def to_xarray(cache: Cache) -> Any:
             }
         for own, (dims, whole, dtype, decode, attributes) in found.items():
             parts.setdefault(group, {})[own] = _variable(dims, whole, dtype, decode, attributes)
+    for group, variables in parts.items():
+        first = next(path for path in specs if path.rsplit("/", 1)[0] == group)
+        rows = cache.seal.num_units * specs[first].capacity_rows
+        about = {"units": "flag", "long_name": "whether the row holds something; units have room for more than they use"}
+        dims = specs[first].dimension_names[:1]
+        variables["in_use"] = _variable(dims, (rows,), np.dtype(bool), _in_use(cache, first), about)
     attributes = {"cache_id": cache.manifest.cache_id, "teacher": cache.manifest.teacher.name, "uri": cache.uri}
     tree = {"/": xarray().Dataset(attrs=attributes)}
     for group, variables in parts.items():
@@ -46,6 +53,16 @@ Lazy = tuple[tuple[str, ...], tuple[int, ...], np.dtype[Any], Decode, dict[str, 
 
 def _reader(cache: Cache, path: str) -> Decode:
     return lambda rows: cache.read(path, rows.start, rows.stop)
+
+
+def _in_use(cache: Cache, path: str) -> Decode:
+    def decode(rows: slice) -> NDArray[Any]:
+        found = cache.read(path, rows.start, rows.stop)
+        first = found.reshape(len(found), -1)[:, 0]
+        used: NDArray[Any] = ~np.isnan(first) if first.dtype.kind == "f" else first != cache.array(path).fill_value
+        return used
+
+    return decode
 
 
 def _decoded(cache: Cache, path: str, shape: tuple[int, ...]) -> dict[str, Lazy]:

@@ -122,8 +122,8 @@ def _sizes(cache: Cache) -> Section:
     tokens = max(1, cache.num_tokens)
     rows = [(name, f"{about}{size / 2**20:,.2f} MiB", f"{size / tokens:,.1f}") for name, size in found]
     total = sum(size for _, size in found)
-    rows.append(("all", f"{about}{total / 2**20:,.2f} MiB", f"{total / tokens:,.1f}"))
-    return Section.of("size", ("signal", "stored", "bytes per token"), rows)
+    rows.append(("all arrays", f"{about}{total / 2**20:,.2f} MiB", f"{total / tokens:,.1f}"))
+    return Section.of("size (calibration and ledger come on top)", ("signal", "stored", "bytes per token"), rows)
 
 
 def _tree(cache: Cache) -> Section:
@@ -134,7 +134,7 @@ def _tree(cache: Cache) -> Section:
             shape = (cache.seal.num_units * spec.capacity_rows, *spec.row_shape)
             named = ", ".join(f"{dim}: {size:,}" for dim, size in zip(spec.dimension_names, shape, strict=True))
             rows.append((spec.path, spec.dtype, named, unit, what))
-    return Section.of("arrays", ("path", "dtype", "shape", "unit", "what it is"), rows)
+    return Section.of("arrays (rows with the room that units do not use)", ("path", "dtype", "shape", "unit", "what it is"), rows)
 
 
 def _coverage(cache: Cache) -> Section:
