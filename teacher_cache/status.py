@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.columns import Columns
 from rich.console import Group
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +17,7 @@ from signal_store.ledger import CALIBRATION, PLAN, extension_key, find_document,
 from signal_store.objects import objects_at
 from teacher_cache.worker_notes import WorkerNote, read_notes
 
+WIDTH = 60
 SILENT_SECONDS = 120.0
 """A worker that has said nothing for so long is not counted as one that works."""
 
@@ -108,11 +107,12 @@ def find_status(uri: str) -> Status | None:
 
 def shown(found: Status) -> Group:
     """For a terminal: a bar, a line, a row for each worker."""
-    bar = ProgressBar(total=max(1, sum(found.unit_tokens)), completed=found.done_tokens, width=60)
+    filled = round(WIDTH * found.done_tokens / max(1, sum(found.unit_tokens)))
+    bar = Text("━" * filled, style="green").append("─" * (WIDTH - filled), style="dim")
     table = Table(*COLUMNS)
     for row in worker_rows(found):
         table.add_row(*(Text(cell) for cell in row))
-    return Group(Text(line_of(found)), Columns([bar]), *([table] if found.workers else []))
+    return Group(Text(line_of(found)), bar, *([table] if found.workers else []))
 
 
 def line_of(found: Status) -> str:

@@ -19,7 +19,8 @@ from rich.text import Text
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {task.fields.get('unit', 'it')}/s")
+        digits = 0 if speed is None or speed >= 10 else 2
+        return Text("" if speed is None else f"{speed:,.{digits}f} {task.fields.get('unit', 'it')}/s")
 
 
 def progress_bar() -> Progress:
