@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from signal_store.command_line import run_app
+from signal_store.command_line import refuse_missing_folder, run_app
 from signal_store.errors import InputError
 from signal_store.recipe_file import load_recipe
 from student_train.recipe import RunRecipe
@@ -199,6 +199,7 @@ def report(
     """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
     from student_train.look.report import report as write
 
+    refuse_missing_folder(html)
     html.write_text(write(runs, students=students), encoding="utf-8", errors="replace")
     typer.echo(str(html))
 
@@ -233,11 +234,14 @@ def spikes(
     """Name the samples behind the jumps of a run's loss, escapes shown."""
     from dataclasses import asdict
 
+    from signal_store.look.summary import printable
+    from student_train.spikes import finite
     from student_train.spikes import spikes as look
 
     found = look(run, most, suspects)
     if as_json:
-        typer.echo(json.dumps([asdict(spike) for spike in found]))
+        facts = [asdict(spike) | {"loss": finite(spike.loss), "usual": finite(spike.usual)} for spike in found]
+        typer.echo(json.dumps(facts))
         return
     if not found:
         typer.echo("no spike: no step's loss lies far above the steps before it")
@@ -245,7 +249,9 @@ def spikes(
         typer.echo(f"step {spike.step}: loss {spike.loss:.4f}, before it {spike.usual:.4f}")
         for s in spike.suspects:
             surprise = "" if s.surprise is None else f", teacher's surprise {s.surprise:.2f} nats"
-            typer.echo(f"  segment {s.segment} ({s.source}, document {s.document}, {s.tokens} tokens{surprise}): {s.text}")
+            typer.echo(
+                f"  segment {s.segment} ({printable(s.source)}, document {s.document}, {s.tokens} tokens{surprise}): {s.text}"
+            )
 
 
 def main() -> None:

@@ -74,8 +74,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise CorruptError("a line of the log is not JSON", found=line[:80], where=f"{path}, line {number}") from error
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise CorruptError("a line of the log is no record", expected="a step", found=line[:80], where=f"{path}, line {number}")
+        found.append(record)
     return found

@@ -5,6 +5,7 @@ their median. The stream is a function, so the step's rows are made again, from 
 the teacher was surprised by them, where the cache holds that, and shown with their escapes.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from model_taps.packing import probe
-from signal_store.cache import Cache, open_cache
+from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.look.coloured import surprise_and_entropy
-from student_train.look.students import about_run, recipe_of
+from student_train.look.students import cache_of, recipe_of
 from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
 from student_train.stream.reader import TOKENS_ONLY
@@ -55,34 +56,35 @@ class Spike:
 
 
 def spike_steps(losses: list[tuple[int, float]]) -> Iterator[tuple[int, float, float]]:
-    """(step, loss, median before) of the jumps in (step, loss) pairs."""
+    """(step, loss, median before) of the jumps in (step, loss) pairs: of every loss that is not finite, and of those far above the
+    steps before; the first `LEAST_BEFORE` have too few before them to be judged, and are, against those after."""
     values = np.asarray([loss for _, loss in losses])
-    for place in range(LEAST_BEFORE, len(values)):
-        before = values[max(0, place - BEFORE) : place]
-        usual = float(np.median(before))
-        spread = max(float(np.median(np.abs(before - usual))), LEAST_SHARE * abs(usual) / SPREADS)
-        if not values[place] <= usual + SPREADS * spread:
-            yield losses[place][0], float(values[place]), usual
+    for place, (step, loss) in enumerate(losses):
+        near = values[max(0, place - BEFORE) : place] if place >= LEAST_BEFORE else np.delete(values[: 2 * LEAST_BEFORE + 1], place)
+        near = near[np.isfinite(near)]
+        usual = float(np.median(near)) if len(near) else math.nan
+        spread = max(float(np.median(np.abs(near - usual))), LEAST_SHARE * abs(usual) / SPREADS) if len(near) else math.nan
+        if not math.isfinite(loss) or (len(near) >= LEAST_BEFORE and loss > usual + SPREADS * spread):
+            yield step, loss, usual
 
 
 def spikes(run: Path, most: int = 3, suspects: int = 5) -> list[Spike]:
     """The `most` highest spikes of a run, each with its most suspicious segments."""
-    about = about_run(run)
     path = run / METRICS
     if not path.is_file():
         raise NotFoundError("the run has no log", expected=METRICS, where=run)
     recipe = recipe_of(run)
     if recipe.checkpoint.accept_other_cache:
         raise InputError("the run went over to another cache: its early steps cannot be made again", where=run)
-    records = {int(record["step"]): record for record in read_metrics(path) if "loss" in record}
+    records = {int(record["step"]): record for record in read_metrics(path) if isinstance(record.get("loss"), int | float)}
     losses = [(step, float(record["loss"])) for step, record in records.items()]
-    found = sorted(spike_steps(losses), key=lambda spike: spike[2] - spike[1])[:most]
+    found = sorted(spike_steps(losses), key=lambda spike: (math.isfinite(spike[1]), spike[2] - spike[1], spike[0]))[:most]
     if not found:
         return []
-    cache = open_cache(recipe.cache, generation=int(about["generation"]))
+    cache = cache_of(run)
     segments = segments_of(recipe, cache, {step for step, _, _ in found})
     for step, numbers in segments.items():
-        _refuse_other_rows(run, step, sum(len(cache[number]) for number in numbers), int(records[step]["tokens"]))
+        _refuse_other_rows(run, step, sum(len(cache[number]) for number in numbers), int(records[step].get("tokens", -1)))
     return [Spike(step, loss, usual, tuple(_ranked(cache, segments[step])[:suspects])) for step, loss, usual in sorted(found)]
 
 
@@ -119,3 +121,8 @@ def _ranked(cache: Cache, segments: list[int]) -> list[Suspect]:
         text = ascii(segment.text[:SHOWN_CHARACTERS])
         found.append(Suspect(segment.index, segment.source, segment.document, len(segment), surprise, text))
     return sorted(found, key=lambda suspect: -(suspect.surprise or 0.0))
+
+
+def finite(value: float) -> float | None:
+    """What JSON can say."""
+    return value if math.isfinite(value) else None

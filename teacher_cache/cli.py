@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from signal_store.command_line import run_app
+from signal_store.command_line import refuse_missing_folder, run_app
 from signal_store.errors import InputError
 from signal_store.manifest import SourceIdentity
 from signal_store.recipe_file import load_recipe
@@ -205,6 +205,7 @@ def inspect(
     if html is not None:
         from teacher_cache.inspect_page import inspect_page
 
+        refuse_missing_folder(html)
         html.write_text(inspect_page(cache), encoding="utf-8", errors="replace")
         _say({"page": str(html)}, as_json)
         return
@@ -261,9 +262,11 @@ def status(
         raise InputError("--watch draws on the terminal", expected="--json or --watch", found="both", where="status")
     found = look(cache)
     if as_json:
-        facts = asdict(found) | {
-            name: getattr(found, name) for name in ("done_units", "done_tokens", "tokens_per_second", "seconds_left")
-        }
+        facts = (
+            asdict(found)
+            | {"workers": [note.model_dump() for note in found.workers]}
+            | {name: getattr(found, name) for name in ("done_units", "done_tokens", "tokens_per_second", "seconds_left")}
+        )
         error = found.last_error
         typer.echo(json.dumps(facts | {"last_error": None if error is None else error.error}))
         return

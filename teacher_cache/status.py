@@ -14,6 +14,7 @@ from rich.text import Text
 from signal_store.cache import newest_generation
 from signal_store.errors import NotFoundError, StorageError
 from signal_store.ledger import CALIBRATION, PLAN, extension_key, find_document, listed_records, read_document, seal_key
+from signal_store.look.summary import printable
 from signal_store.objects import objects_at
 from teacher_cache.worker_notes import WorkerNote, read_notes
 
@@ -111,7 +112,7 @@ def shown(found: Status) -> Group:
     bar = Text("━" * filled, style="green").append("─" * (WIDTH - filled), style="dim")
     table = Table(*COLUMNS)
     for row in worker_rows(found):
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return Group(Text(line_of(found)), bar, *([table] if found.workers else []))
 
 

@@ -5,39 +5,40 @@ Policy: for people only. Nothing waits for a note, nothing is decided by one, an
 """
 
 import contextlib
-import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from signal_store.errors import NotFoundError, SignalStoreError
 from signal_store.objects import Objects
+from signal_store.signals import Section
 from teacher_cache.workers import Worker
 
 NOTES = "ledger/workers"
 EVERY_SECONDS = 5.0
 
 
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 State = Literal["calibrates", "fills", "done", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerNote:
+class WorkerNote(Section):
     """`started` and `updated` in seconds since 1970 by the worker's own clock; `units` and `tokens` done since then; `unit` the one
     in work; `error` the last line of what stopped it."""
 
-    worker: str
+    worker: str = Field(pattern=r"^[0-9]{1,9}/[0-9]{1,9}$")
     host: str
-    pid: int
+    pid: Count
     state: State
-    started: float
-    updated: float
-    unit: int | None = None
-    units: int = 0
-    tokens: int = 0
+    started: float = Field(ge=0)
+    updated: float = Field(ge=0)
+    unit: Count | None = None
+    units: Count = 0
+    tokens: Count = 0
     error: str | None = None
 
     @property
@@ -53,32 +54,34 @@ class NoteBook:
     def __init__(self, objects: Objects, worker: Worker, state: State) -> None:
         now = time.time()
         self._objects, self._key = objects, f"{NOTES}/{worker.number}-of-{worker.count}.json"
-        self.note = WorkerNote(str(worker), socket.gethostname(), os.getpid(), state, now, now)
+        self.note = WorkerNote(
+            worker=str(worker), host=socket.gethostname(), pid=os.getpid(), state=state, started=now, updated=now
+        )
         self._write(self.note)
 
     def begins(self, unit: int) -> None:
         """A unit."""
-        self._write(replace(self.note, unit=unit))
+        self._write(_changed(self.note, unit=unit))
 
     def adds(self, tokens: int) -> None:
         """Tokens that the teacher has read; written down every few seconds."""
-        self.note = replace(self.note, tokens=self.note.tokens + tokens)
+        self.note = _changed(self.note, tokens=self.note.tokens + tokens)
         if time.time() - self._written > EVERY_SECONDS:
             self._write(self.note)
 
     def finished(self) -> None:
         """The unit."""
-        self._write(replace(self.note, unit=None, units=self.note.units + 1))
+        self._write(_changed(self.note, unit=None, units=self.note.units + 1))
 
     def ends(self, state: State, error: str | None = None) -> None:
         """All of it."""
-        self._write(replace(self.note, state=state, error=error))
+        self._write(_changed(self.note, state=state, error=error))
 
     def _write(self, note: WorkerNote) -> None:
         self._written = time.time()
-        self.note = replace(note, updated=self._written)
+        self.note = _changed(note, updated=self._written)
         with contextlib.suppress(SignalStoreError, OSError):  # the work goes on, and the next note may be written
-            self._objects.put(self._key, json.dumps(asdict(self.note)).encode())
+            self._objects.put(self._key, self.note.model_dump_json().encode())
 
 
 @contextlib.contextmanager
@@ -88,9 +91,19 @@ def noted(objects: Objects, worker: Worker, state: State = "fills") -> Iterator[
     try:
         yield book
     except BaseException as error:
-        book.ends("failed", " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        book.ends("failed", _said(error))
         raise
     book.ends("done")
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:500]
+
+
+def _changed(note: WorkerNote, **values: Any) -> WorkerNote:
+    return note.model_copy(update=values)
 
 
 def read_notes(objects: Objects) -> tuple[WorkerNote, ...]:
@@ -98,7 +111,7 @@ def read_notes(objects: Objects) -> tuple[WorkerNote, ...]:
     found = []
     for key in objects.list(NOTES):
         try:
-            found.append(WorkerNote(**json.loads(objects.read(key))))
-        except (NotFoundError, ValueError, TypeError):
+            found.append(WorkerNote.model_validate_json(objects.read(key)))
+        except (NotFoundError, ValueError):
             continue
     return tuple(sorted(found, key=lambda note: tuple(map(int, note.worker.split("/")))[::-1]))

@@ -144,6 +144,9 @@ def _open_files() -> Check:
 
 def _disk(folder: Path) -> Iterator[Check]:
     """Room, and whether a commit (create once, whole, durable) works there."""
+    if folder.exists() and not folder.is_dir():
+        yield Check("disk", "bad", f"{folder} is a file", "Name a folder.")
+        return
     place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(place).free
     short = free < LEAST_FREE_BYTES

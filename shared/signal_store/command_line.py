@@ -5,10 +5,11 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
-from signal_store.errors import SignalStoreError, memory_error, path_error, storage_error
+from signal_store.errors import NotFoundError, SignalStoreError, memory_error, path_error, storage_error
 
 EXIT_WRONG_INPUT = 2
 
@@ -46,6 +47,12 @@ def guarded(command: Callable[[], None]) -> None:
         if scarce is None:
             raise
         _stop(str(scarce))
+
+
+def refuse_missing_folder(target: Path) -> None:
+    """NotFoundError where a file is to be written into a folder that is not there: before the work, not after."""
+    if not target.absolute().parent.is_dir():
+        raise NotFoundError("no folder to write into", expected="one that is there", found=target.absolute().parent, where=target)
 
 
 def _stop(line: str) -> None:

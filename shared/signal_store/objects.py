@@ -70,7 +70,7 @@ def objects_at(uri: str | Path) -> Objects:
     path = text.removeprefix("file://")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) or (path != text and not path.startswith("/")):
         raise InputError("an address of an unknown kind", expected="a folder, file:///…, s3://… or https://…", found=text)
-    return LocalObjects(Path(path).expanduser())
+    return LocalObjects(Path(path).expanduser().absolute())  # a process may change its folder
 
 
 def join_uri(uri: str | Path, key: str) -> str:

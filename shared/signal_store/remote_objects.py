@@ -47,6 +47,8 @@ class RemoteObjects:
             "retry_config": {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS), "backoff": backoff},
             "client_options": {"timeout": timedelta(seconds=TIMEOUT_SECONDS), "allow_http": True},
         }
+        if not uri.partition("://")[2].strip("/"):
+            raise InputError("not an address of a cache", expected="s3://bucket/prefix or https://host/path", found=uri)
         with _named(obstore, uri):
             return cls(uri, importlib.import_module("obstore.store").from_url(uri, **options))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from signal_store.errors import MismatchError
 from signal_store.manifest import Split
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class Segment:
     def row_of(self, path: str) -> NDArray[Any]:
         """Its row of an array with one row a segment, such as `stats/ffn/values`."""
         unit, place = self.cache.place_of(self.index)
-        self.cache.array(path)  # refuses one that is not held
+        axis = (self.cache.array(path).metadata.dimension_names or ("",))[0]  # type: ignore[union-attr]
+        if axis != "segment":
+            raise MismatchError("an array that has not one row a segment", expected="segment first", found=axis, where=path)
         row = unit * self.cache.capacity_rows[path] + place
         found: NDArray[Any] = self.cache.read(path, row, row + 1)[0]
         return found

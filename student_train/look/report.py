@@ -1,6 +1,7 @@
 """report: runs beside each other on one page: results, what their recipes differ in, curves, terms, gradient shares."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from signal_store.cache import open_cache
 from signal_store.errors import NotFoundError
 from signal_store.look.extras import pyplot
 from signal_store.look.page import Block, page, picture, table
@@ -17,7 +17,7 @@ from signal_store.look.summary import Section
 from signal_store.manifest import Split
 from student_train.gradient_shares import SUFFIX, plot_shares, shares_of
 from student_train.look.plots import plot_against_teacher, plot_cka
-from student_train.look.students import ABOUT, RESULT, about_run, read_json, student_after, student_before
+from student_train.look.students import ABOUT, RESULT, about_run, cache_of, read_json, recipe_of, student_after, student_before
 from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import flat
 
@@ -39,6 +39,7 @@ class Run:
     @classmethod
     def of(cls, folder: Path, name: str) -> "Run":
         """NotFoundError where there is none."""
+        recipe_of(folder)  # refuses what is none
         about, metrics, result = about_run(folder), folder / METRICS, folder / RESULT
         records = read_metrics(metrics) if metrics.is_file() else []
         return cls(name, about, records, read_json(result) if result.is_file() else {}, folder)
@@ -97,10 +98,10 @@ def _beside_teacher(runs: list[Run]) -> str:
     """By cache, one sentence as its students knew it after training, and as the first of them knew it before; then each one's
     CKA."""
     parts = []
-    for address in dict.fromkeys(json.dumps(run.about["recipe"]["cache"]) for run in runs):
-        mine = [run for run in runs if json.dumps(run.about["recipe"]["cache"]) == address]
-        found = json.loads(address)
-        cache = open_cache(found, generation=int(mine[0].about["generation"]))
+    opened = {run.name: cache_of(run.folder) for run in runs}
+    for uri in dict.fromkeys(cache.uri for cache in opened.values()):
+        mine = [run for run in runs if opened[run.name].uri == uri]
+        cache = opened[mine[0].name]
         split: Split | None = "validation" if len(cache.units("validation")) else None
         with_states = any(layout.tap == "block_output" for layout in cache.manifest.calibration.hidden)
         segment = max((cache.sample(seed, split=split) for seed in range(8)), key=len)
@@ -157,8 +158,9 @@ def _differences(runs: list[Run]) -> Section:
 def _provenance(runs: list[Run]) -> Section:
     names = ("cache_id", "generation", "recipe_digest", "commit", "processes", "sharing", "machine", "python")
     rows = [(name, *(str(run.about.get(name, "")) for run in runs)) for name in names]
-    versions = list(dict.fromkeys(name for run in runs for name in run.about.get("versions", {})))
-    rows += [(name, *(str(run.about.get("versions", {}).get(name, "")) for run in runs)) for name in versions]
+    held = [run.about.get("versions") for run in runs]
+    versions = [one if isinstance(one, dict) else {} for one in held]
+    rows += [(name, *(str(one.get(name, "")) for one in versions)) for name in dict.fromkeys(n for one in versions for n in one)]
     return Section.of("provenance", ("", *(run.name for run in runs)), rows)
 
 
@@ -190,7 +192,11 @@ def _series(run: Run, name: str) -> tuple[list[int], list[float]]:
         return run.series(name)
     steps, tokens = run.series("tokens")
     _, seconds = run.series("seconds")
-    return (steps, [n / s for n, s in zip(tokens, seconds, strict=True)]) if len(tokens) == len(seconds) else ([], [])
+    return (
+        (steps, [n / s if s else math.nan for n, s in zip(tokens, seconds, strict=True)])
+        if len(tokens) == len(seconds)
+        else ([], [])
+    )
 
 
 def _smoothed(steps: Sequence[int], values: Sequence[float]) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":

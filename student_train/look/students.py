@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model_taps.head import final_hidden, output_head
-from signal_store.cache import Cache
+from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, MismatchError, NotFoundError
 from signal_store.segment import Segment
 from student_train.recipe import RunRecipe, StudentSection
@@ -22,9 +22,11 @@ ABOUT, RESULT = "run.json", "result.json"
 def read_json(path: Path) -> dict[str, Any]:
     """A file of a run; CorruptError where it is not whole."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise CorruptError("a run's file is not JSON", found=error, where=path, remedy="Look at the run's folder.") from error
+    if not isinstance(found, dict):
+        raise CorruptError("a run's file is not a JSON object", found=type(found).__name__, where=path)
     return found
 
 
@@ -44,6 +46,23 @@ def recipe_of(run: Path | str) -> RunRecipe:
     except ValueError as error:
         said = " ".join(str(error).split())[:200]
         raise MismatchError("the run's recipe is another version's", found=said, where=Path(run) / ABOUT) from error
+
+
+def cache_of(run: Path | str) -> Cache:
+    """The cache that a run learned from, as it was then; MismatchError where another one is in its place."""
+    about, recipe = about_run(run), recipe_of(run)
+    generation = about.get("generation")
+    if not isinstance(generation, int):
+        raise CorruptError("a run does not say its generation", expected="a number", found=generation, where=Path(run) / ABOUT)
+    cache = open_cache(recipe.cache, generation=generation)
+    if cache.manifest.cache_id != about.get("cache_id"):
+        raise MismatchError(
+            "another cache stands where the run's was",
+            expected=about.get("cache_id"),
+            found=cache.manifest.cache_id,
+            where=cache.uri,
+        )
+    return cache
 
 
 def student_before(run: Path | str, cache: Cache) -> PreTrainedModel:

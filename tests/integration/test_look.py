@@ -2,6 +2,8 @@
 
 import html as html_module
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -671,4 +673,88 @@ def test_a_run_s_broken_files_are_named(finished_run: Path, tmp_path: Path) -> N
 
 
 def test_a_terminal_is_not_steered_by_a_text() -> None:
-    assert printable("a\x1b[31mb\tc\n\x07") == "a\\x1b[31mb\tc\n\\x07"
+    assert printable("a\x1b[31mb\tc\n\x07\u202e今") == "a\\x1b[31mb\tc\n\\x07\\u202e今"
+
+
+NOT_NOTES = ['{"worker": "a/b"}', "[1]", "null", "7", "[" * 100_000]
+
+
+def test_an_odd_note_is_passed_over(cache: Cache, tmp_path: Path) -> None:
+    folder = tmp_path / "cache.zarr"
+    (folder / "ledger/workers").mkdir(parents=True)
+    shutil.copy(Path(cache.uri) / "ledger/plan.json", folder / "ledger")
+    whole = {"worker": '"0/1"', "host": '"a"', "pid": "1", "state": '"fills"', "started": "1.0", "updated": "2.0"}
+    legal = {("error", '"x"'), ("error", "null"), ("unit", "null")}
+    odd = list(NOT_NOTES)
+    for field in ("worker", "updated", "tokens", "units", "error", "unit", "pid"):
+        for value in ('"x"', "null", "Infinity", "-1", "{}", "1e400"):
+            note = "{" + ", ".join(f'"{key}": {held}' for key, held in {**whole, field: value}.items()) + "}"
+            odd += [note] * ((field, value) not in legal)
+    for number, text in enumerate(odd):
+        (folder / f"ledger/workers/{number}-of-99.json").write_text(text)
+    assert status(str(folder)).workers == ()
+    (folder / "ledger/workers/1-of-99.json").write_text("{" + ", ".join(f'"{k}": {v}' for k, v in whole.items()) + "}")
+    assert [note.worker for note in status(str(folder)).workers] == ["0/1"]
+    assert CliRunner().invoke(app, ["status", str(folder)]).exit_code == 0
+
+
+def test_runs_of_the_wrong_shape_are_refused(finished_run: Path, tmp_path: Path) -> None:
+    about, log = (finished_run / "run.json").read_text(), (finished_run / METRICS).read_text()
+    spoiled = {
+        "run.json": ["[1, 2]", "null", "{}", about.replace('"steps"', '"stops"', 1), "[" * 100_000],
+        METRICS: ["7\n" + log, "null\n" + log, log.replace('"step": 3,', '"step": "x",', 1), '{"loss": 1}\n' + log],
+        "result.json": ["[1, 2]", "3"],
+    }
+    for name, texts in spoiled.items():
+        for text in texts:
+            folder = tmp_path / "run"
+            folder.mkdir(exist_ok=True)
+            for held, whole in (("run.json", about), (METRICS, log)):
+                (folder / held).write_text(whole)
+            (folder / name).write_text(text)
+            with pytest.raises((CorruptError, MismatchError)):
+                report([folder])
+            (folder / name).unlink()
+
+
+def test_another_cache_in_a_run_s_place_is_refused(finished_run: Path, exact_cache: Cache, tmp_path: Path) -> None:
+    about = json.loads((finished_run / "run.json").read_text())
+    (tmp_path / METRICS).write_text((finished_run / METRICS).read_text().replace('"loss": ', '"loss": 9', 1))
+    shutil.copytree(finished_run / "student", tmp_path / "student")
+    (tmp_path / "run.json").write_text(json.dumps(about | {"recipe": about["recipe"] | {"cache": exact_cache.uri}}))
+    for look in (lambda: report([tmp_path], students=True), lambda: spikes(tmp_path)):
+        with pytest.raises(MismatchError, match="another cache stands"):
+            look()
+
+
+def test_a_loss_that_is_not_finite_is_named_and_poisons_nothing() -> None:
+    losses = [(n, 3 - 0.01 * n) for n in range(40)]
+    losses[5], losses[20] = (5, float("nan")), (20, float("inf"))
+    assert [step for step, *_ in spike_steps(losses)] == [5, 20]
+    losses[2] = (2, 500.0)
+    assert [step for step, *_ in spike_steps(losses)] == [2, 5, 20]
+
+
+def test_what_is_not_meant_is_refused(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = cache[0]
+    with pytest.raises(InputError, match="without a step"):
+        segment.top(2, tokens=slice(None, None, 2))
+    with pytest.raises(MismatchError, match="one row a segment"):
+        segment.row_of("tokens/input_ids")
+    with pytest.raises(InputError, match="nothing would be drawn"):
+        plots.plot_surprise(segment, tokens=0)
+    with pytest.raises(InputError, match="seed"):
+        cache.sample(-1)
+    with pytest.raises(InputError, match="limit"):
+        cache.search("x", limit=-1)
+    assert [s.index for s in cache[1:3]] == [1, 2]
+    with pytest.raises(IndexError, match="from 0"):
+        cache[len(cache)]
+    for command, where in ((app, ["inspect", cache.uri]), (student_app, ["report", str(tmp_path)])):
+        called = CliRunner().invoke(command, [*where, "--html", str(tmp_path / "nowhere" / "page.html")])
+        assert isinstance(called.exception, NotFoundError)
+    monkeypatch.chdir(Path(cache.uri).parent)
+    opened_here = open_cache(Path(cache.uri).name)
+    monkeypatch.chdir(tmp_path)
+    assert opened_here[len(cache) - 1].text == cache[len(cache) - 1].text
+    assert pickle.loads(pickle.dumps(opened_here))[0].text == segment.text

@@ -117,7 +117,9 @@ def top(segment: "Segment", n: int, temperature: float, tokens: slice) -> Any:
         most = f"1 to {codec.vocab_size}" if codec.rank else f"1 to {codec.head}: there is no tail"
         raise MismatchError("so many tokens are not known", expected=most, found=n, where=segment.cache.uri)
     codec.mass_column(temperature)
-    begin, end, _ = tokens.indices(len(segment))
+    begin, end, step = tokens.indices(len(segment))
+    if step != 1:
+        raise InputError("rows follow each other", expected="a slice without a step", found=tokens, where="tokens")
     own = slice(max(begin, segment.context_only), end)
     codes = _codes(segment.cache, segment.token_start + own.start, segment.token_start + own.stop)
     if n <= codec.head:

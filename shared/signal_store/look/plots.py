@@ -47,6 +47,12 @@ def axes_of(axes: Any, size: tuple[float, float]) -> Any:
     return axes if axes is not None else pyplot().subplots(figsize=size, layout="constrained")[1]
 
 
+def _some(count: int, what: str) -> int:
+    if count < 1:
+        raise InputError("nothing would be drawn", expected=f"{what} of at least 1", found=count, where="plot")
+    return count
+
+
 def label_tokens(axes: Any, pieces: Sequence[str], **style: Any) -> None:
     """Pieces of text along the x axis."""
     axes.set_xticks(range(len(pieces)), [shown(piece, 10) for piece in pieces], **{"rotation": 90, "fontsize": 7, **style})
@@ -64,7 +70,7 @@ def plot_top(
     """The teacher's n likeliest tokens along a sentence: a column for each row from `first` on (the segment's own first one if
     None), headed by its token, the likeliest at the top, coloured by probability; a box marks the token that follows."""
     begin = place_among(segment, segment.context_only if first is None else first)
-    frame = segment.top(n, temperature, slice(begin, begin + tokens))
+    frame = segment.top(n, temperature, slice(begin, begin + _some(tokens, "tokens")))
     columns = len(frame) // n
     probability, pieces, is_next = (frame[name].to_numpy().reshape(columns, n).T for name in ("probability", "piece", "is_next"))
     axes = axes_of(axes, (1.6 + 0.82 * columns, 1.2 + 0.36 * n))
@@ -97,7 +103,7 @@ def plot_attention(segment: "Segment", layer: int | None = None, token: int | No
     if place not in own:
         raise InputError("no row of this token is stored", expected=own.tolist(), found=place, where=f"segment {segment.index}")
     row = array.sel(token=place).values[:, : place + 1]
-    first = max(0, place + 1 - keys)
+    first = max(0, place + 1 - _some(keys, "keys"))
     axes = axes_of(axes, (1.8 + 0.3 * (place + 1 - first), 1.3 + 0.4 * len(row)))
     image = axes.imshow(row[:, first:], cmap="magma_r", vmin=0, vmax=max(0.05, float(np.nanmax(row[:, first:]))), aspect="auto")
     label_tokens(axes, segment.tokens[first : place + 1])
@@ -178,7 +184,7 @@ def plot_surprise(segment: "Segment", first: int | None = None, tokens: int = 40
     from signal_store.look.coloured import surprise_and_entropy
 
     begin = place_among(segment, segment.context_only if first is None else first)
-    surprise, entropy = (values[begin : begin + tokens] for values in surprise_and_entropy(segment))
+    surprise, entropy = (values[begin : begin + _some(tokens, "tokens")] for values in surprise_and_entropy(segment))
     pieces = segment.tokens[begin : begin + tokens]
     axes = axes_of(axes, (1.5 + 0.27 * len(pieces), 3.4))
     axes.bar(range(len(pieces)), surprise, color="C0", alpha=0.7, label="surprise, −log p")

@@ -28,6 +28,8 @@ class Match:
 
 def search(cache: Cache, pattern: str, *, split: Split | None, limit: int | None) -> Iterator[Match]:
     """Matches in the order of segments, at most `limit`; empty matches are none."""
+    if limit is not None and limit < 0:
+        raise InputError("limit is below 0", expected="how many matches at most", found=limit, where="search")
     try:
         wanted = re.compile(pattern)
     except re.error as error:
@@ -66,6 +68,8 @@ def _segments_with(cache: Cache, wanted: "re.Pattern[str]", split: Split | None)
 
 def sample(cache: Cache, seed: int, *, split: Split | None) -> Segment:
     """A segment, evenly among those of a split or all; MismatchError where there is none."""
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError("not a seed", expected="a number from 0", found=seed, where="sample")
     numbers = _numbers(cache, split)
     if not len(numbers):
         raise MismatchError(f"the cache has no {split} split", expected=f"a source with split: {split}", where=cache.uri)

@@ -52,7 +52,7 @@ def text_of(summary: Summary) -> str:
     """For a terminal."""
     lines = [summary.line]
     for section in summary.sections:
-        table = [row for row in (section.columns, *section.rows) if any(row)]
+        table = [tuple(cell.replace("\n", "↵") for cell in row) for row in (section.columns, *section.rows) if any(row)]
         widths = [max(len(row[column]) for row in table) for column in range(len(section.columns))]
         lines += ["", section.title]
         lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
@@ -61,8 +61,9 @@ def text_of(summary: Summary) -> str:
 
 
 def printable(text: str) -> str:
-    """Without what would steer a terminal: control characters, but for line ends and tabs, are shown by their code points."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+    """Without what would steer a terminal: control and direction characters, but for line ends and tabs, are shown by their code
+    points."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cf"} else ascii(c)[1:-1] for c in text)
 
 
 def html_of(summary: Summary) -> str:
@@ -148,10 +149,19 @@ def _coverage(cache: Cache) -> Section:
 
 def _sources(cache: Cache) -> Section:
     rows = [
-        (s.name, s.split, f"{s.num_tokens:,}", f"{s.num_segments:,}", f"{s.num_documents:,}", s.task or "", _tagger(s))
+        (
+            s.name,
+            s.split,
+            f"{s.num_tokens:,}",
+            f"{s.num_segments:,}",
+            f"{s.num_documents:,}",
+            f"{s.num_empty_documents:,}",
+            s.task or "",
+            _tagger(s),
+        )
         for s in cache.sources
     ]
-    return Section.of("sources", ("name", "split", "tokens", "segments", "documents", "task", "tagger"), rows)
+    return Section.of("sources", ("name", "split", "tokens", "segments", "documents", "empty ones", "task", "tagger"), rows)
 
 
 def _tagger(source: SourceIdentity) -> str:
