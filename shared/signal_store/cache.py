@@ -75,6 +75,7 @@ class SealedPart:
 
     def read_unit(self, unit: int, rows: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """The first rows of a unit's arrays, by path so many, from their whole shards, all fetched at once."""
+        _ = self.store  # made here: making it asks zarr's loop, which the coroutine would already be in
         fetched = sync(self._shards(unit, rows))
         return {path: decode_shards(fetched[path], self.specs[path], count) for path, count in rows.items()}
 

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
+from signal_store import arrays
 from signal_store.arrays import FILL, ArraySpec, create_array, grid, hierarchy_metadata
-from signal_store.cache import Cache, open_cache
+from signal_store.cache import Cache, SealedPart, open_cache
 from signal_store.distribution_codec import DistributionCodec, top_k
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
 from signal_store.ledger import MANIFEST, commit, parse_document, read_document, seal_key
 from signal_store.local_objects import LocalObjects
+from signal_store.objects import objects_at
 from signal_store.shard_writer import UnitArrayWriter, write_unit_array
 from teacher_cache.build import build
 from teacher_cache.fill import fill
@@ -302,6 +304,13 @@ def test_whole_shards_read_as_zarr_reads_them(cache: Cache, data: st.DataObject)
     found = cache.read_unit(unit, {path: rows})[path]
     assert found.dtype == expected.dtype
     assert np.array_equal(found, expected, equal_nan=found.dtype.kind == "f")
+
+
+def test_whole_shards_can_be_the_first_that_is_read(cache: Cache) -> None:
+    arrays._hierarchy_metadata.cache_clear()
+    part = SealedPart(objects_at(cache.uri))
+    (ids,) = part.read_unit(0, {"tokens/input_ids": 8}).values()
+    np.testing.assert_array_equal(ids, cache.read("tokens/input_ids", 0, 8))
 
 
 def test_a_spoiled_shard_is_refused_whole(cache: Cache, tmp_path: Path) -> None:
