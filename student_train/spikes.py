@@ -85,7 +85,7 @@ def spikes(run: Path, most: int = 3, suspects: int = 5) -> list[Spike]:
     segments = segments_of(recipe, cache, {step for step, _, _ in found})
     for step, numbers in segments.items():
         _refuse_other_rows(run, step, sum(len(cache[number]) for number in numbers), int(records[step].get("tokens", -1)))
-    return [Spike(step, loss, usual, tuple(_ranked(cache, segments[step])[:suspects])) for step, loss, usual in sorted(found)]
+    return [Spike(step, loss, usual, tuple(_ranked(cache, set(segments[step]))[:suspects])) for step, loss, usual in sorted(found)]
 
 
 def _refuse_other_rows(run: Path, step: int, found: int, logged: int) -> None:
@@ -101,15 +101,16 @@ def _refuse_other_rows(run: Path, step: int, found: int, logged: int) -> None:
 
 
 def segments_of(recipe: RunRecipe, cache: Cache, steps: set[int]) -> dict[int, list[int]]:
-    """By step (from 1), the segments of its rows; the stream is walked from its beginning."""
+    """By step (from 1), the segments of its rows, one that stands in it twice, in a small cache, twice; the stream is walked from
+    its beginning."""
     student, _ = build_student(recipe.student, cache)
     packed = probe(student, cache.manifest.tokenizer.vocab_size) == "packed"
     config = recipe.stream.model_copy(update={"micro_rows": None})
     batches = Stream(cache, TOKENS_ONLY, config, packed=packed).micro_batches({}, 0)
-    return {step: sorted(set(batch.segments)) for step, batch in enumerate(islice(batches, max(steps)), start=1) if step in steps}
+    return {step: sorted(batch.segments) for step, batch in enumerate(islice(batches, max(steps)), start=1) if step in steps}
 
 
-def _ranked(cache: Cache, segments: list[int]) -> list[Suspect]:
+def _ranked(cache: Cache, segments: set[int]) -> list[Suspect]:
     held = cache.manifest.signals.distribution is not None
     found = []
     for number in segments:

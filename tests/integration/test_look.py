@@ -437,6 +437,27 @@ def test_spikes_name_the_samples_of_their_step(cache: Cache, finished_run: Path,
     assert "step 20" in shown
 
 
+def test_a_step_that_holds_a_segment_twice_has_its_spike_named(hostile_cache: Cache, tmp_path: Path) -> None:
+    """A step longer than the cache: the stream goes on with the next epoch inside it."""
+    content = {
+        "cache": hostile_cache.uri,
+        "out": tmp_path,
+        "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 1}},
+        "preset": "cross_entropy",
+        "steps": 10,
+        "stream": {"row_tokens": 48, "rows_per_step": 64, "workers": 0},
+    }
+    recipe = RunRecipe.model_validate(content)
+    run(recipe)
+    records = read_metrics(tmp_path / METRICS)
+    records[-1]["loss"] *= 50
+    (tmp_path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    repeated = segments_of(recipe, hostile_cache, {10})[10]
+    assert len(set(repeated)) < len(repeated)
+    (spike,) = spikes(tmp_path, suspects=99)
+    assert sorted(suspect.segment for suspect in spike.suspects) == sorted(set(repeated))
+
+
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
 def test_a_quiet_run_has_no_spikes_and_a_jump_is_one(losses: list[float]) -> None:
     quiet = [(n, 3 - 0.01 * n) for n in range(40)]
