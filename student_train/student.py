@@ -1,5 +1,6 @@
 """The student: built from a config or a checkpoint, and checked against the cache it will learn from."""
 
+import difflib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
         except LOADING_ERRORS as error:
             if isinstance(error, SignalStoreError):
                 raise
-            raise InputError("the student's config is wrong", found=str(error).splitlines()[0], where="student.config") from error
+            raise InputError("the student's config is wrong", found=str(error)[:300], where="student.config") from error
     _check(model, cache)
     if section.lora is not None:
         torch.manual_seed(section.seed)
@@ -67,7 +68,22 @@ def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
         raise InputError("the student's config names no model_type", expected="such as llama or qwen3", where="student.config")
     fields.setdefault("vocab_size", cache.manifest.tokenizer.vocab_size)
     config: PretrainedConfig = AutoConfig.for_model(kind, **fields)
+    _refuse_unknown_fields(config, fields)
     return config
+
+
+def _refuse_unknown_fields(config: PretrainedConfig, fields: Mapping[str, object]) -> None:
+    """transformers keeps a misspelt field as an attribute that no model reads, and takes the default: often billions of weights."""
+    default = type(config)()
+    for name in fields:
+        if hasattr(config, name) and not hasattr(default, name):
+            near = difflib.get_close_matches(name, [*default.to_dict(), *default.attribute_map], n=1)
+            raise InputError(
+                f"a {config.model_type} config has no such field",
+                expected=near[0] if near else None,
+                found=name,
+                where="student.config",
+            )
 
 
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:

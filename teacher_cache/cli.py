@@ -206,6 +206,9 @@ def inspect(
         from teacher_cache.inspect_page import inspect_page
 
         refuse_missing_folder(html)
+        for address in cache:
+            if html.resolve().is_relative_to(Path(address).resolve()):
+                raise InputError("a cache holds nothing but itself", expected="a page elsewhere", found=html, where=address)
         html.write_text(inspect_page(cache), encoding="utf-8", errors="replace")
         _say({"page": str(html)}, as_json)
         return

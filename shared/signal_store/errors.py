@@ -70,7 +70,8 @@ class StorageError(SignalStoreError, OSError):
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+_NOT_WRITABLE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def path_error(error: OSError) -> SignalStoreError | None:
@@ -81,7 +82,7 @@ def path_error(error: OSError) -> SignalStoreError | None:
 
 
 def storage_error(error: OSError, where: object) -> SignalStoreError | None:
-    """The error to raise for a failed write, or None where the failure is none of the disk's."""
+    """The error to raise for a read or a write that failed, or None where the failure is none of the disk's."""
     remedy = "Nothing committed is lost: make room and run the same command again."
     if error.errno == errno.ENOENT:
         return NotFoundError(
@@ -89,7 +90,14 @@ def storage_error(error: OSError, where: object) -> SignalStoreError | None:
         )
     if error.errno in _FULL:
         return StorageError("the disk is full", found=error.strerror, where=where, remedy=remedy)
-    if error.errno in _REFUSED:
+    if error.errno in _FORBIDDEN:
+        return StorageError(
+            "access is refused",
+            found=error.strerror,
+            where=where,
+            remedy="Check that you may read it, and write it if it is a target.",
+        )
+    if error.errno in _NOT_WRITABLE:
         return StorageError(
             "the target cannot be written", found=error.strerror, where=where, remedy="Check that it is a folder you may write."
         )

@@ -223,8 +223,8 @@ def test_rows_in_use_are_told_from_room(cache: Cache, hostile_cache: Cache) -> N
         assert np.isfinite(tree["distribution/entropy"].values[tree["distribution/in_use"].values]).all()
 
 
-def test_a_lazy_state_is_the_segment_s(hostile_cache: Cache) -> None:
-    tree, layer = hostile_cache.to_xarray(), hostile_cache.manifest.calibration.attention[0].layer
+def test_a_lazy_tree_that_was_pickled_has_the_segment_s_values(hostile_cache: Cache) -> None:
+    tree, layer = pickle.loads(pickle.dumps(hostile_cache.to_xarray())), hostile_cache.manifest.calibration.attention[0].layer
     segment = next(s for s in hostile_cache if len(s.attention(layer).token))
     one = segment.hidden("block_output", 2)
     row = segment.columns("hidden/segments", "row_start", "rows")
@@ -774,6 +774,8 @@ def test_what_is_not_meant_is_refused(cache: Cache, tmp_path: Path, monkeypatch:
     for command, where in ((app, ["inspect", cache.uri]), (student_app, ["report", str(tmp_path)])):
         called = CliRunner().invoke(command, [*where, "--html", str(tmp_path / "nowhere" / "page.html")])
         assert isinstance(called.exception, NotFoundError)
+    called = CliRunner().invoke(app, ["inspect", cache.uri, "--html", str(Path(cache.uri) / "tokens" / "page.html")])
+    assert isinstance(called.exception, InputError) and not list(Path(cache.uri).rglob("page.html"))
     monkeypatch.chdir(Path(cache.uri).parent)
     opened_here = open_cache(Path(cache.uri).name)
     monkeypatch.chdir(tmp_path)

@@ -117,7 +117,7 @@ def test_publish_is_idempotent(tmp_path: Path) -> None:
         objects.publish("staging/y", "final/y")
 
 
-@pytest.mark.parametrize(("number", "words"), [(28, "disk is full"), (30, "cannot be written"), (13, "cannot be written")])
+@pytest.mark.parametrize(("number", "words"), [(28, "disk is full"), (30, "cannot be written"), (13, "access is refused")])
 def test_a_full_or_forbidden_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
     def fails(_fd: int) -> None:
         raise OSError(number, "as the kernel says")
