@@ -1,6 +1,6 @@
 """The page that `inspect --html` writes: a sealed cache with its plots and samples, or how far an unfinished one is."""
 
-import html
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -86,7 +86,9 @@ def _beginning(segment: Segment) -> str:
 
 
 def _progress(found: Status) -> Iterator[Block]:
-    yield Block("progress", progress(found.done_tokens, sum(found.unit_tokens), line_of(found)) + _unit_map(found))
+    as_of = time.strftime("as of %Y-%m-%d %H:%M:%S UTC", time.gmtime(found.now))
+    bar = progress(found.done_tokens, sum(found.unit_tokens), f"{line_of(found)}  ({as_of})")
+    yield Block("progress", bar + _unit_map(found))
     if found.workers:
         yield Block("workers", table(Section.of("workers", COLUMNS, list(worker_rows(found)))))
 
@@ -94,5 +96,5 @@ def _progress(found: Status) -> Iterator[Block]:
 def _unit_map(found: Status) -> str:
     """A square for each unit: dark where it has a record."""
     cells = "".join("■" if done else "□" for done in found.done[:UNITS_SHOWN])
-    more = f"and {len(found.done) - UNITS_SHOWN:,} more" if len(found.done) > UNITS_SHOWN else ""
-    return f'<pre aria-label="units">{cells}</pre><p class="note">{html.escape(more)}</p>'
+    more = f", and {len(found.done) - UNITS_SHOWN:,} more" if len(found.done) > UNITS_SHOWN else ""
+    return f'<pre aria-label="units">{cells}</pre><p class="note">a square for each unit, ■ where it is done{more}</p>'

@@ -543,6 +543,7 @@ def test_status_before_while_and_after(recipe_for: RecipeMaker, tmp_path: Path, 
     with opened(target) as (page, said):
         assert page.locator("progress").get_attribute("value") == f"{found.done_tokens:g}"
         assert page.locator("pre").inner_text().startswith("■■□")
+        assert "(as of " in page.inner_text("body")
         assert "the node lost its GPU" in page.inner_text("body")
         assert not said
     build(recipe)
