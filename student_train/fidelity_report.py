@@ -13,6 +13,7 @@ import torch
 from model_taps.head import final_hidden
 from model_taps.packing import probe
 from model_taps.slices import State, tap_states
+from model_taps.spread import evenly
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import MismatchError
 from signal_store.signals import Tap
@@ -20,7 +21,7 @@ from student_train.codecs import Codecs
 from student_train.distiller import Distiller
 from student_train.losses.cka import debiased_cka
 from student_train.losses.config import Losses
-from student_train.losses.features import MIN_TOKENS, groups_of
+from student_train.losses.features import MIN_TOKENS
 from student_train.losses.objective import Objective
 from student_train.losses.pairing import LayerPair, state_pairs
 from student_train.recipe import SharingSection, StreamSection, StudentSection
@@ -75,7 +76,7 @@ def depth_cka(
     wanted: list[State] = [(TAP, p.student) for p in pairs]
     for coded in stream.once("validation", needs, max_tokens):
         batch = coded.to(device)
-        groups = groups_of(batch, CKA_TOKENS, MIN_TOKENS)
+        groups = evenly(torch.tensor(batch.hidden_rows, dtype=torch.int64), CKA_TOKENS, MIN_TOKENS).to(batch.hidden_flat.device)
         if not len(groups.index):
             continue
         with shared.accelerator.autocast(), tap_states(student, tuple(dict.fromkeys(wanted))) as states:

@@ -53,8 +53,8 @@ class PairedTerm(StateTerm):
         """int64, which of the sampled states it looks at; None for all."""
         if self.max_tokens is None or max(batch.hidden_rows, default=0) <= self.max_tokens:
             return None
-        groups = groups_of(batch, self.max_tokens, 0)
-        return groups.index[groups.inside]
+        groups = evenly(torch.tensor(batch.hidden_rows, dtype=torch.int64), self.max_tokens)
+        return groups.index[groups.inside].to(batch.hidden_flat.device)
 
     def _of_pair(self, number: int, kept: Tensor | None, seen: Seen) -> Tensor:
         pair = self.pairs[number]
@@ -78,8 +78,8 @@ class GroupedTerm(PairedTerm):
 
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
         """Over segments."""
-        rows = torch.tensor(seen.batch.hidden_rows, dtype=torch.int64, device=own_Pd.device).clamp(max=self.max_tokens)
-        return self.group_sum(number, own_Pd, other_PD, evenly(rows, self.max_tokens, MIN_TOKENS))
+        rows = torch.tensor(seen.batch.hidden_rows, dtype=torch.int64).clamp(max=self.max_tokens)
+        return self.group_sum(number, own_Pd, other_PD, evenly(rows, self.max_tokens, MIN_TOKENS).to(own_Pd.device))
 
     @abstractmethod
     def group_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
@@ -116,9 +116,3 @@ def make_projection(width: int, target_width: int) -> nn.Linear:
     else:
         nn.init.orthogonal_(projection.weight)
     return projection
-
-
-def groups_of(batch: CodedBatch, max_tokens: int, min_tokens: int) -> Groups:
-    """At most `max_tokens` of each segment's sampled states, evenly spread; segments with fewer than `min_tokens` are left out."""
-    rows = torch.tensor(batch.hidden_rows, dtype=torch.int64, device=batch.hidden_flat.device)
-    return evenly(rows, max_tokens, min_tokens)
