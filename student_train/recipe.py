@@ -1,11 +1,11 @@
 """The recipe of a run: which cache, which student, which objective, how trained. One frozen model a section."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from signal_store.recipe_file import LocalPath, ModelName
 from signal_store.signals import Section, Seed
 from student_train.losses.config import KINDS, PRESETS, Kind, Losses, Term
 
@@ -22,10 +22,10 @@ class LoraSection(Section):
 class StudentSection(Section):
     """A checkpoint to start from, or a config (a mapping with `model_type`, or a folder) whose weights are drawn from `seed`."""
 
-    checkpoint: str | None = None
-    config: dict[str, Any] | str | None = None
+    checkpoint: ModelName | None = None
+    config: dict[str, Any] | ModelName | None = None
     seed: int = 0
-    tokenizer: str | None = None
+    tokenizer: ModelName | None = None
     """Checked against the cache's; None takes the checkpoint's own, or the cache's for a config."""
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -126,7 +126,7 @@ class RunRecipe(Section):
 
     cache: str | tuple[str, ...]
     """Where the cache is; a list opens a cache with its overlays."""
-    out: Path
+    out: LocalPath
     student: StudentSection
     preset: str | None = None
     losses: dict[str, Any] = Field(default_factory=dict)

@@ -1,13 +1,12 @@
 """The recipe of a sweep: a base run, and what is varied."""
 
 import itertools
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from signal_store.canonical import digest
-from signal_store.recipe_file import apply_override, validate
+from signal_store.recipe_file import LocalPath, apply_override, validate
 from signal_store.signals import Section, Seed
 from student_train.recipe import RunRecipe
 
@@ -15,7 +14,7 @@ from student_train.recipe import RunRecipe
 class SweepRecipe(Section):
     """Every variant, at every combination of the matrix, with every seed. Keys are dotted places of a run recipe."""
 
-    out: Path
+    out: LocalPath
     base: dict[str, Any]
     """A run recipe without `out`."""
     variants: dict[str, dict[str, Any]] = Field({"base": {}}, min_length=1)

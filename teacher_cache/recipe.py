@@ -6,14 +6,15 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from signal_store.manifest import Split, Task
+from signal_store.recipe_file import LocalPath, ModelName
 from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals, without_empty
 
 
 class TeacherSection(Section):
     """Any causal LM folder or hub name. `tokenizer` defaults to the model's own."""
 
-    model: str
-    tokenizer: str | None = None
+    model: ModelName
+    tokenizer: ModelName | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: str | None = None
@@ -45,9 +46,9 @@ class TaggerSection(Section):
     lexer for code (extra `nlp`)."""
 
     parser: Literal["jieba", "spacy", "pygments"]
-    model: Path | None = None
+    model: LocalPath | None = None
     """Folder of the spaCy pipeline."""
-    semantic_model: Path | None = None
+    semantic_model: LocalPath | None = None
     """Folder of a token-classification checkpoint with BIO labels; None takes semantic roles from the dependencies."""
     keywords: bool = False
     """Connectives and predicates are the keywords of this source's texts, which no lexer reads."""
@@ -72,10 +73,10 @@ class Source(Section):
 
     name: str = Field(min_length=1)
     split: Split = "train"
-    folder: Path | None = None
+    folder: LocalPath | None = None
     pattern: str = "**/*"
-    jsonl: Path | None = None
-    parquet: Path | None = None
+    jsonl: LocalPath | None = None
+    parquet: LocalPath | None = None
     dataset: DatasetReference | None = None
     text: str | None = None
     prompt: str | None = None

@@ -5,6 +5,7 @@ an object). `create` tells who won. A key is a relative path with `/`. Stock zar
 """
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -70,7 +71,8 @@ def objects_at(uri: str | Path) -> Objects:
     path = text.removeprefix("file://")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) or (path != text and not path.startswith("/")):
         raise InputError("an address of an unknown kind", expected="a folder, file:///…, s3://… or https://…", found=text)
-    return LocalObjects(Path(path).expanduser().absolute())  # a process may change its folder
+    path = os.path.expanduser(path)  # noqa: PTH111  (Path's own raises where there is no such user)
+    return LocalObjects(Path(path).absolute())  # a process may change its folder
 
 
 def join_uri(uri: str | Path, key: str) -> str:

@@ -1,16 +1,30 @@
 """From a YAML file and `key=value` overrides to a validated recipe; every mistake in one line."""
 
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from signal_store.errors import InputError, NotFoundError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
+
+
+def _local(path: Path) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # Path has made one slash of two
+        raise ValueError("must be on this machine, it is no address")
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own raises where there is no such user)
+
+
+LocalPath = Annotated[Path, AfterValidator(_local)]
+"""A path of this machine; ~ is its user's home."""
+ModelName = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A model's folder or hub name."""
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str], model: type[Recipe]) -> Recipe:

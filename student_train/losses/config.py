@@ -4,11 +4,11 @@ Each term says which of the five kinds of knowledge it carries (REQUIREMENTS 3).
 one does not import torch.
 """
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from signal_store.recipe_file import LocalPath
 from signal_store.signals import Section
 from student_train.losses.schedule import Weight, WeightField
 
@@ -226,7 +226,7 @@ class ParameterAnchorTerm(Section):
 class ImportanceSection(Section):
     """Weights of the divergences' tokens, in [0.2, 3], by the roles of their words and the teacher's confidence (12-19)."""
 
-    rules: Path | None = None
+    rules: LocalPath | None = None
     """YAML on top of the shipped rule base."""
     normalise: Literal["weights", "tokens"] = "weights"
     """What the weighted sum is divided by: the weights' sum, which keeps the meaning of a learning rate, or the number of

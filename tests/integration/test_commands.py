@@ -24,6 +24,9 @@ from signal_store.cache import Cache
 from signal_store.command_line import guarded
 from signal_store.ledger import read_document
 from signal_store.local_objects import LocalObjects
+from signal_store.recipe_file import validate
+from student_train.recipe import RunRecipe
+from teacher_cache.recipe import CacheRecipe
 from tests.tiny import COMMON, CONTEXT, make_model, make_tokenizer
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -92,6 +95,7 @@ def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
     [
         ("contxt=8", ["unknown key contxt", "perhaps context"]),
         ("sources.0.jsonl=/nowhere/x.jsonl", ["no such file", "/nowhere/x.jsonl"]),
+        ("sources.0.jsonl=s3://bucket/x.jsonl", ["sources.0.jsonl: must be on this machine"]),
         ("sources.0.text=body", ["no such column", "body", "text"]),
         ("teacher.model=/nowhere/model", ["no such", "/nowhere/model"]),
         ("sources.0.jsonl=EMPTY", ["no text", "source train"]),
@@ -121,10 +125,23 @@ def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, 
         ("preset=flash", ["preset must be one of"]),
         ("losses.kl={}", ["unknown key", "kl"]),
         ("stream.row_tokens=8", ["longer than a row"]),
+        ("out=s3://bucket/run", ["out: must be on this machine", "s3:"]),
     ],
 )
 def test_bad_run_recipes(tmp_path: Path, run_recipe: dict[str, Any], change: str, words: list[str]) -> None:
     refused(cli("student_train", "run", write(tmp_path, run_recipe), change), *words)
+
+
+def test_home_is_where_the_tilde_is(
+    tmp_path: Path, run_recipe: dict[str, Any], recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = validate({**run_recipe, "out": "~/run", "student": {"checkpoint": "~/student"}}, RunRecipe, "here")
+    assert (run.out, run.student.checkpoint) == (tmp_path / "run", str(tmp_path / "student"))
+    teacher = {**recipe["teacher"], "model": "~/teacher", "tokenizer": "org/name"}
+    cache = validate({**recipe, "teacher": teacher, "sources": [{"name": "a", "jsonl": "~/a.jsonl"}]}, CacheRecipe, "here")
+    assert cache.sources[0].jsonl == tmp_path / "a.jsonl"
+    assert (cache.teacher.model, cache.teacher.tokenizer) == (str(tmp_path / "teacher"), "org/name")
 
 
 def test_what_the_cache_lacks_is_refused_at_start(
