@@ -85,6 +85,8 @@ def plan(
     from student_train.plan import plan as look
 
     loaded = load_recipe(recipe, overrides or [], PlanRecipe)
+    if write is not None:
+        refuse_missing_folder(write)
     choices = look(loaded, evaluation)
     if write is not None:
         import yaml
@@ -108,7 +110,7 @@ def plan(
 def fidelity(
     student: Annotated[Path, typer.Argument(help="Folder of a student, such as OUT/student.", metavar="STUDENT")],
     cache: Annotated[list[str], typer.Argument(help="A cache with a validation split, and its overlays.", metavar="CACHE...")],
-    max_tokens: Annotated[int | None, typer.Option(help="Look at so many tokens only.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Look at so many tokens only.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run the student under bfloat16 autocast.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -142,6 +144,9 @@ def generate(
     """Let a student write, for its teacher to score: the next round's text."""
     from student_train.generate import generate as write
 
+    refuse_missing_folder(out)
+    if out.exists():
+        raise InputError("there is something at this place", expected="a new file", found=out, where="--out")
     found = write(
         student, cache, out, samples=samples, new_tokens=new_tokens, temperature=temperature, seed=seed, unfinished=unfinished
     )

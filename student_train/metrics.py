@@ -83,3 +83,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise CorruptError("a line of the log is no record", expected="a step", found=line[:80], where=f"{path}, line {number}")
         found.append(record)
     return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run; CorruptError where it is not whole."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CorruptError("a run's file is not JSON", found=error, where=path, remedy="Look at the run's folder.") from error
+    if not isinstance(found, dict):
+        raise CorruptError("a run's file is not a JSON object", found=type(found).__name__, where=path)
+    return found

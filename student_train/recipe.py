@@ -1,9 +1,10 @@
 """The recipe of a run: which cache, which student, which objective, how trained. One frozen model a section."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from signal_store.recipe_file import LocalPath, ModelName
 from signal_store.signals import Section, Seed
@@ -24,7 +25,8 @@ class StudentSection(Section):
 
     checkpoint: ModelName | None = None
     config: dict[str, Any] | ModelName | None = None
-    seed: int = 0
+    seed: Seed = 0
+    """Of drawn weights; the run's own `seed` where it is left out."""
     tokenizer: ModelName | None = None
     """Checked against the cache's; None takes the checkpoint's own, or the cache's for a config."""
     attn_implementation: str | None = None
@@ -35,14 +37,19 @@ class StudentSection(Section):
     def _check(self) -> Self:
         if (self.checkpoint is None) == (self.config is None):
             raise ValueError("give exactly one of checkpoint and config")
+        if self.lora is not None and self.checkpoint is None:
+            raise ValueError("lora needs a checkpoint: the adapters' folder would not hold the drawn weights they belong to")
         return self
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
     """AdamW with linear warm-up and cosine decay, counted in optimizer steps (REQUIREMENTS 97)."""
 
     learning_rate: float = Field(2e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -74,6 +81,7 @@ class StreamSection(Section):
     workers: int = Field(1, ge=0)
     """Processes that make micro-batches ahead of the step; 0 makes them in line."""
     seed: Seed = 0
+    """Of the order; the run's own `seed` where it is left out."""
 
 
 class ValidationSection(Section):
@@ -121,8 +129,19 @@ def flat(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, content
 
 
+def _inside(error: ValidationError, place: str) -> ValidationError:
+    """The same mistakes, as those of a part of a recipe."""
+    details = [
+        InitErrorDetails(type=e["type"], loc=(place, *e["loc"]), input=e["input"], ctx=e.get("ctx", {})) for e in error.errors()
+    ]
+    return ValidationError.from_exception_data(error.title, details)
+
+
 class RunRecipe(Section):
     """Everything `student-train run` needs."""
+
+    more_keys: ClassVar[dict[str, type[Section]]] = {"losses": Losses}
+    """For hints: `losses` is merged with a preset before it is checked."""
 
     cache: str | tuple[str, ...]
     """Where the cache is; a list opens a cache with its overlays."""
@@ -137,6 +156,7 @@ class RunRecipe(Section):
     """Use only so many of the cached tail's directions, the heaviest; 0 makes the tail one bucket. None: all."""
     steps: int = Field(ge=1)
     seed: Seed = 0
+    """Of everything that is drawn: of `student` and `stream` too, where they give none of their own."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast over float32 weights."""
     activation_checkpointing: bool = False
@@ -153,6 +173,16 @@ class RunRecipe(Section):
     export: Literal["best", "last"] = "last"
     """Which weights become the result; `best` needs validation."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _seeded(cls, content: Any) -> Any:
+        """One seed for all, where sections do not give their own."""
+        if not isinstance(content, dict) or "seed" not in content:
+            return content
+        sections = {name: content.get(name, {}) for name in ("student", "stream")}
+        seeded = {name: {"seed": content["seed"], **part} for name, part in sections.items() if isinstance(part, dict)}
+        return {**content, **seeded}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.preset is not None and self.preset not in PRESETS:
@@ -163,8 +193,14 @@ class RunRecipe(Section):
         return self
 
     def _check_objective(self) -> None:
-        if not any(isinstance(term, Term) for _, term in self.objective):
+        try:
+            terms = [term for _, term in self.objective if isinstance(term, Term)]
+        except ValidationError as error:
+            raise _inside(error, "losses") from error
+        if not terms:
             raise ValueError("no loss: give a preset or losses")
+        if all(term.weight.start == term.weight.end == 0 for term in terms):
+            raise ValueError("no loss: every term's weight is 0")
         if self.preset is not None and self.preset.startswith("full"):
             for kind in set(self.objective.empty_kinds()) - set(self.without):
                 raise ValueError(

@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
 from signal_store.canonical import digest
-from signal_store.errors import MismatchError
+from signal_store.errors import InputError, MismatchError
+from signal_store.ledger import PLAN
 from signal_store.local_objects import LocalObjects
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.distiller import Distiller
 from student_train.losses.objective import resolve
-from student_train.metrics import METRICS, read_metrics
+from student_train.metrics import METRICS, read_json, read_metrics
 from student_train.recipe import RunRecipe, flat
 from student_train.sharing import accelerator_of
 from student_train.student import build_student
@@ -37,6 +38,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     """Train and export; returns what `result.json` says. A finished run is not repeated. Started by torchrun or accelerate launch,
     its processes train one student together."""
     cache = open_cache(recipe.cache)
+    _refuse_a_cache(recipe.out)
     begun = _begun(recipe)
     if begun.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
         cache = open_cache(recipe.cache, generation=int(begun["generation"]))
@@ -44,9 +46,8 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     if not recipe.checkpoint.accept_other_cache:
         _refuse_another_run(recipe, recipe_digest)
     finished = recipe.out / RESULT
-    if finished.is_file() and _begun(recipe).get("recipe_digest") == recipe_digest:
-        result: dict[str, Any] = json.loads(finished.read_text())
-        return result
+    if finished.is_file() and (recipe.out / "student").is_dir() and _begun(recipe).get("recipe_digest") == recipe_digest:
+        return read_json(finished) | {"student": str(recipe.out / "student")}  # the folder may have been moved
     check_splits(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
@@ -57,11 +58,14 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
         [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
     )
     accelerator = accelerator_of(bf16=recipe.precision == "bfloat16", kwargs_handlers=both)
-    if accelerator.is_main_process:
-        _describe(recipe, recipe_digest, cache, accelerator)
-    accelerator.wait_for_everyone()
+
+    def claim() -> None:
+        if accelerator.is_main_process:
+            _describe(recipe, recipe_digest, cache, accelerator)
+        accelerator.wait_for_everyone()
+
     try:
-        progress = Trainer(recipe, accelerator, cache, objective, distiller, recipe_digest).train()
+        progress = Trainer(recipe, accelerator, cache, objective, distiller, recipe_digest, claim).train()
         if accelerator.is_main_process:
             parameters = sum(p.numel() for p in student.parameters())
             _export(recipe, cache, tokenizer)
@@ -71,7 +75,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     finally:
         if accelerator.num_processes > 1:
             accelerator.end_training()
-    return json.loads(finished.read_text())  # type: ignore[no-any-return]
+    return read_json(finished)
 
 
 def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -86,6 +90,13 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
     with checkpoint.disk_errors(recipe.out):
         student.save_pretrained(recipe.out / "student")
         tokenizer.save_pretrained(recipe.out / "student")
+
+
+def _refuse_a_cache(out: Path) -> None:
+    """A cache holds nothing but itself: `repair` and `seal` remove strangers."""
+    for folder in (out, *out.absolute().parents):
+        if (folder / PLAN).is_file():
+            raise InputError("a run goes into a folder of its own", expected="one outside of any cache", found=out, where=folder)
 
 
 def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
@@ -115,8 +126,7 @@ def _differences(begun: dict[str, Any], recipe: RunRecipe) -> dict[str, tuple[An
 def _begun(recipe: RunRecipe) -> dict[str, Any]:
     """What the folder says of the run that began there; nothing if none did."""
     described = recipe.out / "run.json"
-    found: dict[str, Any] = json.loads(described.read_text()) if described.is_file() else {}
-    return found
+    return read_json(described) if described.is_file() else {}
 
 
 def _describe(recipe: RunRecipe, recipe_digest: str, cache: Cache, accelerator: Accelerator) -> None:
@@ -156,7 +166,7 @@ def _result(recipe: RunRecipe, progress: Progress, parameters: int, processes: i
         name: last[name] for name in ("agreement", "overlap", "kl", "entropy_gap", "calibration_error") if name in last
     }
     return {
-        "student": str(Path(recipe.out) / "student"),
+        "student": str(recipe.out / "student"),
         "parameters": parameters,
         "steps": progress.step,
         "validation_loss": (progress.best_loss if recipe.export == "best" else validations[-1]) if validations else None,

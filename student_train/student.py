@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from model_taps.loading import LOADING_ERRORS, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
+from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
 from student_train.recipe import LoraSection, StudentSection
-
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "spiece*", "tekken*", "*.tiktoken")
 
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -31,7 +29,7 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
     else:
         torch.manual_seed(section.seed)
         try:
-            config = _config(section, cache)
+            config = _config(section, cache, tokenizer)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
         except LOADING_ERRORS as error:
             if isinstance(error, SignalStoreError):
@@ -51,6 +49,12 @@ def _add_adapters(model: PreTrainedModel, section: LoraSection) -> None:
     except ImportError as error:
         raise InputError("peft is not installed", expected='pip install "teacher-cache[lora]"', where="student.lora") from error
     targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if isinstance(targets, list) and (lost := [target for target in targets if target.rpartition(".")[2] not in modules]):
+        near = difflib.get_close_matches(lost[0], modules, n=1)
+        raise InputError(
+            "the student has no such module", expected=near[0] if near else None, found=lost[0], where="student.lora.target_modules"
+        )
     model.add_adapter(
         LoraConfig(
             r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=targets, task_type="CAUSAL_LM"
@@ -58,7 +62,7 @@ def _add_adapters(model: PreTrainedModel, section: LoraSection) -> None:
     )
 
 
-def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
+def _config(section: StudentSection, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     if isinstance(section.config, str):
         return load_config(section.config, what="student", trust_remote_code=section.trust_remote_code)
     assert isinstance(section.config, Mapping)
@@ -66,7 +70,11 @@ def _config(section: StudentSection, cache: Cache) -> PretrainedConfig:
     kind = fields.pop("model_type", None)
     if kind is None:
         raise InputError("the student's config names no model_type", expected="such as llama or qwen3", where="student.config")
+    if dtypes := sorted({"dtype", "torch_dtype"} & fields.keys()):
+        raise InputError("a student's weights are float32", expected="precision: bfloat16", found=dtypes[0], where="student.config")
     fields.setdefault("vocab_size", cache.manifest.tokenizer.vocab_size)
+    for name in ("bos_token_id", "eos_token_id"):  # a family's defaults are another tokenizer's; a padding id would freeze its row
+        fields.setdefault(name, getattr(tokenizer, name))
     config: PretrainedConfig = AutoConfig.for_model(kind, **fields)
     _refuse_unknown_fields(config, fields)
     return config
@@ -88,13 +96,8 @@ def _refuse_unknown_fields(config: PretrainedConfig, fields: Mapping[str, object
 
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
     own = section.tokenizer or section.checkpoint
-    if (
-        section.tokenizer is None
-        and own is not None
-        and Path(own).is_dir()
-        and not any(path for name in TOKENIZER_FILES for path in Path(own).glob(name))
-    ):
-        own = None  # a checkpoint folder without a tokenizer; transformers would make an empty one for some families
+    if section.tokenizer is None and own is not None and Path(own).is_dir() and not has_tokenizer(own):
+        own = None
     tokenizer = load_tokenizer(own) if own is not None else cached_tokenizer(cache)
     expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     if expected != found:

@@ -1,14 +1,18 @@
 """The recipe of a sweep: a base run, and what is varied."""
 
 import itertools
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from signal_store.canonical import digest
 from signal_store.recipe_file import LocalPath, apply_override, validate
 from signal_store.signals import Section, Seed
-from student_train.recipe import RunRecipe
+from student_train.recipe import RunRecipe, flat
+
+Validated = Literal["validation_loss", "kl", "entropy_gap", "calibration_error", "agreement", "overlap"]
+Metric = Literal[Validated, "tokens_per_second", "peak_rss_bytes", "parameters"]
+HIGHER_IS_BETTER = {"agreement", "overlap", "tokens_per_second"}
 
 
 class SweepRecipe(Section):
@@ -23,26 +27,36 @@ class SweepRecipe(Section):
     """By place, the values that each variant is run with."""
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     """Each sets `seed`, `student.seed` and `stream.seed`."""
-    metric: str = "validation_loss"
+    metric: Metric = "validation_loss"
     """What the report ranks by: a number of result.json."""
-    order: Literal["lowest", "highest"] = "lowest"
+    order: Literal["lowest", "highest"] | None = None
+    """Which comes first; None: the better."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "out" in self.base:
-            raise ValueError("base: the sweep itself gives every run its out")
-        seeded = {"seed", "student.seed", "stream.seed"}
-        if twice := sorted(seeded & {*self.matrix, *(place for changes in self.variants.values() for place in changes)}):
-            raise ValueError(f"seeds sets {', '.join(twice)}: leave it out of variants and matrix")
+        varied = {*self.matrix, *(place for changes in self.variants.values() for place in changes)}
+        given = varied | {place for place, _ in flat(self.base)}
+        if "out" in given:
+            raise ValueError("the sweep itself gives every run its out: leave it out of base, variants and matrix")
+        if twice := sorted({"seed", "student.seed", "stream.seed"} & given):
+            raise ValueError(f"seeds sets {', '.join(twice)}: leave it out of base, variants and matrix")
+        for name, changes in self.variants.items():
+            if twice := sorted(place for place in changes if any(_overlap(place, other) for other in self.matrix)):
+                raise ValueError(f"variant {name} and the matrix both set {', '.join(twice)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"a seed is named twice: {self.seeds}")
         if any(len({repr(value) for value in values}) != len(values) for values in self.matrix.values()):
             raise ValueError("matrix: a value is named twice")
-        if self.metric == "validation_loss" and self.base.get("validation") is None:
-            raise ValueError("metric: validation_loss needs base.validation")
+        if self.metric in get_args(Validated) and self.base.get("validation") is None:
+            raise ValueError(f"metric: {self.metric} needs base.validation")
         if empty := [place for place, values in self.matrix.items() if not values]:
             raise ValueError(f"matrix: no values for {', '.join(empty)}")
         return self
+
+
+def _overlap(place: str, other: str) -> bool:
+    """Whether one of two dotted places holds the other."""
+    return f"{place}.".startswith(f"{other}.") or f"{other}.".startswith(f"{place}.")
 
 
 class PlannedRun(Section):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from model_taps.causality import refuse_look_ahead
 from model_taps.packing import probe
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError, SignalStoreError
@@ -66,20 +68,23 @@ class Trainer:
     objective: Objective
     distiller: Distiller
     recipe_digest: str
+    claim: Callable[[], None]
+    """Called where nothing of the recipe is wrong: the folder is the run's from then on."""
 
     def train(self) -> Progress:
         """Train to the end, from the last checkpoint if there is one. Returns the last progress, which is a checkpoint's."""
         recipe, accelerator = self.recipe, self.accelerator
         device = accelerator.device
         self.distiller.to(device)
+        student, vocab_size = self.distiller.student, self.cache.manifest.tokenizer.vocab_size
         with accelerator.autocast():
-            packed = probe(self.distiller.student, self.cache.manifest.tokenizer.vocab_size) == "packed"
+            refuse_look_ahead(student, vocab_size, "student")
+            packed = probe(student, vocab_size) == "packed"
         ranks = accelerator.process_index, accelerator.num_processes
         stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks, self.objective.weigher)
         found = checkpoint.newest(recipe.out / "checkpoints")
         progress = self._begin() if found is None else self._accepted(checkpoint.restore_module(found, self.distiller), found)
         if recipe.activation_checkpointing:
-            student = self.distiller.student
             enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         anchored = self.objective.losses.parameter_anchor is not None
@@ -95,6 +100,7 @@ class Trainer:
         if self.objective.matched_layers and not progress.head_pairs:
             progress = replace(progress, head_pairs=self._match_heads(shared, stream))
         self.distiller.head_pairs = progress.head_pairs
+        self.claim()
         batches = load(stream, progress.cursor, progress.step - progress.stream_start, pin_memory=device.type == "cuda")
         open_log = closing(RunLog(recipe.out, progress.step, accelerator, tensorboard=recipe.tensorboard))
         overhead = Overhead(self.objective.losses.importance, speaks=accelerator.is_main_process)

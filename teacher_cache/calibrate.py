@@ -12,6 +12,7 @@ from safetensors.numpy import load, save
 from model_taps.slices import State
 from signal_store import layout
 from signal_store.arrays import ArraySpec
+from signal_store.cache import open_cache
 from signal_store.canonical import sha256
 from signal_store.distribution_codec import DistributionCodec
 from signal_store.errors import CorruptError, MismatchError
@@ -99,6 +100,8 @@ def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE
     recipe = settled(recipe)
     objects = objects_at(recipe.cache)
     teacher = load_recipe_teacher(recipe, planned.vocab_size, worker)
+    if recipe.base is not None:
+        _refuse_another_than_the_base(recipe.base, teacher.identity)
     if worker.should_make(objects, "calibration", CALIBRATION):
         with noted(objects, worker, "calibrates"):
             body, data = calibration_body(recipe, planned, teacher, objects)
@@ -162,6 +165,19 @@ def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:
             if sha256(data) == arrays_digest:
                 return load(data)
     raise CorruptError("both copies of the calibration are damaged", expected=arrays_digest, where=", ".join(keys))
+
+
+def _refuse_another_than_the_base(base: str, found: TeacherIdentity) -> None:
+    """`open_cache` would refuse the two, but only when all is done."""
+    made = open_cache(base).manifest.teacher
+    if made.weights_digest != found.weights_digest:
+        raise MismatchError(
+            "the overlay's teacher is not its base's",
+            expected=f"{made.name} in {made.dtype}, {made.weights_digest}",
+            found=f"{found.name} in {found.dtype}, {found.weights_digest}",
+            where=base,
+            remedy="Give the teacher and the dtype that the base was made with.",
+        )
 
 
 def _refuse_another_teacher(made: TeacherIdentity, found: TeacherIdentity, recipe: CacheRecipe) -> None:

@@ -42,9 +42,13 @@ def build(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
     """Plan, calibrate, fill and seal; go on where it stopped."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.build import build as run
+    from teacher_cache.status import find_status
     from teacher_cache.workers import Worker
 
+    before = find_status(loaded.cache)
     cache = run(loaded, Worker.from_environment())
+    if before is not None and before.stage == "sealed":
+        typer.echo("sealed before: no text was read, nothing was computed. New text is for extend, damage for repair.", err=True)
     _say(
         {"cache": cache.uri, "cache_id": cache.manifest.cache_id, "segments": len(cache), "units": cache.seal.num_units},
         as_json,

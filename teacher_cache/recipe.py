@@ -101,6 +101,8 @@ class Source(Section):
         kinds = [n for n in ("text", "prompt", "messages") if getattr(self, n) is not None]
         if len(kinds) > 1:
             raise ValueError(f"give one of text, prompt and completion, messages (given: {', '.join(kinds)})")
+        if self.folder is None and self.pattern != "**/*":
+            raise ValueError("pattern goes with folder")
         if self.folder is not None and kinds:
             raise ValueError("a folder's files are plain text; columns are for tables")
         if self.task is not None and self.prompt is None and self.messages is None:

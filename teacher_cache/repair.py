@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from signal_store.cache import newest_generation, sealed_metadata
 from signal_store.canonical import digest, sha256
-from signal_store.errors import CorruptError
+from signal_store.errors import CorruptError, NotFoundError
 from signal_store.ledger import (
+    PLAN,
     Document,
     UnitRecord,
     commit,
@@ -51,6 +52,8 @@ def repair(recipe: CacheRecipe) -> Repaired:
     """Mend the cache of a recipe; CorruptError or MismatchError, and nothing is removed, if it cannot be."""
     objects = objects_at(recipe.cache)
     known = Known.of(objects)
+    if not known.seals and not objects.exists(PLAN) and not any(listed_records(objects)):
+        raise NotFoundError("no cache here", expected="one to mend", where=objects.uri, remedy="teacher-cache build makes one.")
     restored = mend_plan(recipe, objects, known) + mend_calibration(recipe, objects, known)
     calibrated = calibrate_planned(recipe, read_plan(objects))
     sealed_units = max((sealed.num_units for sealed in known.seals.values()), default=calibrated.plan.at_generation(0).num_units)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from model_taps.attention import RowQuery, enable_row_capture, softmax_attention_layers, tap_attention_rows
 from model_taps.blocks import num_layers
+from model_taps.causality import refuse_look_ahead
 from model_taps.head import OutputHead, final_hidden, head_error, output_head
 from model_taps.loading import config_digest, load_model, weights_digest
 from model_taps.packing import Forward, best_fit, position_ids, probe
@@ -53,6 +54,7 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         device = next(model.parameters()).device
     model.requires_grad_(False)
     attn_implementation = model.config._attn_implementation  # noqa: SLF001
+    refuse_look_ahead(model, min(vocab_size, int(model.config.get_text_config().vocab_size)), "teacher")
     head, why = _usable_head(model, vocab_size, device)
     if head is None and needs_head:
         raise MismatchError(

@@ -23,6 +23,7 @@ LOADING_ERRORS = (
     StrictDataclassError,
 )  # fmt: skip
 """What transformers raises for a checkpoint or config that is not one."""
+TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "spiece*", "tekken*", "*.tiktoken")
 
 
 def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
@@ -58,13 +59,20 @@ def load_model(name: str, *, what: str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def has_tokenizer(folder: Path | str) -> bool:
+    """Whether a folder holds one. Without, transformers makes an empty one for some families."""
+    return any(path for name in TOKENIZER_FILES for path in Path(folder).glob(name))
+
+
 def quiet() -> None:
     """Silence transformers' own bars for reading and writing weights: ours say what takes long."""
     logging.disable_progress_bar()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """A fast tokenizer (offsets are needed); InputError for a slow one."""
+    """A fast tokenizer (offsets are needed); InputError for a slow one, NotFoundError for a folder without one."""
+    if Path(name).is_dir() and not has_tokenizer(name):
+        raise NotFoundError("the folder has no tokenizer", expected="tokenizer.json, or the files that its family has", where=name)
     tokenizer = _from_pretrained(AutoTokenizer, name, "tokenizer", revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise InputError("the tokenizer gives no offsets", expected="a fast tokenizer", found=type(tokenizer).__name__, where=name)

@@ -102,27 +102,30 @@ def validate(content: Any, model: type[Recipe], where: str) -> Recipe:
 def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _all_keys(model), n=1)
-        return f"unknown key {place}" + (f" (perhaps {near[0]})" if near else "")
+        keys = _all_keys(model)
+        near = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1)
+        return f"unknown key {place}" + (f" (perhaps {keys[near[0]]})" if near else "")
     if error["type"] == "missing":
         return f"{place} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{place}: {message}, found {str(error['input'])[:80]!r}"
 
 
-def _all_keys(model: type[BaseModel]) -> list[str]:
-    """Keys of a model and of the models in its fields, for a hint."""
-    keys: list[str] = []
-    pending: list[Any] = [model]
+def _all_keys(model: type[BaseModel]) -> dict[str, str]:
+    """Keys of a model and of the models in its fields, for a hint: the dotted place of each, the outermost if there are several."""
+    places: dict[str, str] = {}
+    pending: list[tuple[Any, str]] = [(model, "")]
     seen: set[Any] = set()
     while pending:
-        kind = pending.pop()
+        kind, inside = pending.pop(0)
         if kind in seen:
             continue
         seen.add(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += kind.model_fields
-            pending += [field.annotation for field in kind.model_fields.values()]
+            for name, field in kind.model_fields.items():
+                places.setdefault(name, inside + name)
+                pending.append((field.annotation, f"{inside}{name}."))
+            pending += [(more, f"{inside}{name}.") for name, more in getattr(kind, "more_keys", {}).items()]
         else:
-            pending += getattr(kind, "__args__", ())
-    return keys
+            pending += [(part, inside) for part in getattr(kind, "__args__", ())]
+    return places

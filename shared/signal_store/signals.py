@@ -103,7 +103,7 @@ class HiddenSignal(Section):
     def _check(self) -> Self:
         if len(set(self.taps)) != len(self.taps):
             raise ValueError("a tap is named twice")
-        _refuse_twice(self)
+        _check_layers(self)
         return self
 
 
@@ -149,7 +149,7 @@ class StatsSignal(Section):
     def _check(self) -> Self:
         if not (self.attention or self.ffn or self.gradient):
             raise ValueError("attention, ffn and gradient are all off: nothing would be stored")
-        _refuse_twice(self)
+        _check_layers(self)
         return self
 
 
@@ -170,7 +170,7 @@ class ReplaySignal(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _refuse_twice(self)
+        _check_layers(self)
         return self
 
     @model_serializer(mode="wrap")
@@ -191,7 +191,7 @@ class EvidenceSignal(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _refuse_twice(self)
+        _check_layers(self)
         return self
 
 
@@ -203,7 +203,9 @@ class CoverageSignal(Section):
     """Nouns and names of a segment's prompt, of code its identifiers, the most frequent first."""
 
 
-def _refuse_twice(signal: "HiddenSignal | StatsSignal | ReplaySignal | EvidenceSignal") -> None:
+def _check_layers(signal: "HiddenSignal | StatsSignal | ReplaySignal | EvidenceSignal") -> None:
+    if signal.layers is not None and signal.depths != type(signal).model_fields["depths"].default:
+        raise ValueError("depths and layers exclude each other")
     if signal.layers is not None and len(set(signal.layers)) != len(signal.layers):
         raise ValueError("layers names one twice")
 

@@ -17,8 +17,8 @@ from signal_store.look.summary import Section
 from signal_store.manifest import Split
 from student_train.gradient_shares import SUFFIX, plot_shares, shares_of
 from student_train.look.plots import plot_against_teacher, plot_cka
-from student_train.look.students import ABOUT, RESULT, about_run, cache_of, read_json, recipe_of, student_after, student_before
-from student_train.metrics import METRICS, read_metrics
+from student_train.look.students import ABOUT, RESULT, about_run, cache_of, recipe_of, student_after, student_before
+from student_train.metrics import METRICS, read_json, read_metrics
 from student_train.recipe import flat
 
 NUMBERS = ("validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error", "tokens_per_second", "parameters")

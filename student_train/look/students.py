@@ -1,6 +1,5 @@
 """Students to look at, by the folder of their run: as they began, and as they ended."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,11 @@ from model_taps.head import final_hidden, output_head
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, MismatchError, NotFoundError
 from signal_store.segment import Segment
+from student_train.metrics import read_json
 from student_train.recipe import RunRecipe, StudentSection
 from student_train.student import build_student
 
 ABOUT, RESULT = "run.json", "result.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a run; CorruptError where it is not whole."""
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CorruptError("a run's file is not JSON", found=error, where=path, remedy="Look at the run's folder.") from error
-    if not isinstance(found, dict):
-        raise CorruptError("a run's file is not a JSON object", found=type(found).__name__, where=path)
-    return found
 
 
 def about_run(run: Path | str) -> dict[str, Any]:

@@ -33,7 +33,13 @@ class Weight(Section):
 
 
 def _from_number(value: Any) -> Any:
-    return {"start": value, "end": value} if isinstance(value, int | float) else value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return value
+    try:
+        number = float(value)  # of YAML's numbers, 1e-3 is a string
+    except ValueError:
+        raise ValueError("expected a number, or start and end (begin, until)") from None
+    return {"start": number, "end": number}
 
 
 WeightField = Annotated[Weight, BeforeValidator(_from_number)]

@@ -92,7 +92,7 @@ class Stream:
     @cached_property
     def run_rows(self) -> int:
         """Rows that come from a lane before the next has its turn."""
-        return max(1, self.config.rows_per_step // self.lanes)
+        return max(1, self.config.rows_per_step // max(1, self.lanes))
 
     def place_of(self, row: int) -> tuple[int, int]:
         """(lane, number within the lane) of a row of the global stream."""

@@ -35,6 +35,7 @@ def render_chat(
                 [messages], chat_template=template, return_assistant_tokens_mask=True, strftime_now=_on_a_fixed_day, **special
             )
         (text,), (spans,) = result
+        _refuse_unanswered(messages, len(spans), where)
         return str(text), tuple((int(a), int(b)) for a, b in spans)
     text = _render(tokenizer, messages)
     found = []
@@ -52,7 +53,20 @@ def render_chat(
                 remedy="Mark the assistant's text in the template with {% generation %}.",
             )
         found.append((len(before), len(after)))
+    _refuse_unanswered(messages, len(found), where)
     return text, tuple(found)
+
+
+def _refuse_unanswered(messages: list[dict[str, Any]], answers: int, where: str) -> None:
+    """Nothing of such a chat would count, and a role that is spelt otherwise is the usual reason."""
+    if not answers:
+        raise InputError(
+            "a chat has no answer of the assistant",
+            expected="a message whose role is assistant",
+            found=f"roles {', '.join(dict.fromkeys(str(message['role']) for message in messages)) or 'none'}",
+            where=where,
+            remedy="Rename the roles, or leave out chats that nobody answers.",
+        )
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:

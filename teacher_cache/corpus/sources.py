@@ -20,7 +20,7 @@ from teacher_cache.recipe import Source
 
 def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
     """All documents of a source (empty ones too), up to `max_documents`."""
-    found = _files(source) if source.folder is not None else (_document(row, source, tokenizer) for row in _rows(source))
+    found = _files(source) if source.folder is not None else _table(source, tokenizer)
     prose_keywords = source.tagger is not None and source.tagger.keywords
     for number, document in enumerate(islice(found, source.max_documents)):
         try:
@@ -114,21 +114,24 @@ def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def _document(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast) -> Document:
+def _table(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
+    for number, row in enumerate(_rows(source)):
+        yield _document(row, source, tokenizer, where=f"source {source.name}, document {number}")
+
+
+def _document(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast, where: str) -> Document:
     if source.messages is not None:
-        text, spans = render_chat(tokenizer, _column(row, source.messages, source, list), where=f"source {source.name}")
+        text, spans = render_chat(tokenizer, _column(row, source.messages, where, list), where=where)
         return Document(text, spans, source.lexer, complete=True, task=source.task)
     if source.prompt is not None and source.completion is not None:
-        prompt, completion = (_column(row, name, source, str) for name in (source.prompt, source.completion))
+        prompt, completion = (_column(row, name, where, str) for name in (source.prompt, source.completion))
         return Document(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), source.lexer, task=source.task)
-    return Document(_column(row, source.text or "text", source, str), lexer=source.lexer)
+    return Document(_column(row, source.text or "text", where, str), lexer=source.lexer)
 
 
-def _column(row: Mapping[str, Any], name: str, source: Source, kind: type) -> Any:
+def _column(row: Mapping[str, Any], name: str, where: str, kind: type) -> Any:
     if name not in row:
-        raise InputError("no such column", expected=name, found=", ".join(map(str, row)), where=f"source {source.name}")
+        raise InputError("no such column", expected=name, found=", ".join(map(str, row)), where=where)
     if not isinstance(row[name], kind):
-        raise InputError(
-            f"column {name} has another type", expected=kind.__name__, found=type(row[name]).__name__, where=f"source {source.name}"
-        )
+        raise InputError(f"column {name} has another type", expected=kind.__name__, found=type(row[name]).__name__, where=where)
     return row[name]

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from signal_store.cache import Cache
 from signal_store.command_line import guarded
+from signal_store.errors import InputError
 from signal_store.ledger import read_document
 from signal_store.local_objects import LocalObjects
 from signal_store.recipe_file import validate
@@ -102,6 +103,8 @@ def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
         ("context=65", ["longer than the teacher's", "64", "65"]),
         ("signals.hidden.depths=[0.5, 1.0]", ["signals.hidden.depths.1", "less than 1"]),
         ("signals.distribution.temperatures=[2.0]", ["hold 1"]),
+        ("sources.0.pattern='*.txt'", ["pattern goes with folder"]),
+        ("signals.hidden={depths: [0.1], layers: [1]}", ["depths and layers exclude each other"]),
         ("overlap=48", ["overlap must be below context"]),
         ("cache", ["not an override"]),
     ],
@@ -122,6 +125,15 @@ def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, 
         ("student.config.vocab_size=9", ["vocabulary is smaller"]),
         ("student.config.hidden_sise=9", ["no such field", "expected hidden_size", "hidden_sise"]),
         ("student.config.hidden_size=nine", ["config is wrong", "expected int, got str"]),
+        ("student.config.dtype=bfloat16", ["weights are float32", "precision: bfloat16"]),
+        ("student.config.num_key_value_heads=3", ["the student cannot run"]),
+        ("student.config.model_type=bert", ["looks ahead", "bert"]),
+        ("student.lora={rank: 2}", ["lora needs a checkpoint"]),
+        ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1", "less than 1"]),
+        ("stream.mix={weights: {trian: 1}}", ["trian"]),
+        ("learning_rate=1", ["unknown key learning_rate (perhaps optimizer.learning_rate)"]),
+        ("losses.tal={}", ["unknown key losses.tal (perhaps losses.tla)"]),
+        ("losses.tla.weight=much", ["losses.tla.weight", "expected a number"]),
         ("preset=flash", ["preset must be one of"]),
         ("losses.kl={}", ["unknown key", "kl"]),
         ("stream.row_tokens=8", ["longer than a row"]),
@@ -129,7 +141,91 @@ def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, 
     ],
 )
 def test_bad_run_recipes(tmp_path: Path, run_recipe: dict[str, Any], change: str, words: list[str]) -> None:
+    if "bert" in change:
+        run_recipe["student"]["config"].pop("num_key_value_heads", None)
     refused(cli("student_train", "run", write(tmp_path, run_recipe), change), *words)
+    assert not (tmp_path / "run").exists()  # nothing claims the folder before it can begin
+
+
+def test_one_seed_is_for_all(run_recipe: dict[str, Any]) -> None:
+    one = validate({**run_recipe, "seed": 7}, RunRecipe, "here")
+    assert (one.seed, one.student.seed, one.stream.seed) == (7, 7, 7)
+    own = validate({**run_recipe, "seed": 7, "stream": {**run_recipe["stream"], "seed": 3}}, RunRecipe, "here")
+    assert (own.seed, own.student.seed, own.stream.seed) == (7, 7, 3)
+    assert validate(own.model_dump(mode="json"), RunRecipe, "here") == own
+
+
+def test_weights_are_numbers_and_one_at_least_is_above_zero(run_recipe: dict[str, Any]) -> None:
+    def weighed(weight: Any) -> RunRecipe:
+        return validate({**run_recipe, "preset": None, "losses": {"tla": {"weight": weight}}}, RunRecipe, "here")
+
+    term = weighed("1e-3").objective.tla
+    assert term is not None and term.weight.start == term.weight.end == 1e-3
+    for nothing in (0, "0.0", {"start": 0, "end": 0}):
+        with pytest.raises(InputError, match="every term's weight is 0"):
+            weighed(nothing)
+    weighed({"start": 0, "end": 1})
+
+
+def test_a_teacher_without_a_tokenizer_and_one_that_looks_ahead_are_refused(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    bare = shutil.copytree(recipe["teacher"]["model"], tmp_path / "bare")
+    for path in bare.glob("token*"):
+        path.unlink()
+    refused(cli("teacher_cache", "build", write(tmp_path, recipe), f"teacher.model={bare}"), "no tokenizer", str(bare))
+    encoder = BertLMHeadModel(
+        BertConfig(vocab_size=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    encoder.save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    change = (f"teacher.model={tmp_path / 'encoder'}", "signals={distribution: {rank: 0}}")
+    refused(cli("teacher_cache", "build", write(tmp_path, recipe), *change), "looks ahead", "bert")
+
+
+def test_a_chat_that_nobody_answers_is_refused(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    said = [{"role": "user", "content": "hello"}]
+    chats = [[*said, {"role": role, "content": "hello to you"}] for role in ("assistant", "bot")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    source = f"sources=[{{name: chats, jsonl: {tmp_path / 'chats.jsonl'}, messages: messages}}]"
+    found = cli("teacher_cache", "plan", write(tmp_path, recipe), source)
+    refused(found, "no answer of the assistant", "roles user, bot", "source chats, document 1")
+
+
+def test_an_overlay_of_another_dtype_is_refused_before_it_is_filled(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    assert cli("teacher_cache", "build", write(tmp_path, recipe)).returncode == 0
+    again = cli("teacher_cache", "build", write(tmp_path, recipe))
+    assert (again.returncode, "nothing was computed" in again.stderr) == (0, True)
+    teacher = {**recipe["teacher"], "dtype": "bfloat16"}
+    overlay = {
+        "cache": str(tmp_path / "o.zarr"),
+        "base": recipe["cache"],
+        "teacher": teacher,
+        "signals": {"distribution": None, "stats": {}},
+    }
+    refused(cli("teacher_cache", "build", write(tmp_path, overlay)), "not its base's", "float32", "bfloat16")
+    assert not (tmp_path / "o.zarr" / "ledger" / "calibration.json").exists()
+    refused(cli("teacher_cache", "repair", write(tmp_path, recipe), f"cache={tmp_path / 'nowhere.zarr'}"), "no cache here")
+    assert not (tmp_path / "nowhere.zarr").exists()
+
+
+def test_a_run_is_where_its_folder_is_and_never_in_a_cache(tmp_path: Path, run_recipe: dict[str, Any], cache: Cache) -> None:
+    run_recipe |= {"preset": "demo_kl", "losses": {}, "steps": 1, "validation": None}
+    refused(cli("student_train", "run", write(tmp_path, run_recipe), f"out={cache.uri}/runs/a"), "a folder of its own")
+    assert not (Path(cache.uri) / "runs").exists()
+    assert cli("student_train", "run", write(tmp_path, run_recipe)).returncode == 0
+    moved = Path(shutil.move(tmp_path / "run", tmp_path / "moved"))
+    shutil.rmtree(moved / "student")
+    found = cli("student_train", "run", write(tmp_path, run_recipe), f"out={moved}", "--json")
+    assert json.loads(found.stdout.splitlines()[-1])["student"] == str(moved / "student")
+    assert (moved / "student" / "config.json").is_file()
+    eos = json.loads((moved / "student" / "config.json").read_text())["eos_token_id"]
+    assert eos == make_tokenizer().eos_token_id
+    refused(
+        cli("student_train", "generate", str(moved / "student"), cache.uri, "--out", str(moved / "run.json")),
+        "something at this place",
+    )
+    refused(cli("student_train", "plan", write(tmp_path, run_recipe), "--write", str(tmp_path / "no" / "x.yaml")), "no folder")
+    (moved / "run.json").write_text("")
+    refused(cli("student_train", "run", write(tmp_path, run_recipe), f"out={moved}"), "not JSON", "run.json")
 
 
 def test_home_is_where_the_tilde_is(

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from signal_store.cache import Cache
+from signal_store.errors import InputError
 from student_train.losses.objective import STATE_TERMS
 from student_train.recipe import RunRecipe
 from student_train.run import run
@@ -135,11 +137,23 @@ def test_activation_checkpointing_changes_nothing(cache: Cache, alone: Path, tmp
 
 
 def test_adapters_train_alone(cache: Cache, tmp_path: Path) -> None:
-    config = {"model_type": "llama", **COMMON, "num_hidden_layers": 2}
-    recipe = recipe_of(cache, tmp_path, student={"config": config, "lora": {"rank": 2}}, tensorboard=True)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**COMMON, "num_hidden_layers": 2, "vocab_size": cache.manifest.tokenizer.vocab_size})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "begun")
+    recipe = recipe_of(
+        cache,
+        tmp_path,
+        student={"checkpoint": str(tmp_path / "begun"), "lora": {"rank": 2}},
+        tensorboard=True,
+    )
     run(recipe)
     found = load_file(tmp_path / "student" / "adapter_model.safetensors")
     assert found
     assert all("lora_" in name for name in found)
     assert losses(tmp_path)[-3] < losses(tmp_path)[0]
     assert list(tmp_path.rglob("events.out.tfevents*"))
+    misspelt = recipe_of(
+        cache, tmp_path / "b", student={"checkpoint": str(tmp_path / "begun"), "lora": {"target_modules": ["q_proj", "v_porj"]}}
+    )
+    with pytest.raises(InputError, match="no such module; expected v_proj; found v_porj"):
+        run(misspelt)

@@ -12,6 +12,7 @@ from signal_store.errors import InputError
 from student_train.cli import app
 from student_train.recipe import RunRecipe
 from student_train.run import run
+from student_train.sweep import Running, summarise
 from student_train.sweep_recipe import SweepRecipe, planned_runs
 from tests.tiny import COMMON
 
@@ -40,10 +41,19 @@ def test_a_sweep_is_every_combination_with_every_seed(cache: Cache, tmp_path: Pa
     assert last.objective.tla is None
     assert last.objective.cross_entropy is not None
     assert RunRecipe.model_validate(last.model_dump(mode="json")) == last
+    better, worse = (Running(planned, state="done", result={"agreement": a}) for planned, a in ((runs[0], 0.9), (runs[-1], 0.1)))
+    report = summarise(SweepRecipe.model_validate({**content, "metric": "agreement"}), [worse, better])
+    assert [group["mean"]["agreement"] for group in report["groups"]] == [0.9, 0.1]
     wrongs: list[dict[str, Any]] = [
         {"variants": {"x": {"losses.tlaa": {}}}},
         {"base": {**content["base"], "out": "x"}},
         {"matrix": {"steps": []}},
+        {"matrix": {"out": ["x", "y"]}},
+        {"base": {**content["base"], "seed": 42}},
+        {"base": {**content["base"], "stream": {"seed": 42}}},
+        {"variants": {"x": {"optimizer": {"learning_rate": 1.0}}}},
+        {"metric": "val_loss"},
+        {"metric": "agreement", "base": {**content["base"], "validation": None}},
     ]
     for wrong in wrongs:
         with pytest.raises((InputError, ValueError)):
