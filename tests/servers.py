@@ -26,6 +26,7 @@ class Faults:
 def _handler(root: Path, faults: Faults) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two writes: the second would wait 40 ms for the first's answer
 
         def log_message(self, *args: object) -> None:
             """Quiet."""
