@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from signal_store.command_line import refuse_missing_folder, run_app
+from signal_store.command_line import check_target, run_app
 from signal_store.errors import InputError
 from signal_store.recipe_file import load_recipe
 from student_train.recipe import RunRecipe
@@ -86,7 +86,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [], PlanRecipe)
     if write is not None:
-        refuse_missing_folder(write)
+        check_target(write)
     choices = look(loaded, evaluation)
     if write is not None:
         import yaml
@@ -144,7 +144,7 @@ def generate(
     """Let a student write, for its teacher to score: the next round's text."""
     from student_train.generate import generate as write
 
-    refuse_missing_folder(out)
+    check_target(out)
     if out.exists():
         raise InputError("there is something at this place", expected="a new file", found=out, where="--out")
     found = write(
@@ -204,7 +204,7 @@ def report(
     """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
     from student_train.look.report import report as write
 
-    refuse_missing_folder(html)
+    check_target(html)
     html.write_text(write(runs, students=students), encoding="utf-8", errors="replace")
     typer.echo(str(html))
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
 from signal_store.canonical import digest
-from signal_store.errors import InputError, MismatchError
-from signal_store.ledger import PLAN
+from signal_store.errors import MismatchError
+from signal_store.ledger import refuse_inside_a_cache
 from signal_store.local_objects import LocalObjects
 from student_train import checkpoint
 from student_train.checkpoint import Progress
@@ -38,15 +38,15 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     """Train and export; returns what `result.json` says. A finished run is not repeated. Started by torchrun or accelerate launch,
     its processes train one student together."""
     cache = open_cache(recipe.cache)
-    _refuse_a_cache(recipe.out)
+    refuse_inside_a_cache(recipe.out)
     begun = _begun(recipe)
     if begun.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
         cache = open_cache(recipe.cache, generation=int(begun["generation"]))
     recipe_digest = digest({"recipe": run_settings(recipe), "cache_id": cache.manifest.cache_id})
     if not recipe.checkpoint.accept_other_cache:
-        _refuse_another_run(recipe, recipe_digest)
+        _refuse_another_run(recipe, recipe_digest, begun)
     finished = recipe.out / RESULT
-    if finished.is_file() and (recipe.out / "student").is_dir() and _begun(recipe).get("recipe_digest") == recipe_digest:
+    if finished.is_file() and (recipe.out / "student").is_dir() and begun.get("recipe_digest") == recipe_digest:
         return read_json(finished) | {"student": str(recipe.out / "student")}  # the folder may have been moved
     check_splits(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
@@ -92,15 +92,7 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
         tokenizer.save_pretrained(recipe.out / "student")
 
 
-def _refuse_a_cache(out: Path) -> None:
-    """A cache holds nothing but itself: `repair` and `seal` remove strangers."""
-    for folder in (out, *out.absolute().parents):
-        if (folder / PLAN).is_file():
-            raise InputError("a run goes into a folder of its own", expected="one outside of any cache", found=out, where=folder)
-
-
-def _refuse_another_run(recipe: RunRecipe, recipe_digest: str) -> None:
-    begun = _begun(recipe)
+def _refuse_another_run(recipe: RunRecipe, recipe_digest: str, begun: dict[str, Any]) -> None:
     if begun.get("recipe_digest", recipe_digest) != recipe_digest:
         differ = _differences(begun, recipe)
         raise MismatchError(

@@ -1,6 +1,5 @@
 """The student: built from a config or a checkpoint, and checked against the cache it will learn from."""
 
-import difflib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
+from signal_store.recipe_file import nearest
 from student_train.recipe import LoraSection, StudentSection
 
 
@@ -51,10 +51,8 @@ def _add_adapters(model: PreTrainedModel, section: LoraSection) -> None:
     targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if isinstance(targets, list) and (lost := [target for target in targets if target.rpartition(".")[2] not in modules]):
-        near = difflib.get_close_matches(lost[0], modules, n=1)
-        raise InputError(
-            "the student has no such module", expected=near[0] if near else None, found=lost[0], where="student.lora.target_modules"
-        )
+        where = "student.lora.target_modules"
+        raise InputError("the student has no such module", expected=nearest(lost[0], modules), found=lost[0], where=where)
     model.add_adapter(
         LoraConfig(
             r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=targets, task_type="CAUSAL_LM"
@@ -85,19 +83,14 @@ def _refuse_unknown_fields(config: PretrainedConfig, fields: Mapping[str, object
     default = type(config)()
     for name in fields:
         if hasattr(config, name) and not hasattr(default, name):
-            near = difflib.get_close_matches(name, [*default.to_dict(), *default.attribute_map], n=1)
-            raise InputError(
-                f"a {config.model_type} config has no such field",
-                expected=near[0] if near else None,
-                found=name,
-                where="student.config",
-            )
+            near = nearest(name, [*default.to_dict(), *default.attribute_map])
+            raise InputError(f"a {config.model_type} config has no such field", expected=near, found=name, where="student.config")
 
 
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
     own = section.tokenizer or section.checkpoint
     if section.tokenizer is None and own is not None and Path(own).is_dir() and not has_tokenizer(own):
-        own = None
+        own = None  # the cache's will do
     tokenizer = load_tokenizer(own) if own is not None else cached_tokenizer(cache)
     expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     if expected != found:

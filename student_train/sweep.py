@@ -26,7 +26,7 @@ from rich.table import Table
 from signal_store.errors import InputError
 from signal_store.look.extras import pyplot
 from student_train.metrics import METRICS
-from student_train.sweep_recipe import HIGHER_IS_BETTER, PlannedRun, SweepRecipe, planned_runs
+from student_train.sweep_recipe import PlannedRun, SweepRecipe, planned_runs
 
 POLL_SECONDS = 0.5
 SHOWN = ("validation_loss", "agreement", "kl", "calibration_error", "tokens_per_second")
@@ -143,11 +143,10 @@ def summarise(recipe: SweepRecipe, runs: Sequence[Running]) -> dict[str, Any]:
         means = {key: statistics.fmean(values) for key, values in numbers.items() if values}
         spreads = {key: statistics.stdev(values) for key, values in numbers.items() if len(values) > 1}
         groups.append({"name": name, "runs": len(results), "mean": means, "sd": spreads})
-    order = recipe.order or ("highest" if recipe.metric in HIGHER_IS_BETTER else "lowest")
-    worst = math.inf if order == "lowest" else -math.inf
-    groups.sort(key=lambda g: g["mean"].get(recipe.metric, worst), reverse=order == "highest")
+    worst = math.inf if recipe.ranking == "lowest" else -math.inf
+    groups.sort(key=lambda g: g["mean"].get(recipe.metric, worst), reverse=recipe.ranking == "highest")
     failed = [{"name": r.planned.group, "seed": r.planned.seed, "error": r.error} for r in runs if r.state == "failed"]
-    return {"metric": recipe.metric, "order": order, "groups": groups, "failed": failed}
+    return {"metric": recipe.metric, "order": recipe.ranking, "groups": groups, "failed": failed}
 
 
 def _is_number(value: Any) -> bool:

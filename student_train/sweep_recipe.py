@@ -53,6 +53,11 @@ class SweepRecipe(Section):
             raise ValueError(f"matrix: no values for {', '.join(empty)}")
         return self
 
+    @property
+    def ranking(self) -> Literal["lowest", "highest"]:
+        """Which comes first."""
+        return self.order or ("highest" if self.metric in HIGHER_IS_BETTER else "lowest")
+
 
 def _overlap(place: str, other: str) -> bool:
     """Whether one of two dotted places holds the other."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from signal_store.command_line import refuse_missing_folder, run_app
+from signal_store.command_line import check_target, run_app
 from signal_store.errors import InputError
 from signal_store.manifest import SourceIdentity
 from signal_store.recipe_file import load_recipe
@@ -209,10 +209,7 @@ def inspect(
     if html is not None:
         from teacher_cache.inspect_page import inspect_page
 
-        refuse_missing_folder(html)
-        for address in cache:
-            if html.resolve().is_relative_to(Path(address).resolve()):
-                raise InputError("a cache holds nothing but itself", expected="a page elsewhere", found=html, where=address)
+        check_target(html)
         html.write_text(inspect_page(cache), encoding="utf-8", errors="replace")
         _say({"page": str(html)}, as_json)
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from signal_store.errors import NotFoundError, SignalStoreError, memory_error, path_error, storage_error
+from signal_store.ledger import refuse_inside_a_cache
 
 EXIT_WRONG_INPUT = 2
 
@@ -49,8 +50,10 @@ def guarded(command: Callable[[], None]) -> None:
         _stop(str(scarce))
 
 
-def refuse_missing_folder(target: Path) -> None:
-    """NotFoundError where a file is to be written into a folder that is not there: before the work, not after."""
+def check_target(target: Path) -> None:
+    """Where a file is to be written, before the work and not after: NotFoundError if its folder is not there, InputError if that is
+    a cache's."""
+    refuse_inside_a_cache(target)
     if not target.absolute().parent.is_dir():
         raise NotFoundError("no folder to write into", expected="one that is there", found=target.absolute().parent, where=target)
 

@@ -15,10 +15,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Self
 
 from signal_store.canonical import digest, parse_json
-from signal_store.errors import CorruptError, NotFoundError
+from signal_store.errors import CorruptError, InputError, NotFoundError
 from signal_store.objects import Objects
 from signal_store.shard_writer import ShardRecord
 
@@ -205,3 +206,12 @@ def attempt_folder(objects: Objects, name: str) -> Iterator[tuple[str, str]]:
     except BaseException:
         objects.delete_tree(prefix)
         raise
+
+
+def refuse_inside_a_cache(target: Path) -> None:
+    """InputError where a path is a cache's folder or below one: a cache holds nothing but itself, `repair` and `seal` remove
+    strangers."""
+    here = target.resolve()
+    for folder in (here, *here.parents):
+        if (folder / PLAN).is_file():
+            raise InputError("a cache holds nothing but itself", expected="a place outside of it", found=target, where=folder)

@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -99,12 +99,17 @@ def validate(content: Any, model: type[Recipe], where: str) -> Recipe:
         raise InputError(f"the recipe is wrong: {problems}", where=where) from error
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one that was probably meant, if any comes near."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+
+
 def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
         keys = _all_keys(model)
-        near = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1)
-        return f"unknown key {place}" + (f" (perhaps {keys[near[0]]})" if near else "")
+        near = nearest(str(error["loc"][-1]), keys)
+        return f"unknown key {place}" + (f" (perhaps {keys[near]})" if near else "")
     if error["type"] == "missing":
         return f"{place} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -21,13 +21,29 @@ def render_chat(
     """The rendered text and the assistant's spans.
 
     A template with `{% generation %}` says itself what the assistant wrote. Otherwise the chat is rendered turn by turn: what
-    an assistant's turn adds after the generation prompt is its span. InputError where a template rewrites earlier turns.
+    an assistant's turn adds after the generation prompt is its span. InputError where a template rewrites earlier turns, and
+    where no span is left: nothing of such a chat would count, and a role that is spelt otherwise is the usual reason.
     """
     template = tokenizer.chat_template
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
         raise InputError("not a chat", expected="a list of messages with role and content", found=str(messages)[:80], where=where)
     if template is None:
         raise InputError("the tokenizer has no chat template", expected="one, for a source with messages", where=where)
+    text, spans = _rendered(tokenizer, template, messages, where)
+    if not spans:
+        raise InputError(
+            "a chat has no answer of the assistant",
+            expected="a message whose role is assistant",
+            found=f"roles {', '.join(dict.fromkeys(message['role'] for message in messages)) or 'none'}",
+            where=where,
+            remedy="Rename the roles, or leave out chats that nobody answers.",
+        )
+    return text, spans
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]], where: str
+) -> tuple[str, tuple[tuple[int, int], ...]]:
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
         special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         with _refusals():
@@ -35,7 +51,6 @@ def render_chat(
                 [messages], chat_template=template, return_assistant_tokens_mask=True, strftime_now=_on_a_fixed_day, **special
             )
         (text,), (spans,) = result
-        _refuse_unanswered(messages, len(spans), where)
         return str(text), tuple((int(a), int(b)) for a, b in spans)
     text = _render(tokenizer, messages)
     found = []
@@ -53,20 +68,7 @@ def render_chat(
                 remedy="Mark the assistant's text in the template with {% generation %}.",
             )
         found.append((len(before), len(after)))
-    _refuse_unanswered(messages, len(found), where)
     return text, tuple(found)
-
-
-def _refuse_unanswered(messages: list[dict[str, Any]], answers: int, where: str) -> None:
-    """Nothing of such a chat would count, and a role that is spelt otherwise is the usual reason."""
-    if not answers:
-        raise InputError(
-            "a chat has no answer of the assistant",
-            expected="a message whose role is assistant",
-            found=f"roles {', '.join(dict.fromkeys(str(message['role']) for message in messages)) or 'none'}",
-            where=where,
-            remedy="Rename the roles, or leave out chats that nobody answers.",
-        )
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:

@@ -209,7 +209,7 @@ def test_an_overlay_of_another_dtype_is_refused_before_it_is_filled(tmp_path: Pa
 
 def test_a_run_is_where_its_folder_is_and_never_in_a_cache(tmp_path: Path, run_recipe: dict[str, Any], cache: Cache) -> None:
     run_recipe |= {"preset": "demo_kl", "losses": {}, "steps": 1, "validation": None}
-    refused(cli("student_train", "run", write(tmp_path, run_recipe), f"out={cache.uri}/runs/a"), "a folder of its own")
+    refused(cli("student_train", "run", write(tmp_path, run_recipe), f"out={cache.uri}/runs/a"), "nothing but itself")
     assert not (Path(cache.uri) / "runs").exists()
     assert cli("student_train", "run", write(tmp_path, run_recipe)).returncode == 0
     moved = Path(shutil.move(tmp_path / "run", tmp_path / "moved"))

@@ -349,19 +349,21 @@ def test_evidence_coverage_and_roles_are_frames(knowing_cache: Cache) -> None:
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Cache) -> Path:
     out = tmp_path_factory.mktemp("run") / "first"
+    run(small_run(cache, out, 30, 4, optimizer={"learning_rate": 1e-2}, validation={"every": 10}, gradient_shares_every=10))
+    return out
+
+
+def small_run(cache: Cache, out: Path, steps: int, rows: int, **more: Any) -> RunRecipe:
     content = {
         "cache": cache.uri,
         "out": out,
         "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2}},
         "preset": "cross_entropy",
-        "steps": 30,
-        "optimizer": {"learning_rate": 1e-2},
-        "stream": {"row_tokens": 48, "rows_per_step": 4, "workers": 0},
-        "validation": {"every": 10},
-        "gradient_shares_every": 10,
+        "steps": steps,
+        "stream": {"row_tokens": 48, "rows_per_step": rows, "workers": 0},
+        **more,
     }
-    run(RunRecipe.model_validate(content))
-    return out
+    return RunRecipe.model_validate(content)
 
 
 def test_students_beside_their_teacher(cache: Cache, finished_run: Path) -> None:
@@ -439,15 +441,7 @@ def test_spikes_name_the_samples_of_their_step(cache: Cache, finished_run: Path,
 
 def test_a_step_that_holds_a_segment_twice_has_its_spike_named(hostile_cache: Cache, tmp_path: Path) -> None:
     """A step longer than the cache: the stream goes on with the next epoch inside it."""
-    content = {
-        "cache": hostile_cache.uri,
-        "out": tmp_path,
-        "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 1}},
-        "preset": "cross_entropy",
-        "steps": 10,
-        "stream": {"row_tokens": 48, "rows_per_step": 64, "workers": 0},
-    }
-    recipe = RunRecipe.model_validate(content)
+    recipe = small_run(hostile_cache, tmp_path, 10, 64)
     run(recipe)
     records = read_metrics(tmp_path / METRICS)
     records[-1]["loss"] *= 50
