@@ -77,7 +77,7 @@ def text_of(found: dict[str, Any]) -> str:
             f"{term['term']} ({term['kind']}), weight {term['weight']} ({term['source']}){settings}",
             f"    {term['formula']}",
         ]
-        lines += [f"    {what}: {', '.join(term[key])}" for what, key in (("reads", "reads"), ("taps", "taps")) if term[key]]
+        lines += [f"    {what}: {', '.join(term[what])}" for what in ("reads", "taps") if term[what]]
     lines += ["", "off"]
     lines += [f"    {term['term']} ({term['kind']}): {term['why']}" for term in found["off"]]
     rest = {key: value for key, value in found.items() if key not in ("terms", "off", "kinds")}
