@@ -3,10 +3,10 @@
 from signal_store.cache import Cache, newest_generation, open_cache
 from signal_store.ledger import CALIBRATION, read_document
 from signal_store.objects import objects_at
-from teacher_cache.calibrate import calibrated_part
 from teacher_cache.fill import fill, finished_units
-from teacher_cache.plan import plan, refuse_another_recipe, settled
+from teacher_cache.plan import plan, settled
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
 from teacher_cache.seal import seal
 from teacher_cache.workers import ALONE, Worker
 
@@ -17,8 +17,8 @@ def build(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
     if newest_generation(objects) is None or len(finished_units(objects)) < plan(recipe).num_units:
         fill(recipe, worker)
     else:
-        made = read_document(objects, CALIBRATION).body["recipe"]
-        refuse_another_recipe("calibrated", made, calibrated_part(settled(recipe), plan(recipe)), recipe)
+        made = completed_calibration(read_document(objects, CALIBRATION).body["recipe"])
+        refuse_another_recipe("calibrated", made, calibrated_part(settled(recipe), plan(recipe).digest), recipe)
     seal(recipe.cache)
     if recipe.base is not None:
         return open_cache([recipe.base, recipe.cache])

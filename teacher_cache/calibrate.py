@@ -32,10 +32,11 @@ from signal_store.manifest import (
     parse_manifest,
 )
 from signal_store.objects import Objects, objects_at
-from signal_store.signals import Signals
+from signal_store.signals import Section, Signals
 from teacher_cache.calibration_fit import Arrays, checked_values, measure
-from teacher_cache.plan import Plan, plan, refuse_another_recipe, settled
+from teacher_cache.plan import Plan, plan, settled
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
 from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, think
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import load_plan_tokenizer
@@ -110,13 +111,19 @@ def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE
         commit(objects, CALIBRATION, body, new_attempt())
     body = read_document(objects, CALIBRATION).body
     _refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
-    refuse_another_recipe("calibrated", body["recipe"], calibrated_part(recipe, planned), recipe)
+    made = completed_calibration(body["recipe"])
+    refuse_another_recipe("calibrated", made, calibrated_part(recipe, planned.digest), recipe)
     arrays = read_calibration_arrays(objects, body["arrays_digest"])
     manifest = manifest_of(recipe, planned, body)
-    frozen, _ = commit(objects, MANIFEST, manifest.model_dump(mode="json"), new_attempt())
+    frozen, _ = commit(objects, MANIFEST, manifest.body, new_attempt())
     found = parse_manifest(frozen.body, MANIFEST)
-    if found.cache_id != manifest.cache_id:
-        raise MismatchError("the manifest is another cache's", expected=manifest.cache_id, found=found.cache_id, where=recipe.cache)
+    if names := differing_fields(found, manifest):
+        raise MismatchError(
+            f"the manifest is another cache's ({', '.join(names)} differ)",
+            expected=found.cache_id,
+            found=manifest.cache_id,
+            where=recipe.cache,
+        )
     calibrated = Calibrated(found, arrays, planned, teacher)
     _check_teacher(calibrated, objects)
     return calibrated
@@ -127,7 +134,7 @@ def calibration_body(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objec
     body, arrays = measure(recipe, planned, teacher, objects)
     data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})  # it would write views wrongly
     identity = teacher.identity.model_dump(mode="json")
-    return {**body, "teacher": identity, "recipe": calibrated_part(recipe, planned), "arrays_digest": sha256(data)}, data
+    return {**body, "teacher": identity, "recipe": calibrated_part(recipe, planned.digest), "arrays_digest": sha256(data)}, data
 
 
 def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = ALONE) -> Teacher:
@@ -140,14 +147,6 @@ def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = A
     needs_head |= signals.stats is not None and signals.stats.gradient
     rows = signals.attention is not None or (signals.stats is not None and signals.stats.attention) or signals.evidence is not None
     return load_teacher(section, vocab_size, capture_rows=rows, needs_head=needs_head)
-
-
-def calibrated_part(recipe: CacheRecipe, planned: Plan) -> dict[str, Any]:
-    """What decides the calibration, as JSON: the plan, and all of the recipe that the plan did not look at but the teacher's
-    place and name, for which its digests speak."""
-    teacher = recipe.teacher.model_dump(mode="json", include={"dtype"})
-    rest = recipe.model_dump(mode="json", include={"signals", "batch_tokens", "forward", "calibration"})
-    return {"plan": planned.digest, **{f"teacher.{name}": value for name, value in teacher.items()}, **rest}
 
 
 def calibration_keys(arrays_digest: str) -> tuple[str, str]:
@@ -167,6 +166,11 @@ def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:
     raise CorruptError("both copies of the calibration are damaged", expected=arrays_digest, where=", ".join(keys))
 
 
+def differing_fields(one: Section, other: Section) -> list[str]:
+    """Names of the fields that two sections of one kind, as this version reads them, do not share."""
+    return [name for name in type(one).model_fields if getattr(one, name) != getattr(other, name)]
+
+
 def _refuse_another_than_the_base(base: str, found: TeacherIdentity) -> None:
     """`open_cache` would refuse the two, but only when all is done."""
     made = open_cache(base).manifest.teacher
@@ -181,7 +185,7 @@ def _refuse_another_than_the_base(base: str, found: TeacherIdentity) -> None:
 
 
 def _refuse_another_teacher(made: TeacherIdentity, found: TeacherIdentity, recipe: CacheRecipe) -> None:
-    names = [n for n in TeacherIdentity.model_fields if n not in {"name", "revision"} and getattr(made, n) != getattr(found, n)]
+    names = [name for name in differing_fields(made, found) if name not in {"name", "revision"}]
     if names:
         raise MismatchError(
             f"another teacher ({', '.join(names)} differ)",

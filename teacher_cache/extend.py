@@ -19,8 +19,9 @@ from signal_store.objects import Objects, objects_at
 from teacher_cache.calibrate import calibrate_planned
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.fill import fill_units, finished_units
-from teacher_cache.plan import Plan, planned_part, read_plan, refuse_another_recipe, texts_after
-from teacher_cache.recipe import CacheRecipe, Source, source_part
+from teacher_cache.plan import Plan, read_plan, texts_after
+from teacher_cache.recipe import CacheRecipe, Source
+from teacher_cache.recipe_parts import completed_plan, completed_source, planned_part, refuse_another_recipe, source_part
 from teacher_cache.seal import seal
 from teacher_cache.unit_staging import Tally, load_plan_tokenizer, publish_units, rounded, stage_units
 from teacher_cache.workers import ALONE, Worker
@@ -35,7 +36,7 @@ def extend(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
     if newest is None:
         raise IncompleteError("the cache is not sealed", where=recipe.cache, remedy="Run teacher-cache build first.")
     planned = read_plan(objects)
-    refuse_another_recipe("planned", planned.recipe, planned_part(recipe), recipe, ignore="sources")
+    refuse_another_recipe("planned", completed_plan(planned.recipe), planned_part(recipe), recipe, ignore="sources")
     if recipe.has_tags and not planned.has_tags:
         raise MismatchError("the cache holds no tags", expected="sources without a tagger", found="one with", where=recipe.cache)
     _refuse_changed_sources(recipe, planned)
@@ -62,7 +63,7 @@ def _refuse_changed_sources(recipe: CacheRecipe, planned: Plan) -> None:
     if missing := {source.name for source in planned.sources} - by_name.keys():
         raise MismatchError("the recipe lacks a source of the cache", expected=", ".join(sorted(missing)), where=recipe.cache)
     parts = [*planned.recipe["sources"], *(part for document in planned.extensions for part in document.body["recipe_sources"])]
-    for part in parts:
+    for part in map(completed_source, parts):
         now = source_part(by_name[part["name"]])
         changed = sorted(key for key in now.keys() | part.keys() if key != "max_documents" and now.get(key) != part.get(key))
         if changed:

@@ -225,8 +225,7 @@ def mend_calibration(recipe: CacheRecipe, objects: Objects, known: Known) -> lis
             objects.put(key, data)
     if whole_document(objects, MANIFEST) is None:
         manifest = manifest_of(recipe, planned, read_document(objects, CALIBRATION).body)
-        body = manifest.model_dump(mode="json")
-        _replace(objects, MANIFEST, body, new_attempt(), known.digest_of(MANIFEST), recipe)
+        _replace(objects, MANIFEST, manifest.body, new_attempt(), known.digest_of(MANIFEST), recipe)
         mended.append(MANIFEST)
     return mended
 

@@ -29,11 +29,11 @@ from signal_store.local_objects import LocalObjects
 from signal_store.manifest import Capacities, SourceIdentity, parse_manifest
 from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
-from signal_store.signals import Signals
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.sources import documents
 from teacher_cache.positions import capacities_of
-from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source, source_part
+from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
+from teacher_cache.recipe_parts import completed_plan, planned_part, refuse_another_recipe
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import NO_ROOM, Tally, load_recipe_tokenizer, publish_units, stage_units, tokenizer_files
 from teacher_cache.workers import ALONE, Worker
@@ -124,7 +124,7 @@ def plan(recipe: CacheRecipe, worker: Worker = ALONE) -> Plan:
                 raise
     planned = read_plan(objects)
     changed_sources = "sources" if planned.extensions else None
-    refuse_another_recipe("planned", planned.recipe, planned_part(recipe), recipe, ignore=changed_sources)
+    refuse_another_recipe("planned", completed_plan(planned.recipe), planned_part(recipe), recipe, ignore=changed_sources)
     _refuse_moved_text(recipe, planned)
     return planned
 
@@ -146,35 +146,6 @@ def settled(recipe: CacheRecipe) -> CacheRecipe:
     if recipe.batch_tokens < base["context"]:
         raise InputError("batch_tokens must hold one context", expected=f"at least {base['context']}", found=recipe.batch_tokens)
     return recipe.model_copy(update={name: base[name] for name in ("context", "overlap", "append_eos", "unit_tokens")})
-
-
-def planned_part(recipe: CacheRecipe) -> dict[str, Any]:
-    """What of the recipe decides the plan, as JSON: the text, and where each signal is taken."""
-    signals = recipe.signals
-    positions = {
-        "max_columns": recipe.resolved_max_columns,
-        "previous_steps": signals.attention.previous_steps if signals.attention else 0,
-        "hidden_positions": signals.hidden.model_dump(mode="json")["positions"] if signals.hidden else None,
-        "replay_positions": [signals.replay.positions_per_segment, signals.replay.seed] if signals.replay else None,
-        **_later_positions(signals),
-    }
-    if recipe.base is not None:
-        return {"keywords": list(signals.attention.keywords), **positions} if signals.attention else positions
-    part = recipe.model_dump(mode="json", include={"context", "overlap", "append_eos"})
-    part["sources"] = [source_part(source) for source in recipe.sources]
-    return {**part, "unit_tokens": recipe.resolved_unit_tokens, "keywords": list(recipe.keywords), **positions}
-
-
-def _later_positions(signals: Signals) -> dict[str, Any]:
-    """Parts that came later: left out where they are not used, so that an older recipe is what it was."""
-    found: dict[str, Any] = {}
-    if signals.replay is not None and signals.replay.share != 1:
-        found["replay_share"] = signals.replay.share
-    if signals.evidence is not None:
-        found["evidence"] = True
-    if signals.coverage is not None:
-        found["coverage_words"] = signals.coverage.words
-    return found
 
 
 def places_of(recipe: CacheRecipe) -> dict[str, str]:
@@ -215,40 +186,6 @@ def texts_after(
     return texts
 
 
-def refuse_another_recipe(
-    done: str, made: dict[str, Any], wanted: dict[str, Any], recipe: CacheRecipe, ignore: str | None = None
-) -> None:
-    """MismatchError naming the parts of the recipe that differ from what the cache was `done` (planned, calibrated) by."""
-    later = {"replay_share"} if recipe.signals.replay is not None else set()
-    names = wanted.keys() | later if recipe.base is not None else made.keys() | wanted.keys()
-    changed = sorted(key for key in names if key != ignore and made.get(key) != wanted.get(key))
-    if changed:
-        leaves = [leaf for key in changed for leaf in _differences(key, made.get(key), wanted.get(key))]
-        raise MismatchError(
-            f"the cache was {done} by another recipe ({', '.join(changed)} differ)",
-            expected=", ".join(f"{place}: {a!r}" for place, a, _ in leaves),
-            found=", ".join(f"{place}: {b!r}" for place, _, b in leaves),
-            where=recipe.cache,
-            remedy="Restore the recipe, or build into another folder"
-            + ("; `teacher-cache extend` adds documents." if "sources" in changed else "."),
-        )
-
-
-def _differences(place: str, made: Any, wanted: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(place, value, other value) of every leaf that differs between two JSON values."""
-    if isinstance(made, dict) and isinstance(wanted, dict):
-        for key in sorted(made.keys() | wanted.keys()):
-            yield from _differences(f"{place}.{key}", made.get(key), wanted.get(key))
-    elif isinstance(made, list) and isinstance(wanted, list) and len(made) == len(wanted):
-        for number, (a, b) in enumerate(zip(made, wanted, strict=True)):
-            yield from _differences(f"{place}.{number}", a, b)
-    elif isinstance(made, list) and isinstance(wanted, list) and all(isinstance(item, dict) for item in made + wanted):
-        names = [[str(item.get("name")) for item in items] for items in (made, wanted)]
-        yield place, names[0], names[1]
-    elif made != wanted:
-        yield place, made, wanted
-
-
 def make_plan(recipe: CacheRecipe, objects: Objects) -> None:
     """Make and commit the plan of a settled recipe; where a manifest is left of one that is gone, the same plan."""
     known = find_document(objects, MANIFEST)
@@ -272,7 +209,7 @@ def other_texts(expected: str, found: str, recipe: CacheRecipe) -> MismatchError
         expected=expected,
         found=found,
         where=recipe.cache,
-        remedy="Restore them, or build into another folder.",
+        remedy="Restore them, repair with the version of teacher-cache that made the cache, or build into another folder.",
     )
 
 

@@ -1,13 +1,13 @@
 """The recipe of a cache: whose thoughts, about which texts, which signals. One frozen model a section."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from signal_store.manifest import Split, Task
 from signal_store.recipe_file import LocalPath, ModelName
-from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals, without_empty
+from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals
 
 
 class TeacherSection(Section):
@@ -114,15 +114,6 @@ class Source(Section):
 
 LOCAL_PLACES = ("folder", "jsonl", "parquet")
 """Fields of a source that say where it lies on this machine: no part of a cache's identity."""
-
-
-def source_part(source: Source) -> dict[str, Any]:
-    """What of a source decides the plan, as JSON; of its tagger the parser only, the digests of its models are in the manifest."""
-    part = without_empty(source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger"}), "task")
-    if source.tagger is None:
-        return part
-    tagger: dict[str, Any] = {"parser": source.tagger.parser, "semantic": source.tagger.semantic_model is not None}
-    return {**part, "tagger": without_empty({**tagger, "keywords": source.tagger.keywords}, "keywords")}
 
 
 class CalibrationSection(Section):

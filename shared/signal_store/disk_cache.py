@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import Field
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
 
 from signal_store.errors import InputError
+from signal_store.read_store import ReadStore
 from signal_store.signals import Section
 
 
@@ -23,7 +23,7 @@ class DiskCacheOptions(Section):
     max_bytes: int = Field(16 * 2**30, ge=2**20)
 
 
-class DiskCachedStore(WrapperStore[Store]):
+class DiskCachedStore(ReadStore):
     """Keeps each answer of `store` under its key and byte range; safe for several processes on one folder."""
 
     def __init__(self, store: Store, options: DiskCacheOptions, name: str) -> None:
@@ -41,9 +41,6 @@ class DiskCachedStore(WrapperStore[Store]):
             options.folder, size_limit=options.max_bytes, eviction_policy="least-recently-used", cull_limit=64
         )
 
-    def _with_store(self, store: Store) -> "DiskCachedStore":
-        return DiskCachedStore(store, self._options, self._name)
-
     def _place(self, key: str, byte_range: ByteRequest | None) -> str:
         return f"{self._name}\n{key}\n{byte_range}"
 
@@ -53,7 +50,7 @@ class DiskCachedStore(WrapperStore[Store]):
         kept = self._copies.get(place)
         if isinstance(kept, bytes):
             return prototype.buffer.from_bytes(kept)
-        buffer = await self._store.get(key, prototype, byte_range)
+        buffer = await self._inner.get(key, prototype, byte_range)
         if buffer is not None:
             self._copies.set(place, buffer.to_bytes(), tag=f"{self._name}\n{key}")
         return buffer

@@ -1,14 +1,19 @@
-"""The identity of a cache. Its digest is the cache id, carried by every record; times, paths, hosts and versions are not in it."""
+"""The identity of a cache. The digest of the document as it was stored is the cache id, carried by every record; times, paths,
+hosts and versions are not in it.
+
+Policy: the id is never computed from a manifest that was parsed and written again. A field that a later version adds takes its
+default where a stored document lacks it, so its default must mean what was done before there was the field.
+"""
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import PrivateAttr, ValidationError
 
 from signal_store.arrays import ArraySpec
 from signal_store.canonical import digest
 from signal_store.errors import CorruptError, MismatchError
-from signal_store.signals import Section, Signals, Tap, without_empty
+from signal_store.signals import Section, Signals, Tap
 
 FORMAT_VERSION = 1
 Split = Literal["train", "validation"]
@@ -64,11 +69,6 @@ class SourceIdentity(Section):
     tagger: TaggerIdentity | None = None
     task: Task | None = None
 
-    @model_serializer(mode="wrap")
-    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A source without a tagger or task is what it was before there were any: its digest too."""
-        return without_empty(handler(self), "tagger", "task")
-
 
 class Capacities(Section):
     """Rows that every unit has room for, in the arrays that do not have one row per token: maxima over the plan's units."""
@@ -80,10 +80,6 @@ class Capacities(Section):
     replay_rows: int
     evidence_rows: int = 0
     coverage_rows: int = 0
-
-    @model_serializer(mode="wrap")
-    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_empty(handler(self), "evidence_rows", "coverage_rows")
 
     def union(self, other: "Capacities") -> "Capacities":
         """Room for both."""
@@ -163,10 +159,6 @@ class CalibrationIdentity(Section):
     replay_layers: tuple[int, ...]
     evidence_layers: tuple[int, ...] = ()
 
-    @model_serializer(mode="wrap")
-    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_empty(handler(self), "evidence_layers")
-
 
 class Manifest(Section):
     """Everything two caches must share to be the same cache."""
@@ -180,10 +172,24 @@ class Manifest(Section):
     signals: Signals
     arrays: tuple[dict[str, Any], ...]
 
+    _stored: dict[str, Any] | None = PrivateAttr(None)
+
+    @classmethod
+    def stored(cls, body: dict[str, Any]) -> Self:
+        """The manifest that a ledger document holds; ValidationError if it is none."""
+        manifest = cls.model_validate(body)
+        manifest._stored = body  # noqa: SLF001  (its own class)
+        return manifest
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the ledger's document holds: as it was stored, or, of a new manifest, as it will be."""
+        return self.model_dump(mode="json") if self._stored is None else self._stored
+
     @cached_property
     def cache_id(self) -> str:
-        """Digest of the canonical JSON of this manifest."""
-        return digest(self.model_dump(mode="json"))
+        """Digest of the canonical JSON of `body`."""
+        return digest(self.body)
 
     @cached_property
     def specs(self) -> tuple[ArraySpec, ...]:
@@ -199,6 +205,16 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
             "another format version", expected=FORMAT_VERSION, found=version, where=where, remedy="Install a version that reads it."
         )
     try:
-        return Manifest.model_validate(body)
-    except ValueError as error:
+        return Manifest.stored(body)
+    except ValidationError as error:
+        problems = error.errors()
+        unknown = [".".join(map(str, p["loc"])) for p in problems if p["type"] == "extra_forbidden"]
+        if len(unknown) == len(problems):
+            raise MismatchError(
+                "the cache was made by a later version",
+                expected="keys that this version knows",
+                found=", ".join(unknown[:5]),
+                where=where,
+                remedy="Install the version of teacher-cache that made it, or a later one.",
+            ) from error
         raise CorruptError("the manifest does not parse", found=" ".join(str(error).split())[:300], where=where) from error

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, Self, cast
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
 
 from signal_store.errors import InputError, NotFoundError, SignalStoreError, StorageError
+from signal_store.read_store import ReadStore
 
 TIMEOUT_SECONDS = 60
 RETRIES = 8
@@ -143,15 +143,12 @@ class RemoteObjects:
         return RetryingStore(cast(Store, ObjectStore(self.store, read_only=True)), self._uri)
 
 
-class RetryingStore(WrapperStore[Store]):
+class RetryingStore(ReadStore):
     """A zarr store that asks again for an answer that was cut off, then names the object."""
 
     def __init__(self, store: Store, uri: str) -> None:
         super().__init__(store)
         self._uri = uri
-
-    def _with_store(self, store: Store) -> "RetryingStore":
-        return RetryingStore(store, self._uri)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """As the store's own."""
@@ -159,10 +156,10 @@ class RetryingStore(WrapperStore[Store]):
         with _named(obstore, f"{self._uri.rstrip('/')}/{key}"):
             for pause in _pauses():
                 try:
-                    return await self._store.get(key, prototype, byte_range)
+                    return await self._inner.get(key, prototype, byte_range)
                 except obstore.exceptions.GenericError:
                     await asyncio.sleep(pause)
-            return await self._store.get(key, prototype, byte_range)
+            return await self._inner.get(key, prototype, byte_range)
 
 
 def _pauses() -> Iterator[float]:

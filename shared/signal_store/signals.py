@@ -1,8 +1,8 @@
 """The recipe of signals: what of the teacher's thought is written down. Part of a cache's identity."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 """Whole numbers that JSON carries everywhere."""
@@ -19,12 +19,6 @@ class Section(BaseModel):
     """Base of every recipe section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def without_empty(content: dict[str, Any], *names: str) -> dict[str, Any]:
-    """What is serialised, less these names where they hold nothing: what came later changes no digest of what was before. A section
-    without settings, {}, is something."""
-    return {name: value for name, value in content.items() if name not in names or value or isinstance(value, dict)}
 
 
 class DistributionSignal(Section):
@@ -173,12 +167,6 @@ class ReplaySignal(Section):
         _check_layers(self)
         return self
 
-    @model_serializer(mode="wrap")
-    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe that samples all finished texts is what it was before there was a share: its digest too."""
-        content: dict[str, Any] = handler(self)
-        return {name: value for name, value in content.items() if name != "share" or value != 1}
-
 
 class EvidenceSignal(Section):
     """Which sentences of a question its answer looks at (REQUIREMENTS 7), of sources with `task: qa`: the share of attention that
@@ -226,8 +214,3 @@ class Signals(Section):
         if all(signal is None for _, signal in self):
             raise ValueError("every signal is off: nothing would be stored")
         return self
-
-    @model_serializer(mode="wrap")
-    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without evidence and coverage is what it was before there were any: its digest too."""
-        return without_empty(handler(self), "evidence", "coverage")
