@@ -63,10 +63,17 @@ class Distiller(nn.Module):
         matches heads instead (`choose_heads`): whatever runs the student goes through here. `progress` of the run in [0, 1].
 
         Taps stay open until `close_taps`: activation checkpointing runs blocks again in the backward pass, and must meet the same.
+        An error closes them.
         """
         if matching:
             return self.choose_heads(batch)
-        return self._measured(batch) if scales is None else self._losses(batch, scales, progress)
+        if scales is None:
+            return self._measured(batch)
+        try:
+            return self._losses(batch, scales, progress)
+        except BaseException:
+            self.close_taps()
+            raise
 
     def close_taps(self) -> None:
         """After the backward pass."""

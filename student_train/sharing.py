@@ -70,9 +70,11 @@ class Shared:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
         waits = isinstance(self.model, FSDPModule) or last
-        with contextlib.nullcontext() if waits else self.accelerator.no_sync(self.model):
-            yield
-        self.distiller.close_taps()
+        try:
+            with contextlib.nullcontext() if waits else self.accelerator.no_sync(self.model):
+                yield
+        finally:  # after running out of memory too: a tap left open would listen to whatever runs next
+            self.distiller.close_taps()
 
     def clipped_norm(self, clip: float) -> float:
         """Clip the gradients; their norm before that."""

@@ -106,25 +106,20 @@ def tap_states(model: PreTrainedModel, wanted: Sequence[State]) -> Iterator[dict
     but for the last block, which transformers normalises.
     """
     taken: dict[State, Tensor] = {}
-    handles = []
-    for state in wanted:
-        found = resolve(model, *state)
-        if isinstance(found, Absent):
-            raise MismatchError(
-                f"block {state[1]} has no {state[0]}",
-                expected="a tap that exists",
-                found=found.reason,
-                where=type(model).__name__,
-                remedy="`teacher-cache taps MODEL` lists what there is.",
-            )
-        keep = _keeper(taken, state, found)
-        register = found.module.register_forward_pre_hook if found.side == "input" else found.module.register_forward_hook
-        handles.append(register(keep, with_kwargs=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for state in wanted:
+            found = resolve(model, *state)
+            if isinstance(found, Absent):
+                raise MismatchError(
+                    f"block {state[1]} has no {state[0]}",
+                    expected="a tap that exists",
+                    found=found.reason,
+                    where=type(model).__name__,
+                    remedy="`teacher-cache taps MODEL` lists what there is.",
+                )
+            register = found.module.register_forward_pre_hook if found.side == "input" else found.module.register_forward_hook
+            hooks.callback(register(_keeper(taken, state, found), with_kwargs=True).remove)
         yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _keeper(taken: dict[State, Tensor], state: State, found: Resolved) -> Callable[..., None]:

@@ -4,6 +4,7 @@ import signal_store
 cache = signal_store.open_cache("cache.zarr")
 """
 
+from signal_store.allocator import keep_freed_memory
 from signal_store.cache import Cache, open_cache
 from signal_store.disk_cache import DiskCacheOptions
 from signal_store.errors import (
@@ -30,5 +31,6 @@ __all__ = [
     "Segment",
     "SignalStoreError",
     "StorageError",
+    "keep_freed_memory",
     "open_cache",
 ]

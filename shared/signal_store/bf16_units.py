@@ -3,6 +3,7 @@ that bfloat16 holds.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -10,17 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_switched = threading.RLock()
+
 
 @contextlib.contextmanager
 def bf16_units() -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices in bfloat16 units with float32 sums."""
+    """Let oneDNN multiply float32 matrices in bfloat16 units with float32 sums.
+
+    torch's switch is the process's: it is held for single products only, by one thread at a time, and put back as it was.
+    """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with _switched:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 @cache

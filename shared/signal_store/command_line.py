@@ -1,7 +1,5 @@
 """What both command lines share: one line for a user's mistake and exit code 2; never a traceback for it."""
 
-import contextlib
-import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from signal_store.allocator import keep_freed_memory as keep_freed_memory
 from signal_store.errors import NotFoundError, SignalStoreError, memory_error, path_error, storage_error
 from signal_store.ledger import refuse_inside_a_cache
 
@@ -21,15 +20,6 @@ def run_app(app: typer.Typer) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
     guarded(app)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed buffers: fresh pages for every chunk of logits made a CPU step a third slower (measured)."""
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tune
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((m_mmap_threshold, 2**30), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**27)):
-            libc.mallopt(option, value)
 
 
 def guarded(command: Callable[[], None]) -> None:

@@ -6,6 +6,8 @@ those that zarr writes (a test compares them), so any zarr reader reads them.
 
 import contextlib
 import hashlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -21,7 +23,7 @@ from signal_store.objects import Objects
 EMPTY = 2**64 - 1
 CRC_BYTES = 4
 _SHUFFLE = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
-blosc.use_threads = False  # several threads write other bytes each time
+_compressing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,24 @@ def crc32c(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(np.frombuffer(memoryview(data).toreadonly(), np.uint8)))  # a memoryview it would refuse
 
 
+@contextlib.contextmanager
+def _one_blosc_thread() -> Iterator[None]:
+    """Blosc compresses in the caller's thread: several threads write other bytes each time. Its switch is the process's, so it is
+    put back at once."""
+    with _compressing:
+        before = blosc.use_threads
+        blosc.use_threads = False
+        try:
+            yield
+        finally:
+            blosc.use_threads = before
+
+
 def encode_chunk(rows: NDArray[np.generic], spec: ArraySpec) -> tuple[bytes, int]:
     """The stored bytes of one inner chunk (transposed if so specified, blosc, crc32c little-endian) and that crc32c."""
     raw = np.ascontiguousarray(rows.T if spec.transposed else rows)
-    packed = blosc.compress(raw, b"zstd", spec.level, _SHUFFLE[spec.shuffle], 0, raw.dtype.itemsize)
+    with _one_blosc_thread():
+        packed = blosc.compress(raw, b"zstd", spec.level, _SHUFFLE[spec.shuffle], 0, raw.dtype.itemsize)
     crc = crc32c(packed)
     return bytes(packed) + crc.to_bytes(CRC_BYTES, "little"), crc
 
