@@ -8,6 +8,7 @@ from teacher_cache.fill import fill, finished_units
 from teacher_cache.plan import plan, refuse_another_recipe, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.seal import seal
+from teacher_cache.teacher_dtype import with_dtype
 from teacher_cache.workers import ALONE, Worker
 
 
@@ -18,7 +19,8 @@ def build(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
         fill(recipe, worker)
     else:
         made = read_document(objects, CALIBRATION).body["recipe"]
-        refuse_another_recipe("calibrated", made, calibrated_part(settled(recipe), plan(recipe)), recipe)
+        wanted, _ = with_dtype(settled(recipe), objects)
+        refuse_another_recipe("calibrated", made, calibrated_part(wanted, plan(recipe)), recipe)
     seal(recipe.cache)
     if recipe.base is not None:
         return open_cache([recipe.base, recipe.cache])

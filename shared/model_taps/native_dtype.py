@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-AUTO = "auto"
+AUTO, ASKED = "auto", "the recipe names it"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes a recipe can name."""
 CPU_UNITS = {
@@ -105,7 +105,7 @@ def choose_dtype(wanted: str, trained_in: torch.dtype | None, device: torch.devi
     """What to compute in: `wanted` of `DTYPES` as it is; of `auto`, see this module's policy. `trained_in` is the checkpoint's,
     None where it does not say."""
     if wanted != AUTO:
-        return NativeDtype(DTYPES[wanted], "the recipe names it")
+        return NativeDtype(DTYPES[wanted], ASKED)
     if trained_in is None:
         return NativeDtype(torch.float32, "the checkpoint does not say what it was trained in")
     name = name_of(trained_in)
@@ -168,7 +168,9 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def emulation_warning(dtype: torch.dtype, device: torch.device | str, what: str) -> str | None:
+def emulation_warning(
+    dtype: torch.dtype, device: torch.device | str, what: str, advice: str = "`auto` takes what is native"
+) -> str | None:
     """One line where a dtype is emulated on a device, with both measured rates; None where it is native. `what` names the recipe's
     key, such as `teacher.dtype`."""
     if dtype in native_dtypes(device):
@@ -177,5 +179,5 @@ def emulation_warning(dtype: torch.dtype, device: torch.device | str, what: str)
     shown = f"{rates[dtype]:,.0f}" if dtype in rates else "no"
     return (
         f"{what}: {name_of(dtype)} is emulated here ({lacking(dtype, device)}): "
-        f"{shown} GFLOP/s measured, float32 {rates[torch.float32]:,.0f}; `auto` takes what is native."
+        f"{shown} GFLOP/s measured, float32 {rates[torch.float32]:,.0f}; {advice}"
     )
