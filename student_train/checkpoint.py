@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from signal_store.errors import CorruptError, MismatchError, storage_error
+from signal_store.local_objects import NO_SYNC, sync
 from student_train.batch import LaneCursor
 from student_train.losses.attention_rows import HeadPairs
 from student_train.sharing import like, whole
@@ -176,11 +177,12 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Durable where the file system can: a checkpoint torn by a power cut is found when it is read; the one before stands."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 def save_best(folder: Path, module: nn.Module, step: int, *, writes: bool) -> None:

@@ -8,6 +8,7 @@ from teacher_cache.plan import plan, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
 from teacher_cache.seal import seal
+from teacher_cache.teacher_dtype import with_dtype
 from teacher_cache.workers import ALONE, Worker
 
 
@@ -18,7 +19,8 @@ def build(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
         fill(recipe, worker)
     else:
         made = completed_calibration(read_document(objects, CALIBRATION).body["recipe"])
-        refuse_another_recipe("calibrated", made, calibrated_part(settled(recipe), plan(recipe).digest), recipe)
+        wanted, _ = with_dtype(settled(recipe), objects)
+        refuse_another_recipe("calibrated", made, calibrated_part(wanted, plan(recipe).digest), recipe)
     seal(recipe.cache)
     if recipe.base is not None:
         return open_cache([recipe.base, recipe.cache])

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
+from model_taps.machine import MachineClass, differences
+from model_taps.native_dtype import AUTO
 from model_taps.slices import State
 from signal_store import layout
 from signal_store.arrays import ArraySpec
@@ -32,12 +34,14 @@ from signal_store.manifest import (
     parse_manifest,
 )
 from signal_store.objects import Objects, objects_at
+from signal_store.progress import tell
 from signal_store.signals import Section, Signals
 from teacher_cache.calibration_fit import Arrays, checked_values, measure
 from teacher_cache.plan import Plan, plan, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
-from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, think
+from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, placed, think
+from teacher_cache.teacher_dtype import tell_of_emulation, with_dtype
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import load_plan_tokenizer
 from teacher_cache.worker_notes import noted
@@ -98,24 +102,32 @@ def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
 
 def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE) -> Calibrated:
     """`calibrate`, with a plan that is there."""
-    recipe = settled(recipe)
-    objects = objects_at(recipe.cache)
+    wanted, objects = settled(recipe), objects_at(recipe.cache)
+    recipe, reason = with_dtype(wanted, objects, worker)
+    tell_of_emulation(recipe, reason, worker)
     teacher = load_recipe_teacher(recipe, planned.vocab_size, worker)
     if recipe.base is not None:
         _refuse_another_than_the_base(recipe.base, teacher.identity)
+    machine = MachineClass.of(teacher.device)
     if worker.should_make(objects, "calibration", CALIBRATION):
         with noted(objects, worker, "calibrates"):
             body, data = calibration_body(recipe, planned, teacher, objects)
         for copy in calibration_keys(body["arrays_digest"]):
             objects.put(copy, data)
-        commit(objects, CALIBRATION, body, new_attempt())
-    body = read_document(objects, CALIBRATION).body
+        commit(objects, CALIBRATION, body, new_attempt(), dtype_reason=reason, machine=machine.facts())
+    standing = read_document(objects, CALIBRATION)
+    body = standing.body
+    if wanted.teacher.dtype == AUTO and body["teacher"]["dtype"] != recipe.teacher.dtype:  # a machine of another class was first
+        return calibrate_planned(wanted, planned, worker)
+    for line in differences(standing.about, machine, recipe.teacher.dtype):
+        tell(line)
     _refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
     made = completed_calibration(body["recipe"])
     refuse_another_recipe("calibrated", made, calibrated_part(recipe, planned.digest), recipe)
     arrays = read_calibration_arrays(objects, body["arrays_digest"])
     manifest = manifest_of(recipe, planned, body)
-    frozen, _ = commit(objects, MANIFEST, manifest.body, new_attempt())
+    why = standing.about.get("dtype_reason", reason)
+    frozen, _ = commit(objects, MANIFEST, manifest.body, new_attempt(), dtype_reason=why)
     found = parse_manifest(frozen.body, MANIFEST)
     if names := differing_fields(found, manifest):
         raise MismatchError(
@@ -140,13 +152,10 @@ def calibration_body(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objec
 def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = ALONE) -> Teacher:
     """The teacher as the recipe's signals need it, on this worker's GPU if there are several."""
     signals = recipe.signals
-    section = recipe.teacher
-    if section.device is None and section.device_map is None and torch.cuda.is_available():
-        section = section.model_copy(update={"device": f"cuda:{worker.local % torch.cuda.device_count()}"})
     needs_head = (signals.distribution is not None and signals.distribution.rank != 0) or signals.replay is not None
     needs_head |= signals.stats is not None and signals.stats.gradient
     rows = signals.attention is not None or (signals.stats is not None and signals.stats.attention) or signals.evidence is not None
-    return load_teacher(section, vocab_size, capture_rows=rows, needs_head=needs_head)
+    return load_teacher(placed(recipe.teacher, worker), vocab_size, capture_rows=rows, needs_head=needs_head)
 
 
 def calibration_keys(arrays_digest: str) -> tuple[str, str]:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
-
+from model_taps.machine import MachineClass
 from signal_store.arrays import ArraySpec
 from signal_store.errors import MismatchError
 from signal_store.ledger import Document, UnitRecord, commit, listed_records, new_attempt, newest_record, staging_prefix, unit_key
@@ -103,7 +102,7 @@ def fill_unit(
             raise
         return standing  # another attempt was first, and a seal swept what this one had staged
     # From here on the staged objects may be the committed ones: nothing but a lost race removes them.
-    about = {"seconds": time.perf_counter() - started, "threads": torch.get_num_threads(), "device": str(calibrated.teacher.device)}
+    about = {"seconds": time.perf_counter() - started, "machine": MachineClass.of(calibrated.teacher.device).facts()}
     standing, mine = commit(objects, unit_key(unit, revision), record.to_body(), attempt, **about)
     if not mine:
         objects.delete_tree(prefix)

@@ -44,6 +44,7 @@ from teacher_cache.extend import extension_body, tallies_of
 from teacher_cache.plan import Plan, other_texts, plan_body, read_plan, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.seal import draft_generation, listed_seals, write_metadata
+from teacher_cache.teacher_dtype import with_dtype
 from teacher_cache.unit_staging import load_plan_tokenizer, load_recipe_tokenizer, tokenizer_files
 
 
@@ -199,7 +200,8 @@ def _is_whole(objects: Objects, key: str, content: str) -> bool:
 
 def mend_calibration(recipe: CacheRecipe, objects: Objects, known: Known) -> list[str]:
     """Make calibration, its two copies of the matrices, and manifest whole; the keys that were not."""
-    recipe, planned = settled(recipe), read_plan(objects).at_generation(0)  # what it was calibrated on
+    recipe, _ = with_dtype(settled(recipe), objects)
+    planned = read_plan(objects).at_generation(0)  # what it was calibrated on
     mended = []
     document = whole_document(objects, CALIBRATION)
     data = None if document is None else _matrices(objects, document.body["arrays_digest"])

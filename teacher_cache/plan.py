@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model_taps.loading import load_config, tokenizer_digest
 from signal_store.canonical import digest, sha256
+from signal_store.commit_check import refuse_uncommittable
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.ledger import (
     MANIFEST,
@@ -192,6 +193,7 @@ def make_plan(recipe: CacheRecipe, objects: Objects) -> None:
     manifest = None if known is None else parse_manifest(known.body, MANIFEST)
     if manifest is None:
         _refuse_occupied(objects)
+    refuse_uncommittable(objects)
     with attempt_folder(objects, "plan") as (attempt, prefix):
         body = plan_body(recipe, objects, prefix, None if manifest is None else manifest.sources)
         if manifest is not None and digest(body) != manifest.plan.digest:

@@ -16,7 +16,9 @@ class TeacherSection(Section):
     model: ModelName
     tokenizer: ModelName | None = None
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: what the cache was calibrated in; at first what the checkpoint was trained in where the device computes in it
+    natively, else float32."""
     device: str | None = None
     """Where the teacher runs; None takes a GPU if there is one."""
     device_map: str | None = None

@@ -22,6 +22,7 @@ from signal_store.errors import InputError, MismatchError, SignalStoreError
 from signal_store.manifest import TeacherIdentity
 from teacher_cache.recipe import TeacherSection
 from teacher_cache.unit_plan import UnitPlan
+from teacher_cache.workers import Worker
 
 MAX_HEAD_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LOSS_ROWS = 512
@@ -41,10 +42,11 @@ class Teacher:
 
 
 def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool, needs_head: bool) -> Teacher:
-    """Load and identify the teacher; refuse one whose own logits are not those of its output head, if a head is needed."""
+    """Load and identify the teacher, in a dtype that is settled; refuse one whose own logits are not those of its output head, if a
+    head is needed."""
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype), "revision": section.revision}
     options |= {"trust_remote_code": section.trust_remote_code, "attn_implementation": section.attn_implementation}
-    device = _device(section)
+    device = device_of(section)
     if section.device_map is not None:
         options["device_map"] = section.device_map
     model = load_model(section.model, what="teacher", **options)
@@ -84,7 +86,15 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     return Teacher(model, device, None if head is None else head.float().to(device), identity, vocab_size)
 
 
-def _device(section: TeacherSection) -> torch.device:
+def placed(section: TeacherSection, worker: Worker) -> TeacherSection:
+    """The section with this worker's GPU, where the recipe leaves the place open and there are several."""
+    if section.device is None and section.device_map is None and torch.cuda.is_available():
+        return section.model_copy(update={"device": f"cuda:{worker.local % torch.cuda.device_count()}"})
+    return section
+
+
+def device_of(section: TeacherSection) -> torch.device:
+    """Where the teacher's inputs go, of one that is spread where its first blocks will be; InputError if it is not there."""
     wanted = section.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)

@@ -24,7 +24,9 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from model_taps.attention import softmax_attention_layers
 from model_taps.blocks import num_layers
 from model_taps.loading import LOADING_ERRORS, load_config, quiet
-from signal_store.bf16_units import has_bf16_units
+from model_taps.machine import KERNEL_FLAGS
+from model_taps.native_dtype import cpu_flags, matmul_rates, name_of, native_dtypes
+from signal_store.commit_check import commit_faults
 from signal_store.errors import SignalStoreError
 from signal_store.local_objects import LocalObjects
 
@@ -47,7 +49,7 @@ def checks(folder: Path, model: str | None = None) -> list[Check]:
     """Of Python, packages, processors, memory, the disk that `folder` is on, attention; and of a model's config, where one is
     named."""
     quiet()
-    found = [_python(), *_packages(), *_extras(), _processor(), *_gpus(), _attention(), _compiler(), _open_files(), *_disk(folder)]
+    found = [_python(), *_packages(), *_extras(), *_processor(), *_gpus(), _attention(), _compiler(), _open_files(), *_disk(folder)]
     return found + ([] if model is None else list(_model(model)))
 
 
@@ -106,10 +108,25 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _processor() -> Check:
+def _processor() -> Iterator[Check]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    units = "bfloat16 units" if has_bf16_units() else "no bfloat16 units"
-    return Check("processor", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {units}, {memory:.0f} GiB")
+    units = " ".join(flag for flag in KERNEL_FLAGS if flag in cpu_flags()) or "no flags known"
+    yield Check("processor", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, {units}")
+    yield _products("processor's products", "cpu")
+
+
+def _products(name: str, device: str) -> Check:
+    """Matrix products in each dtype, measured; and which of them to use."""
+    rates, native = matmul_rates(device), native_dtypes(device)
+    shown = [f"{name_of(d)} {rate:,.0f} GFLOP/s{'' if d in native else ' (emulated)'}" for d, rate in rates.items()]
+    halves = [name_of(dtype) for dtype in native if dtype != torch.float32]
+    advice = "Use dtype: auto"
+    advice += f", {' or '.join(halves)} for models trained in it" if halves else ": float32, whatever a model was trained in"
+    slow = [name_of(d) for d in native if d in rates and rates[d] < rates[torch.float32] / 2]
+    state: Literal["ok", "note"] = "note" if slow else "ok"
+    return Check(
+        name, state, ", ".join(shown), advice + (f"; {', '.join(slow)} is slower here than it should be." if slow else ".")
+    )
 
 
 def _gpus() -> Iterator[Check]:
@@ -120,7 +137,8 @@ def _gpus() -> Iterator[Check]:
     for number in range(torch.cuda.device_count()):
         free, whole = torch.cuda.mem_get_info(number)
         facts = f"{torch.cuda.get_device_name(number)}, {free / 2**30:.0f} of {whole / 2**30:.0f} GiB free"
-        yield Check(f"GPU {number}", "ok" if torch.cuda.is_bf16_supported() else "note", facts)
+        yield Check(f"GPU {number}", "ok", facts)
+        yield _products(f"GPU {number}'s products", f"cuda:{number}")
 
 
 def _attention() -> Check:
@@ -154,18 +172,14 @@ def _disk(folder: Path) -> Iterator[Check]:
     yield Check("disk", "note" if short else "ok", f"{free / 2**30:,.1f} GiB free at {place}", advice)
     try:
         with tempfile.TemporaryDirectory(dir=place) as scratch:
-            objects = LocalObjects(Path(scratch))
-            once = objects.create("once", b"1"), objects.create("once", b"2"), objects.read("once")
+            faults = commit_faults(LocalObjects(Path(scratch)))
     except (OSError, SignalStoreError) as error:
         yield Check("commit", "bad", str(error), "Name a folder that you may write.")
         return
-    works = once == (True, False, b"1")
-    yield Check(
-        "commit",
-        "ok" if works else "bad",
-        "create-once works" if works else "an object was created twice",
-        "" if works else "Fill on another file system.",
-    )
+    for fault in faults:
+        yield Check("commit", "bad", f"{fault.what} ({fault.found})", fault.remedy or "Name a folder that you may write.")
+    if not faults:
+        yield Check("commit", "ok", "create-once, rename and sync work")
 
 
 def _model(name: str) -> Iterator[Check]:

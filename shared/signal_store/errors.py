@@ -72,6 +72,10 @@ class StorageError(SignalStoreError, OSError):
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
 _NOT_WRITABLE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_FAILS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENXIO, errno.ENODEV}
+_TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
+UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+"""What a file system answers to what it was not made for."""
 
 
 def path_error(error: OSError) -> SignalStoreError | None:
@@ -100,6 +104,24 @@ def storage_error(error: OSError, where: object) -> SignalStoreError | None:
     if error.errno in _NOT_WRITABLE:
         return StorageError(
             "the target cannot be written", found=error.strerror, where=where, remedy="Check that it is a folder you may write."
+        )
+    if error.errno in UNSUPPORTED:
+        return StorageError(
+            "the file system lacks an operation",
+            found=error.strerror,
+            where=where,
+            remedy="`teacher-cache doctor --folder` says whether a cache can be filled on it.",
+        )
+    if error.errno in _FAILS:
+        return StorageError(
+            "the disk, or the server behind it, fails",
+            found=error.strerror,
+            where=where,
+            remedy="Nothing committed is lost: see to the disk or the mount and run the same command again.",
+        )
+    if error.errno in _TOO_MANY_OPEN:
+        return StorageError(
+            "too many files are open", found=error.strerror, where=where, remedy="Raise the limit, for instance `ulimit -n 4096`."
         )
     return None
 

@@ -1,4 +1,8 @@
-"""Objects as files of a folder, on a local disk or a POSIX file system that several machines share."""
+"""Objects as files of a folder, on a local disk or a POSIX file system that several machines share.
+
+A commit needs hard links (a record is created once, and whole), renames, and folders that can be synced (a name is durable). What a
+file system cannot do of that is named, and nothing weaker is put in its place.
+"""
 
 import contextlib
 import errno
@@ -12,11 +16,15 @@ from typing import BinaryIO
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from signal_store.errors import NotFoundError, storage_error
+from signal_store.errors import UNSUPPORTED, NotFoundError, StorageError, storage_error
 
 SWEPT_AT_MOST = 8
 SCRATCH = "ledger/staging/scratch"
 """Where a cache's unfinished files are, which a seal sweeps."""
+NO_LINKS = frozenset({*UNSUPPORTED, errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EINVAL})
+NO_SYNC = frozenset({*UNSUPPORTED, errno.EINVAL, errno.EBADF, errno.EISDIR})
+NO_RENAME = frozenset({*UNSUPPORTED, errno.EXDEV, errno.EINVAL})
+"""What file systems answer to a link, a sync or a rename that they were not made for; a link may also be forbidden (`_link`)."""
 
 
 class LocalObjects:
@@ -58,7 +66,7 @@ class LocalObjects:
         with _storage_errors(target):
             _make_folder(target.parent)
             try:
-                self._move_scratch(data, target.hardlink_to)
+                self._move_scratch(data, lambda temporary: _link(temporary, target))
             except FileExistsError:
                 return False
             _sync_folder(target.parent)
@@ -69,7 +77,7 @@ class LocalObjects:
         target = self._path(key)
         with _storage_errors(target):
             _make_folder(target.parent)
-            self._move_scratch(data, lambda temporary: temporary.replace(target))
+            self._move_scratch(data, lambda temporary: _rename(temporary, target))
             _sync_folder(target.parent)
 
     @contextlib.contextmanager
@@ -89,7 +97,7 @@ class LocalObjects:
         with _storage_errors(new):
             _make_folder(new.parent)
             try:
-                old.replace(new)
+                _rename(old, new)
             except FileNotFoundError:
                 if not new.is_file():
                     raise NotFoundError("a staged object is gone", expected=source, where=self.root) from None
@@ -156,17 +164,57 @@ def _make_folder(folder: Path) -> None:
         _sync_folder(parent.parent)
 
 
+def _link(temporary: Path, target: Path) -> None:
+    """Give the file its name, unless there is one; a link that is refused where another one works is forbidden, not unknown."""
+    with _needs("make hard links", NO_LINKS, target):
+        try:
+            target.hardlink_to(temporary)
+        except PermissionError as error:
+            beside = temporary.with_name(f"{temporary.name}.link")
+            beside.hardlink_to(temporary)
+            beside.unlink()
+            raise PermissionError(errno.EACCES, error.strerror, str(target)) from error
+
+
+def _rename(old: Path, new: Path) -> None:
+    with _needs("rename a file", NO_RENAME, new):
+        old.replace(new)
+
+
 def _sync(file: BinaryIO) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    with _needs("sync a file", NO_SYNC, Path(file.name)):
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    with _needs("sync a folder", NO_SYNC, folder):
+        sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable; OSError of `NO_SYNC` where the file system cannot."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _needs(what: str, refusals: frozenset[int], where: Path) -> Iterator[None]:
+    """StorageError that says what the file system cannot do, where it says so itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in refusals:
+            raise
+        raise StorageError(
+            f"the file system cannot {what}, which a commit needs",
+            found=error.strerror,
+            where=where,
+            remedy="Fill on a local disk, on NFS or Lustre, or in a bucket by its s3:// address, and copy from there.",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{digits}f} {task.fields.get('unit', 'it')}/s")
 
 
+def tell(line: str) -> None:
+    """One line on standard error, where the bars are, for what a user should know and need not answer."""
+    print(" ".join(line.split()), file=sys.stderr)  # noqa: T201  (a person should see it before the work begins)
+
+
 def progress_bar() -> Progress:
     """A rich progress display; tasks name their `unit` as a field."""
     columns = (

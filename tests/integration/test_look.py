@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from typer.testing import CliRunner
 
 from model_taps.environment import checks
+from model_taps.native_dtype import native_dtypes
 from signal_store import open_cache
 from signal_store.cache import Cache
 from signal_store.errors import CorruptError, InputError, MismatchError, NotFoundError
@@ -572,6 +573,9 @@ def test_doctor_looks_at_the_machine(tmp_path: Path, teacher_folder: Path) -> No
     found = {check.name: check for check in checks(tmp_path, str(teacher_folder))}
     assert found["Python"].state == found["commit"].state == found["model"].state == "ok"
     assert "torch" in found["versions"].found
+    products = found["processor's products"]
+    assert all(f"{dtype} " in products.found for dtype in ("float32", "bfloat16", "float16"))
+    assert ("bfloat16" in products.advice) == (torch.bfloat16 in native_dtypes("cpu"))
     called = CliRunner().invoke(app, ["doctor", "--folder", str(tmp_path), "--json"])
     assert {check["name"] for check in json.loads(called.output)} >= {
         "GPU" if not torch.cuda.is_available() else "GPU 0",
