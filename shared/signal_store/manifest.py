@@ -52,8 +52,8 @@ class TaggerIdentity(Section):
 
 
 class ChatCounts(Section):
-    """How a source's chats were rendered: `kept_whole`, all answers in one text; `split`, one text for each answer, where the template
-    changes earlier turns. Of the `answers` in all, `unseen_reasoning` had reasoning that the template does not show."""
+    """How a source's chats were rendered: `kept_whole`, all answers in one text; `split`, one text for each answer, where the
+    template changes earlier turns. Of the `answers` in all, `unseen_reasoning` had reasoning that the template does not show."""
 
     kept_whole: int = 0
     split: int = 0

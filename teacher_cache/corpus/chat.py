@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -75,7 +75,7 @@ def _spoken(
 ) -> tuple[MarkedChat, list[Answer]]:
     """The chat in the first form of which the template leaves nothing out, and its answers."""
     refusals: list[tuple[int, Exception]] = []
-    for dialect in dialects(messages):
+    for dialect in sorted(dialects(messages), key=lambda dialect: not _reads(template, dialect.content, special)):
         try:
             chat = MarkedChat(template, messages, tools, dialect)
             return chat, [_answer(chat, special, turn, where) for turn, m in enumerate(messages) if m["role"] == "assistant"]
@@ -83,6 +83,11 @@ def _spoken(
             refusals.append((_obscurity(error, dialect), error))
     told = min(refusals, key=lambda refusal: refusal[0])[1]
     raise told if isinstance(told, InputError) else _refusal(told, where)
+
+
+def _reads(template: ChatTemplate, content: Literal["string", "parts"], special: SpecialText) -> bool:
+    """Whether a template reads the plainest chat in this form."""
+    return _joint(template, Dialect(content, "absent", "object"), special) is not None
 
 
 def _obscurity(error: Exception, dialect: Dialect) -> int:
@@ -94,7 +99,7 @@ def _obscurity(error: Exception, dialect: Dialect) -> int:
 
 def _answer(chat: MarkedChat, special: SpecialText, turn: int, where: str) -> Answer:
     rendering = chat.render(turn + 1)
-    since = max((t for t in range(turn) if chat.plain[t]["role"] == "assistant"), default=-1) + 1
+    since = max((t for t in range(turn) if chat.messages[t]["role"] == "assistant"), default=-1) + 1
     for said in range(since, turn + 1):
         _check_said(chat, rendering, said, where)
     own = [rendering.pieces[number] for number, _ in chat.of(turn) if number in rendering.pieces]
@@ -128,17 +133,16 @@ def _prompted(chat: MarkedChat, special: SpecialText, turn: int, rendering: Rend
 
 def _check_said(chat: MarkedChat, rendering: Rendering, turn: int, where: str) -> None:
     """InputError where something that a turn says is not in the rendering."""
-    message = chat.plain[turn]
+    message = chat.messages[turn]
     missing = [piece.kind for number, piece in chat.of(turn) if number not in rendering.pieces and piece.kind != "reasoning"]
     found = f"no {missing[0]} of turn {turn} ({message['role']})" if missing else None
     for call in message.get("tool_calls", ()):
         arguments = call["function"]["arguments"]
-        wrong = str(arguments) if isinstance(arguments, dict) else json.dumps(arguments, ensure_ascii=False)
-        if len(arguments) and wrong in rendering.text and wrong != json.dumps(arguments):
-            found = found or f"{wrong} as arguments of turn {turn}"
-        found = found or next(
-            (f"no {word} of the call of turn {turn}" for word in _words(arguments) if word not in rendering.text), None
-        )
+        quoted = json.dumps(json.dumps(arguments, ensure_ascii=False), ensure_ascii=False)
+        wrong = [form for form in (str(arguments), quoted) if arguments and form in rendering.text]
+        lost = [word for word in _words(arguments) if word not in rendering.text]
+        if not found and (wrong or lost):
+            found = f"{wrong[0]} as arguments of turn {turn}" if wrong else f"no {lost[0]} in the call of turn {turn}"
     if found:
         raise InputError(
             "the chat template leaves out what a chat says",
@@ -227,7 +231,7 @@ def _joint(template: ChatTemplate, dialect: Dialect, special: SpecialText) -> tu
 
 def _texts(chat: MarkedChat, answers: Sequence[Answer], special: SpecialText, where: str) -> Iterator[Document]:
     """The chat as documents, still with substitutes in their texts."""
-    count, last = len(chat.plain), answers[-1]
+    count, last = len(chat.messages), answers[-1]
     whole = last.rendering if last.turn + 1 == count else chat.render(count)
     if all(whole.text.startswith(answer.rendering.text[: answer.end]) for answer in answers):
         for turn in range(last.turn + 1, count):
@@ -251,7 +255,7 @@ def _document(
     where: str,
 ) -> Document:
     _check_unmarked(chat, rendering, count, where)
-    ended = chat.plain[count - 1]["role"] == "assistant"
+    ended = chat.messages[count - 1]["role"] == "assistant"
     return Document(rendering.text, spans, complete=True, ended=ended, prefix=_prefix(chat, rendering, special), chat=part)
 
 
@@ -260,7 +264,7 @@ def _prefix(chat: MarkedChat, rendering: Rendering, special: SpecialText) -> int
     begins = [
         rendering.pieces[number][0]
         for number, piece in enumerate(chat.pieces)
-        if number in rendering.pieces and chat.plain[piece.message]["role"] not in SYSTEM_ROLES
+        if number in rendering.pieces and chat.messages[piece.message]["role"] not in SYSTEM_ROLES
     ]
     head = rendering.text[: min(begins, default=0)]
     system = [span[1] for number, span in rendering.pieces.items() if span[1] <= len(head)]

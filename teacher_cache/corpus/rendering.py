@@ -73,8 +73,7 @@ class MarkedChat:
     """The messages of a chat with marks around their pieces, ready to be rendered."""
 
     def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, dialect: Dialect) -> None:
-        self.template, self.tools, self.dialect = template, tools, dialect
-        self.plain = dialect.spoken(messages)
+        self.template, self.messages, self.tools, self.dialect = template, messages, tools, dialect
         self.pieces: list[Piece] = []
         tags = sorted(set(re.findall(TAG, template.source)))
         self._tags = re.compile("(" + "|".join(map(re.escape, tags)) + ")") if tags else None
@@ -86,8 +85,7 @@ class MarkedChat:
 
     def render_plain(self, count: int, tools: list[Any] | None) -> str:
         """The same text, of messages that were given no marks, and with these tools."""
-        text = self.template.render(self.plain[:count], tools)
-        return text.replace(GENERATION[0], "").replace(GENERATION[1], "")
+        return self.template.render(self.dialect.spoken(self.messages[:count]), tools, marked=False)
 
     def of(self, message: int) -> Iterator[tuple[int, Piece]]:
         """The pieces of a message."""

@@ -43,10 +43,16 @@ class ChatTemplate:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        *,
+        add_generation_prompt: bool = False,
+        marked: bool = True,
     ) -> str:
-        """The text of a chat, with `GENERATION` marks where the template says so. Raises one of `REFUSALS`."""
-        text: str = _compiled(self.source).render(
+        """The text of a chat; if `marked`, with `GENERATION` around what the template says the assistant wrote. Raises one of
+        `REFUSALS`."""
+        text: str = _compiled(self.source, marked).render(
             messages=list(messages),
             tools=None if tools is None else list(tools),
             documents=None,
@@ -89,9 +95,15 @@ class _Generation(Extension):
         return GENERATION[0] + str(caller()) + GENERATION[1]
 
 
+class _Unmarked(_Generation):
+    def _marked(self, caller: Macro) -> str:
+        return str(caller())
+
+
 @functools.lru_cache(maxsize=128)
-def _compiled(source: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+def _compiled(source: str, marked: bool) -> Any:
+    generation = _Generation if marked else _Unmarked
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = FIXED_DAY.strftime
