@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
 
-MARK = re.compile(r"<[|｜].+[|｜]>|\[/?[A-Z_]+\]")
+MARK = re.compile(r"<[|｜].*>|<.*[|｜]>|\[/?[A-Z_]+\]")
 OWN = "\U0010ffff"
 """Stands before a special token that is one, in a text that spells others. A noncharacter: no text holds it."""
 Span = tuple[int, int]

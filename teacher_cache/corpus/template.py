@@ -52,7 +52,7 @@ class ChatTemplate:
     ) -> str:
         """The text of a chat; if `marked`, with `GENERATION` around what the template says the assistant wrote. Raises one of
         `REFUSALS`."""
-        text: str = _compiled(self.source, marked).render(
+        text: str = _compiled(self.source, marked and self.marks_answers).render(
             messages=list(messages),
             tools=None if tools is None else list(tools),
             documents=None,
