@@ -84,6 +84,15 @@ class Source(Section):
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    tools: str | None = None
+    """The column of the schemas of tools that a chat may call."""
+    chat_template: str | None = None
+    """Which of a tokenizer's several templates; None is `default`, or `tool_use` for chats with tools."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What special tokens are that a text or a turn spells: text like any other, so that nobody ends a text or forges a turn; or
+    the tokens, for text that was made with them."""
+    long_chats: Literal["system", "refuse"] = "system"
+    """What to do with chats longer than the context: put the system turn in front of each window, or refuse them."""
     lexer: str | None = None
     """Name of the Pygments lexer that finds keywords; None guesses from the file's name in a folder, else finds none."""
     tagger: TaggerSection | None = None
@@ -105,6 +114,11 @@ class Source(Section):
             raise ValueError(f"give one of text, prompt and completion, messages (given: {', '.join(kinds)})")
         if self.folder is None and self.pattern != "**/*":
             raise ValueError("pattern goes with folder")
+        chats = [
+            n for n, default in (("tools", None), ("chat_template", None), ("long_chats", "system")) if getattr(self, n) != default
+        ]
+        if chats and self.messages is None:
+            raise ValueError(f"{', '.join(chats)}: for a source with messages")
         if self.folder is not None and kinds:
             raise ValueError("a folder's files are plain text; columns are for tables")
         if self.task is not None and self.prompt is None and self.messages is None:

@@ -15,7 +15,7 @@ from signal_store.canonical import sha256
 from signal_store.errors import InputError, MismatchError
 from signal_store.layout import rounded_capacity
 from signal_store.ledger import plan_unit_key
-from signal_store.manifest import Capacities, SourceIdentity, Split, TaggerIdentity
+from signal_store.manifest import Capacities, ChatCounts, SourceIdentity, Split, TaggerIdentity
 from signal_store.objects import Objects
 from signal_store.progress import progress_bar
 from teacher_cache.corpus.document import Document as Text
@@ -46,10 +46,15 @@ class Tally:
     num_tokens: int = 0
     tagger: TaggerIdentity | None = None
     words: Tagger = no_words
+    chats: ChatCounts | None = None
+    special_tokens_as_text: int = 0
 
     def see(self, text: Text) -> None:
         """Count one text."""
         self.num_documents += 1
+        self.special_tokens_as_text += len(text.spelled)
+        if text.chat is not None:
+            self.chats = text.chat.counted(self.chats or ChatCounts())
         self.hash.update(len(text.text).to_bytes(8, "little") + text.text.encode())
 
     def identity(self) -> SourceIdentity:
@@ -64,6 +69,8 @@ class Tally:
             num_tokens=self.num_tokens,
             tagger=self.tagger,
             task=self.source.task,
+            chats=self.chats,
+            special_tokens_as_text=self.special_tokens_as_text,
         )
 
 
@@ -187,7 +194,8 @@ def _segments(recipe: CacheRecipe, tokenizer: PreTrainedTokenizerFast, tally: Ta
     tokenized = tokenize(read(), tokenizer, append_eos=recipe.append_eos, keywords=keywords, roles_of=roles_of)
     for index, document in enumerate(tokenized):
         tally.num_empty_documents += not len(document.input_ids)  # a normaliser may leave nothing
-        for segment in cut(document, recipe.context, recipe.overlap, tally.number, numbers[index]):
+        refuse_long = tally.source.long_chats == "refuse"
+        for segment in cut(document, recipe.context, recipe.overlap, tally.number, numbers[index], refuse_long=refuse_long):
             tally.num_segments += 1
             tally.num_tokens += len(segment) - segment.context_only
             yield segment

@@ -56,6 +56,16 @@ class TaggerIdentity(Section):
     semantic_digest: str | None
 
 
+class ChatCounts(Section):
+    """How a source's chats were rendered: `kept_whole`, all answers in one text; `split`, one text for each answer, where the
+    template changes earlier turns. Of the `answers` in all, `unseen_reasoning` had reasoning that the template does not show."""
+
+    kept_whole: int = 0
+    split: int = 0
+    answers: int = 0
+    unseen_reasoning: int = 0
+
+
 class SourceIdentity(Section):
     """One source: its name, its side, what was read and what was left out, and a digest of all its texts."""
 
@@ -68,6 +78,9 @@ class SourceIdentity(Section):
     num_tokens: int
     tagger: TaggerIdentity | None = None
     task: Task | None = None
+    chats: ChatCounts | None = None
+    special_tokens_as_text: int = 0
+    """Special tokens that its texts spell, and that were read as text."""
 
 
 class Capacities(Section):

@@ -1,91 +1,196 @@
-"""A chat as text, rendered by the tokenizer's own template, and the character spans that the assistant wrote."""
+"""A chat as text, rendered by the tokenizer's own template, and the character spans that the assistant wrote.
 
-import contextlib
+Where a template leaves what was said as it was, a chat is one text in which every answer counts. Where it drops or rewrites
+earlier turns (their reasoning, mostly), each answer is a text of its own: the history as the model would see it, and that answer
+counts. What a chat says and its rendering does not is an error; only reasoning may be left out, and is then counted.
+"""
+
+import functools
 import re
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from signal_store.errors import InputError
+from teacher_cache.corpus.answers import Answer, check_said, find_answer, prefix_of, reads, unseen_reasoning, with_what_ends_them
+from teacher_cache.corpus.document import ChatPart, Document
+from teacher_cache.corpus.messages import Dialect, Message, dialects, parse_messages, parse_tools
+from teacher_cache.corpus.rendering import OURS, STANDS_FOR, MarkedChat, Rendering, Substitutes
+from teacher_cache.corpus.special_text import Span, SpecialText, special_text
+from teacher_cache.corpus.template import REFUSALS, ChatTemplate, template_of
 
-FIXED_DAY = datetime(2024, 1, 1)
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What a recipe says of a source's chats: which of several templates, whether special tokens that a turn spells are tokens."""
+
+    template: str | None = None
+    special_tokens: bool = False
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], where: str
-) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The rendered text and the assistant's spans.
-
-    A template with `{% generation %}` says itself what the assistant wrote. Otherwise the chat is rendered turn by turn: what
-    an assistant's turn adds after the generation prompt is its span. InputError where a template rewrites earlier turns, and
-    where no span is left: nothing of such a chat would count, and a role that is spelt otherwise is the usual reason.
-    """
-    template = tokenizer.chat_template
-    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
-        raise InputError("not a chat", expected="a list of messages with role and content", found=str(messages)[:80], where=where)
-    if template is None:
-        raise InputError("the tokenizer has no chat template", expected="one, for a source with messages", where=where)
-    text, spans = _rendered(tokenizer, template, messages, where)
-    if not spans:
-        raise InputError(
-            "a chat has no answer of the assistant",
-            expected="a message whose role is assistant",
-            found=f"roles {', '.join(dict.fromkeys(message['role'] for message in messages)) or 'none'}",
-            where=where,
-            remedy="Rename the roles, or leave out chats that nobody answers.",
-        )
-    return text, spans
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]], where: str
-) -> tuple[str, tuple[tuple[int, int], ...]]:
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        with _refusals():
-            result: Any = render_jinja_template(
-                [messages], chat_template=template, return_assistant_tokens_mask=True, strftime_now=_on_a_fixed_day, **special
-            )
-        (text,), (spans,) = result
-        return str(text), tuple((int(a), int(b)) for a, b in spans)
-    text = _render(tokenizer, messages)
-    found = []
-    for number, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
-        after = _render(tokenizer, messages[: number + 1])
-        if not (after.startswith(before) and text.startswith(after)):
-            raise InputError(
-                "the chat template rewrites earlier turns",
-                expected="each turn's text to stay",
-                found=f"turn {number}",
-                where=where,
-                remedy="Mark the assistant's text in the template with {% generation %}.",
-            )
-        found.append((len(before), len(after)))
-    return text, tuple(found)
-
-
-def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **options: Any) -> str:
-    if not messages and not options.get("add_generation_prompt"):
-        return ""
-    with _refusals():
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=_on_a_fixed_day, **options))
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Any],
+    tools: Any = None,
+    *,
+    where: str,
+    options: ChatOptions = ChatOptions(),
+) -> tuple[Document, ...]:
+    """The texts of a chat: one, or one for each answer. InputError where the template refuses it or leaves something out, where
+    nobody answers, and where an answer is empty."""
+    special = special_text(tokenizer)
+    parsed, schemas = parse_messages(messages, where), parse_tools(tools, where)
+    template = template_of(tokenizer, options.template, tools=schemas is not None, where=where)
+    pattern = re.compile(OURS if options.special_tokens else f"{OURS}|{special.pattern.pattern}")
+    substitutes = Substitutes(pattern)
+    chat, answers = _spoken(template, special, substitutes.put(parsed), substitutes.put(schemas), where)
     try:
-        yield
-    except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
-        raise InputError("the chat template refuses a chat", found=error, remedy="Mend the chat, or its roles' order.") from error
+        texts = list(_texts(chat, answers, special, where))
+    except REFUSALS as error:
+        raise error if isinstance(error, InputError) else _refusal(error, where) from error
+    if substitutes.strings:
+        _check_substitutes(template, chat.dialect, parsed, schemas, texts, substitutes, where)
+    return tuple(_restored(text, substitutes, special) for text in texts)
 
 
-def _on_a_fixed_day(pattern: str) -> str:
-    """What a template that tells the date is told: the same text every day."""
-    return FIXED_DAY.strftime(pattern)
+def _spoken(
+    template: ChatTemplate, special: SpecialText, messages: list[Message], tools: list[Any] | None, where: str
+) -> tuple[MarkedChat, list[Answer]]:
+    """The chat in the first form of which the template leaves nothing out, and its answers."""
+    refusals: list[tuple[int, Exception]] = []
+    for dialect in sorted(dialects(messages), key=lambda dialect: not reads(template, dialect.content, special)):
+        try:
+            chat = MarkedChat(template, messages, tools, dialect)
+            return chat, [find_answer(chat, special, turn, where) for turn, m in enumerate(messages) if m["role"] == "assistant"]
+        except REFUSALS as error:
+            refusals.append((_obscurity(error, dialect), error))
+    told = min(refusals, key=lambda refusal: refusal[0])[1]
+    raise told if isinstance(told, InputError) else _refusal(told, where)
+
+
+def _obscurity(error: Exception, dialect: Dialect) -> int:
+    """How little an error says of why a template refuses a chat: its own words most, an error of its code, or at a null, least."""
+    if dialect.nothing == "null":
+        return 2
+    return 0 if type(error) is TemplateError else 1 if isinstance(error, InputError) else 2
+
+
+def _check_unmarked(chat: MarkedChat, rendering: Rendering, count: int, where: str) -> None:
+    """InputError where the template renders other text when it is not told by marks what is whose, or never shows the tools."""
+    plain = chat.render_plain(count, chat.tools)
+    if plain != rendering.text:
+        raise InputError(
+            "the chat template changes with what its turns begin or end with, so nobody can say who wrote what",
+            found=_difference(plain, rendering.text),
+            where=where,
+        )
+    if chat.tools is not None and plain == chat.render_plain(count, None):
+        raise InputError(
+            "the chat template leaves out the tools",
+            expected="their schemas",
+            found="none",
+            where=where,
+            remedy="Use a template that renders tools, or leave out `tools:` of the source.",
+        )
+
+
+def _texts(chat: MarkedChat, answers: Sequence[Answer], special: SpecialText, where: str) -> Iterator[Document]:
+    """The chat as documents, still with substitutes in their texts."""
+    count, last = len(chat.messages), answers[-1]
+    whole = last.rendering if last.turn + 1 == count else chat.render(count)
+    if all(whole.text.startswith(answer.rendering.text[: answer.end]) for answer in answers):
+        for turn in range(last.turn + 1, count):
+            check_said(chat, whole, turn, where)
+        spans = whole.generated if chat.template.marks_answers else with_what_ends_them(chat, whole.text, answers, special)
+        part = ChatPart(0, True, len(answers), unseen_reasoning(chat, answers))
+        yield _document(chat, whole, spans, count, part, special, where)
+        return
+    for number, answer in enumerate(answers):
+        part = ChatPart(number, False, 1, unseen_reasoning(chat, [answer]))
+        yield _document(chat, answer.rendering, answer.spans, answer.turn + 1, part, special, where)
+
+
+def _document(
+    chat: MarkedChat,
+    rendering: Rendering,
+    spans: tuple[Span, ...],
+    count: int,
+    part: ChatPart,
+    special: SpecialText,
+    where: str,
+) -> Document:
+    _check_unmarked(chat, rendering, count, where)
+    said = max((rendering.pieces[number][1] for number, _ in chat.of(count - 1) if number in rendering.pieces), default=0)
+    ended = chat.messages[count - 1]["role"] == "assistant" and bool(rendering.text[said:].strip())
+    return Document(rendering.text, spans, complete=True, ended=ended, prefix=prefix_of(chat, rendering, special), chat=part)
+
+
+def _restored(document: Document, substitutes: Substitutes, special: SpecialText) -> Document:
+    """With the strings for which substitutes stand; those that spell special tokens are remembered as text."""
+    text, moved, spelled, last, added = [], [], [], 0, 0
+    for place, string in substitutes.places(document.text):
+        text += [document.text[last:place], string]
+        if special.pattern.fullmatch(string):
+            spelled.append((place + added, place + added + len(string)))
+        added += len(string) - 1
+        moved.append((place, added))
+        last = place + 1
+    if not moved:
+        return document
+    to = functools.partial(_moved, moved)
+    return Document(
+        "".join((*text, document.text[last:])),
+        tuple((to(a), to(b)) for a, b in document.counted or ()),
+        complete=True,
+        ended=document.ended,
+        prefix=to(document.prefix),
+        chat=document.chat,
+        spelled=tuple(spelled),
+    )
+
+
+def _moved(moved: Sequence[tuple[int, int]], place: int) -> int:
+    """Where a place is once the substitutes before it have become strings."""
+    return place + next((added for at, added in reversed(moved) if at < place), 0)
+
+
+def _check_substitutes(
+    template: ChatTemplate,
+    dialect: Dialect,
+    messages: list[Message],
+    tools: list[Any] | None,
+    texts: Sequence[Document],
+    substitutes: Substitutes,
+    where: str,
+) -> None:
+    """InputError where the template does something else at special tokens that a turn spells than write them down."""
+    chat = MarkedChat(template, messages, tools, dialect)
+    restored = "".join(substitutes.strings[ord(char) - STANDS_FOR] if char >= chr(STANDS_FOR) else char for char in texts[-1].text)
+    count = len(messages) if len(texts) == 1 else max(t for t, m in enumerate(messages) if m["role"] == "assistant") + 1
+    try:
+        plain = chat.render_plain(count, tools)
+    except REFUSALS as error:
+        raise _refusal(error, where) from error
+    if plain != restored:
+        raise InputError(
+            "the chat template reads special tokens that a turn spells",
+            expected="turns without them",
+            found=_difference(plain, restored),
+            where=where,
+            remedy="Give the source special_tokens: tokens.",
+        )
+
+
+def _difference(plain: str, marked: str) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(plain, marked, strict=False)) if a != b), min(len(plain), len(marked)))
+    return f"{plain[place : place + 30]!r} and {marked[place : place + 30]!r}"
+
+
+def _refusal(error: Exception, where: str) -> InputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(
+        "the chat template refuses a chat", found=reason[:300], where=where, remedy="Mend the chat, or its roles' order."
+    )

@@ -1,7 +1,8 @@
 """Documents cut into segments: token ranges that the teacher sees as one context each.
 
-A long document becomes several segments; with an overlap, each but the first begins with tokens that are context only. Row t
-predicts token t+1: the last row's label is the next segment's first own token, kept as `next_token`.
+A long document becomes several segments; each but the first begins with tokens that are context only: what stands once in a
+document and is needed in every window (the tokenizer's beginning of text, a chat's system turn), then the overlap. Row t predicts
+token t+1: the last row's label is the next segment's first own token, kept as `next_token`.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from signal_store.errors import InputError
 from teacher_cache.corpus.tokens import NONE, TokenizedDocument
 
 COUNTS_NOT, COUNTS, DISTRIBUTION_ONLY = 0, 1, 2
@@ -21,7 +23,7 @@ NO_TOKEN = 2**32 - 1
 class PlannedSegment:
     """One segment. `loss_mask` as `layout.token_arrays` says; `keyword` bool [n]; `roles` uint8 [n, 4] or [n, 0]; `context_only`
     leading rows that hold no signal; `next_token` the label of the last row or NO_TOKEN; `finished`: the segment ends its document
-    as the model would have, by the end-of-text token or a chat's closing turn; `sentences` and `key_words` as of a document, those
+    as the model would have, by the end-of-text token or an answer's last turn; `sentences` and `key_words` as of a document, those
     that lie in a segment with rows that count."""
 
     input_ids: NDArray[np.uint32]
@@ -52,46 +54,59 @@ def loss_mask_of(document: TokenizedDocument) -> NDArray[np.uint8]:
     if not len(mask):
         return mask
     mask[:-1] = np.where(document.counts[1:], COUNTS, COUNTS_NOT)
-    mask[-1] = DISTRIBUTION_ONLY if document.counts[-1] and not document.closed else COUNTS_NOT
+    mask[-1] = DISTRIBUTION_ONLY if document.counts[-1] and not document.ended else COUNTS_NOT
     return mask
 
 
-def cut(document: TokenizedDocument, context: int, overlap: int, source: int, number: int) -> Iterator[PlannedSegment]:
-    """Segments of at most `context` tokens; all but the first begin with `overlap` tokens of context."""
-    total = len(document.input_ids)
+def cut(
+    document: TokenizedDocument, context: int, overlap: int, source: int, number: int, *, refuse_long: bool = False
+) -> Iterator[PlannedSegment]:
+    """Segments of at most `context` tokens; all but the first begin with the document's prefix and `overlap` tokens of context.
+    InputError where a document is longer than the context and `refuse_long`, or where its prefix leaves no room."""
+    total, prefix = len(document.input_ids), document.prefix
+    if total > context and (refuse_long or 2 * prefix > context):
+        raise InputError(
+            "a chat is longer than the context" if refuse_long else "a system turn takes more than half of the context",
+            expected=f"at most {context if refuse_long else context // 2} tokens",
+            found=total if refuse_long else prefix,
+            where=f"document {number}",
+            remedy="Raise context, or leave such chats out.",
+        )
     mask = loss_mask_of(document)
-    start, own = 0, 0
+    start, own, head = 0, 0, 0
     while own < total:
-        stop = min(start + context, total)
-        segment_mask = mask[start:stop].copy()
-        segment_mask[: own - start] = COUNTS_NOT
-        keyword = document.keyword[start:stop].copy()
-        keyword[: own - start] = False
+        stop = min(start + context - head, total)
+        rows = np.concatenate([np.arange(head), np.arange(start, stop)])
+        context_only = head + own - start
+        segment_mask, keyword = mask[rows], document.keyword[rows]
+        segment_mask[:context_only] = COUNTS_NOT
+        keyword[:context_only] = False
         yield PlannedSegment(
-            input_ids=document.input_ids[start:stop],
+            input_ids=document.input_ids[rows],
             loss_mask=segment_mask,
-            byte_end=document.byte_end[start:stop],
+            byte_end=document.byte_end[rows],
             keyword=keyword,
-            roles=document.roles[start:stop],
-            context_only=own - start,
+            roles=document.roles[rows],
+            context_only=context_only,
             next_token=int(document.input_ids[stop]) if stop < total else NO_TOKEN,
             source=source,
             document=number,
-            finished=stop == total and document.finished,
-            sentences=_inside(document.sentences, start, stop) if segment_mask.any() else NONE,
-            key_words=_words_inside(document.key_words, start, stop) if segment_mask.any() else NONE,
+            finished=stop == total and document.ended,
+            sentences=_inside(document.sentences, start, stop, head) if segment_mask.any() else NONE,
+            key_words=_words_inside(document.key_words, start, stop, head) if segment_mask.any() else NONE,
         )
-        own, start = stop, stop - overlap
+        own, head = stop, prefix
+        start = max(own - min(overlap, context - prefix - 1), prefix)
 
 
-def _inside(ranges: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
-    """Ranges of a document's tokens, what of them lies in start..stop, counted from start."""
-    clipped = ranges.clip(start, stop) - start
+def _inside(ranges: NDArray[np.int64], start: int, stop: int, head: int) -> NDArray[np.int64]:
+    """Ranges of a document's tokens, what of them lies in start..stop, counted from `head` rows before it."""
+    clipped = ranges.clip(start, stop) - start + head
     found: NDArray[np.int64] = clipped[clipped[:, 0] < clipped[:, 1]]
     return found
 
 
-def _words_inside(words: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+def _words_inside(words: NDArray[np.int64], start: int, stop: int, head: int) -> NDArray[np.int64]:
     inside = words[(words[:, 0] >= start) & (words[:, 0] < stop)]
-    found: NDArray[np.int64] = inside - np.asarray([start, 0])
+    found: NDArray[np.int64] = inside - np.asarray([start - head, 0])
     return found

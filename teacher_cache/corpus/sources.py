@@ -13,8 +13,9 @@ from pygments.lexers import find_lexer_class_for_filename
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError, NotFoundError
-from teacher_cache.corpus.chat import render_chat
+from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
+from teacher_cache.corpus.special_text import special_text
 from teacher_cache.recipe import Source
 
 
@@ -28,6 +29,8 @@ def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Do
         except UnicodeEncodeError as error:
             where = f"source {source.name}, document {number}"
             raise InputError("a text is not Unicode", found="a lone surrogate", where=where) from error
+        if not document.complete and source.special_tokens == "text":
+            document = replace(document, spelled=special_text(tokenizer).spelled(document.text))
         yield replace(document, prose_keywords=True) if prose_keywords and document.lexer is None else document
 
 
@@ -116,17 +119,32 @@ def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
 
 def _table(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
     for number, row in enumerate(_rows(source)):
-        yield _document(row, source, tokenizer, where=f"source {source.name}, document {number}")
+        yield from _documents(row, source, tokenizer, where=f"source {source.name}, document {number}")
 
 
-def _document(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast, where: str) -> Document:
+def _documents(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[Document, ...]:
+    """What a row says: one document, or one for each answer of a chat that is no single text."""
     if source.messages is not None:
-        text, spans = render_chat(tokenizer, _column(row, source.messages, where, list), where=where)
-        return Document(text, spans, source.lexer, complete=True, task=source.task)
+        messages, tools = _column(row, source.messages, where, list), _tools(row, source, where)
+        options = ChatOptions(source.chat_template, special_tokens=source.special_tokens == "tokens")
+        found = render_chat(tokenizer, messages, tools, where=where, options=options)
+        return tuple(replace(document, lexer=source.lexer, task=source.task) for document in found)
+    return (_text(row, source, where),)
+
+
+def _text(row: Mapping[str, Any], source: Source, where: str) -> Document:
     if source.prompt is not None and source.completion is not None:
         prompt, completion = (_column(row, name, where, str) for name in (source.prompt, source.completion))
         return Document(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), source.lexer, task=source.task)
     return Document(_column(row, source.text or "text", where, str), lexer=source.lexer)
+
+
+def _tools(row: Mapping[str, Any], source: Source, where: str) -> Any:
+    if source.tools is None:
+        return None
+    if source.tools not in row:
+        raise InputError("no such column", expected=source.tools, found=", ".join(map(str, row)), where=where)
+    return row[source.tools]
 
 
 def _column(row: Mapping[str, Any], name: str, where: str, kind: type) -> Any:

@@ -12,6 +12,7 @@ from signal_store.roles import LEVELS
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import keyword_spans, prose_keywords
 from teacher_cache.corpus.passages import key_words, sentences
+from teacher_cache.corpus.special_text import Encoded, special_text
 
 DOCUMENTS_PER_CALL = 256
 NONE: NDArray[np.int64] = np.zeros((0, 2), np.int64)
@@ -21,17 +22,18 @@ RolesOf = Callable[[Document, NDArray[np.int64]], tuple[NDArray[np.uint8], NDArr
 @dataclass(frozen=True, slots=True)
 class TokenizedDocument:
     """`input_ids` uint32 [n]; `byte_end` uint32 [n], end of each token in the document's UTF-8; `counts` bool [n], whether
-    predicting this token counts; `keyword` bool [n]; `roles` uint8 [n, 4], or [n, 0] where nobody tags; `closed`: the document
-    ends with the end-of-text token; `finished`: with that, or with a chat's closing turn; `sentences` int64 [s, 2] (first token,
-    one after the last) of a question's prompt, `key_words` int64 [w, 2] (place, token) of a prompt to sum up."""
+    predicting this token counts; `keyword` bool [n]; `roles` uint8 [n, 4], or [n, 0] where nobody tags; `ended`: the document ends
+    as the model would end it, by the end-of-text token or an answer's last turn; the first `prefix` tokens stand in front of each
+    window of a document that is cut; `sentences` int64 [s, 2] (first token, one after the last) of a question's prompt, `key_words`
+    int64 [w, 2] (place, token) of a prompt to sum up."""
 
     input_ids: NDArray[np.uint32]
     byte_end: NDArray[np.uint32]
     counts: NDArray[np.bool_]
     keyword: NDArray[np.bool_]
     roles: NDArray[np.uint8]
-    closed: bool
-    finished: bool
+    ended: bool
+    prefix: int
     sentences: NDArray[np.int64]
     key_words: NDArray[np.int64]
 
@@ -58,19 +60,20 @@ def _tokenize_batch(
     keywords: frozenset[str],
     roles_of: RolesOf | None,
 ) -> Iterator[TokenizedDocument]:
-    plain = tokenizer.backend_tokenizer.encode_batch([d.text for d in batch if not d.complete], add_special_tokens=True)
-    complete = tokenizer.backend_tokenizer.encode_batch([d.text for d in batch if d.complete], add_special_tokens=False)
-    encodings = {True: iter(complete), False: iter(plain)}
+    special = special_text(tokenizer)
+    encoded: dict[bool, Iterator[Encoded]] = {}
+    for complete in (False, True):
+        some = [document for document in batch if document.complete == complete]
+        texts, spelled = [document.text for document in some], [document.spelled for document in some]
+        encoded[complete] = iter(special.encode(texts, spelled, add_special_tokens=not complete))
     for document in batch:
-        encoding = next(encodings[document.complete])
-        eos = tokenizer.eos_token_id if append_eos and not document.complete else None
-        closed = eos is not None and (not encoding.ids or encoding.ids[-1] != eos)
-        ids = np.asarray(encoding.ids + ([eos] if closed else []), dtype=np.uint32)
-        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        char_end = np.append(spans[:, 1], len(document.text)) if closed else spans[:, 1]
+        ids, spans, char_end, ended, prefix = _closed(
+            next(encoded[document.complete]), document, tokenizer.eos_token_id, append_eos
+        )
         counts = np.ones(len(ids), dtype=bool)
         if document.counted is not None:
             counts[: len(spans)] = _covered(spans, document.counted)
+            counts[len(spans) :] = document.counted[-1:] and document.counted[-1][1] == len(document.text)
         keyword = np.zeros(len(ids), dtype=bool)
         if document.lexer is not None and keywords:
             last_chars = np.asarray([end - 1 for _, end in keyword_spans(document.text, document.lexer, keywords)], dtype=np.int64)
@@ -80,7 +83,6 @@ def _tokenize_batch(
             roles[: len(spans)], begins_word = roles_of(document, spans)
             if document.prose_keywords and keywords:
                 keyword[: len(spans)] = prose_keywords(roles[: len(spans)], begins_word)
-        ended = eos is not None
         prompt = int(counts.argmax()) if counts.any() else 0
         yield TokenizedDocument(
             ids,
@@ -89,10 +91,26 @@ def _tokenize_batch(
             keyword,
             roles,
             ended,
-            ended or document.complete,
+            prefix,
             sentences(document, spans) if document.task == "qa" else NONE,
             key_words(ids, roles, begins_word, prompt) if document.task == "summary" else NONE,
         )
+
+
+def _closed(
+    encoded: Encoded, document: Document, eos: int | None, append_eos: bool
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64], bool, int]:
+    """Ids of a document with what ends it; spans of those with text; where each id ends, in characters; whether it is ended; how
+    many tokens stand in front of each window."""
+    ids, kept = encoded.input_ids, len(encoded.input_ids) - encoded.trailing
+    spans = encoded.spans[:kept]
+    if document.complete:
+        prefix = int(np.searchsorted(np.maximum.accumulate(spans[:, 1]), document.prefix, side="right")) if document.prefix else 0
+        return ids, spans, np.maximum.accumulate(spans[:, 1]), document.ended, prefix
+    if append_eos and eos is not None and ids[-1:].tolist() != [eos]:
+        ids = np.append(ids, np.uint32(eos))
+    char_end = np.maximum.accumulate(np.append(spans[:, 1], np.full(len(ids) - kept, len(document.text))))
+    return ids, spans, char_end, eos is not None and ids[-1:].tolist() == [eos], encoded.leading
 
 
 def _covered(spans: NDArray[np.int64], counted: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

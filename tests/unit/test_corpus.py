@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from model_taps.loading import load_tokenizer, tokenizer_digest
 from signal_store.errors import InputError
 from signal_store.signals import DEFAULT_KEYWORDS
-from teacher_cache.corpus.chat import render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import keyword_spans
 from teacher_cache.corpus.segments import NO_TOKEN, cut
@@ -37,24 +36,6 @@ def test_keyword_tokens_hold_the_keywords_last_character(tokenizer: PreTrainedTo
     words = [str(tokenizer.decode([i])).strip() for i in found.input_ids[found.keyword]]
     assert len(words) == 4
     assert all(full.endswith(word) for full, word in zip(["def", "return", "for", "if"], words, strict=True))
-
-
-def test_only_the_assistants_tokens_count(tokenizer: PreTrainedTokenizerFast) -> None:
-    messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "你好"}]
-    text, spans = render_chat(tokenizer, messages, "test")
-    assert [text[a:b] for a, b in spans] == ["Yes.<|end|>"]
-    (found,) = tokenize([Document(text, spans, complete=True)], tokenizer, append_eos=True, keywords=frozenset())
-    assert tokenizer.decode(found.input_ids[found.counts]) == "Yes.<|end|>"
-
-
-def test_generation_marks_of_a_template_are_used() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
-        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-    )
-    text, spans = render_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}], "test")
-    assert [text[a:b] for a, b in spans] == ["bc"]
 
 
 def test_prompt_is_context_and_completion_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -101,12 +82,21 @@ def test_byte_end_counts_the_documents_utf8(text: str, tokenizer: PreTrainedToke
 
 
 @settings(max_examples=60, deadline=None)
-@given(total=st.integers(1, 90), context=st.integers(2, 20), overlap=st.integers(0, 12), closed=st.booleans(), data=st.data())
-def test_segments_cover_every_token_once(total: int, context: int, overlap: int, closed: bool, data: st.DataObject) -> None:
-    overlap = min(overlap, context - 1)
+@given(
+    total=st.integers(1, 90),
+    context=st.integers(2, 20),
+    overlap=st.integers(0, 12),
+    prefix=st.integers(0, 10),
+    closed=st.booleans(),
+    data=st.data(),
+)
+def test_segments_cover_every_token_once(
+    total: int, context: int, overlap: int, prefix: int, closed: bool, data: st.DataObject
+) -> None:
+    overlap, prefix = min(overlap, context - 1), min(prefix, context // 2, total)
     counts = np.asarray(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)))
     ids = np.arange(1, total + 1, dtype=np.uint32)
-    document = TokenizedDocument(ids, ids, counts, counts, np.zeros((total, 0), np.uint8), closed, closed, NONE, NONE)
+    document = TokenizedDocument(ids, ids, counts, counts, np.zeros((total, 0), np.uint8), closed, prefix, NONE, NONE)
     segments = list(cut(document, context, overlap, source=0, number=3))
     own = np.concatenate([s.input_ids[s.context_only :] for s in segments])
     assert (own == ids).all()
@@ -117,6 +107,7 @@ def test_segments_cover_every_token_once(total: int, context: int, overlap: int,
     for s, following in zip(segments, [*segments[1:], None], strict=True):
         assert s.next_token == (NO_TOKEN if following is None else following.input_ids[following.context_only])
         assert (s.loss_mask[: s.context_only] == 0).all()
+        assert (s.input_ids[:prefix] == ids[:prefix]).all()
         assert not s.keyword[: s.context_only].any()
 
 
