@@ -14,6 +14,8 @@ from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, CalibrationSection, 
 PLANNED_DEFAULTS: dict[str, Any] = {"replay_share": 1.0, "evidence": False, "coverage_words": None}
 """Of parts that came after the first plans."""
 TAGGER_DEFAULTS: dict[str, Any] = {"keywords": False}
+SOURCE_BEFORE: dict[str, Any] = {"special_tokens": "tokens"}
+"""What was done before there was a key, where today's default is another."""
 
 
 def source_part(source: Source) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def source_part(source: Source) -> dict[str, Any]:
 
 def completed_source(part: dict[str, Any]) -> dict[str, Any]:
     """A stored `source_part`, with what it lacks."""
-    whole = {**source_part(Source.model_construct(name=part["name"])), **part}
+    whole = {**source_part(Source.model_construct(name=part["name"])), **SOURCE_BEFORE, **part}
     return whole if whole["tagger"] is None else {**whole, "tagger": {**TAGGER_DEFAULTS, **whole["tagger"]}}
 
 
