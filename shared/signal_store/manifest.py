@@ -51,8 +51,16 @@ class TaggerIdentity(Section):
     semantic_digest: str | None
 
 
+class SkippedRow(Section):
+    """A row that was left out: its number in its source, from 1, and why."""
+
+    row: int
+    reason: str
+
+
 class SourceIdentity(Section):
-    """One source: its name, its side, what was read and what was left out, and a digest of all its texts."""
+    """One source: its name, its side, what was read and what was left out, and a digest of all its texts. Of the rows that were
+    skipped (`on_bad_row: skip`), the first are listed."""
 
     name: str
     split: Split
@@ -63,6 +71,8 @@ class SourceIdentity(Section):
     num_tokens: int
     tagger: TaggerIdentity | None = None
     task: Task | None = None
+    num_skipped_rows: int = 0
+    skipped_rows: tuple[SkippedRow, ...] = ()
 
     @model_serializer(mode="wrap")
     def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
