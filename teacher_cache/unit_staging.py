@@ -19,6 +19,7 @@ from signal_store.manifest import Capacities, SourceIdentity, Split, TaggerIdent
 from signal_store.objects import Objects
 from signal_store.progress import progress_bar
 from teacher_cache.corpus.cutting import BadRow, Cutter, Job
+from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.processes import Cutting
 from teacher_cache.corpus.roles import Tagger, make_tagger, no_words
 from teacher_cache.corpus.rows import Row
@@ -87,10 +88,10 @@ class Tally:
         """Whether nothing more is wanted."""
         return self.has_its_documents and self.skips.count >= self.known_skips
 
-    def see(self, fingerprinted: bytes) -> None:
+    def see(self, text: Text) -> None:
         """Count one text."""
         self.num_documents += 1
-        self.hash.update(fingerprinted)
+        self.hash.update(len(text.text).to_bytes(8, "little") + text.text.encode())
 
     def see_segment(self, segment: PlannedSegment) -> None:
         """Count one segment."""
@@ -291,7 +292,7 @@ def _segments(cutting: Cutting, tallies: Sequence[Tally]) -> Iterator[tuple[Tall
             if tally.has_its_documents:  # where rows to skip were expected: the text is another, as its digest will show
                 tally.known_skips = 0
                 break
-            tally.see(outcome.fingerprinted)
+            tally.see(outcome.text)
             tally.num_empty_documents += outcome.is_empty
             for segment in outcome.segments:
                 tally.see_segment(segment)

@@ -32,9 +32,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class CutDocument:
-    """A document's part of its source's fingerprint, and its segments, which do not know its number yet."""
+    """A document, and its segments, which do not know its number yet."""
 
-    fingerprinted: bytes
+    text: Document
     segments: Sequence[PlannedSegment]
 
     @property
@@ -52,11 +52,6 @@ class BadRow:
 
 
 Outcome = CutDocument | BadRow
-
-
-def fingerprinted(document: Document) -> bytes:
-    """What a source's fingerprint takes of a document."""
-    return len(document.text).to_bytes(8, "little") + document.text.encode()
 
 
 @dataclass(slots=True)
@@ -91,7 +86,7 @@ class Cutter:
 
     def _segments(self, document: Document, tokenized: Iterator[TokenizedDocument], number: int) -> CutDocument:
         segments = cut(next(tokenized), self.recipe.context, self.recipe.overlap, number, 0) if document.text else ()
-        return CutDocument(fingerprinted(document), tuple(segments))
+        return CutDocument(document, tuple(segments))
 
     def _tagger(self, source: Source) -> Tagger:
         if source.name not in self.words:

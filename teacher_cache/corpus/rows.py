@@ -4,6 +4,7 @@ Only the columns that are needed are read. What a row alone is to blame for come
 whole file or source is raised.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,6 @@ from teacher_cache.corpus.files import HEAD_BYTES, compression_of, decompressed,
 from teacher_cache.recipe import Source
 
 PARQUET_ROWS = 1024
-OPTIONAL_COLUMNS = ("tools",)
-"""What a chat's row may hold beside its messages."""
 
 Content = bytes | Mapping[str, Any] | InputError | Document
 Found = tuple[str, Content, int]
@@ -85,33 +84,34 @@ def _lines(path: Path) -> Iterator[Found]:
 def _parquet_rows(path: Path, source: Source) -> Iterator[Found]:
     number = 0
     try:
-        with _plain_file(path) as plain, pq.ParquetFile(plain) as file:
+        with _at_any_place(path) as content, pq.ParquetFile(content) as file:
             there = file.schema_arrow.names
             if missing := [name for name in columns_of(source) if name not in there]:
                 raise InputError("no such column", expected=", ".join(missing), found=", ".join(there), where=path)
-            wanted = [name for name in there if name in (*columns_of(source), *OPTIONAL_COLUMNS)]
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(columns_of(source))):
                 size = batch.nbytes // max(1, batch.num_rows)
-                for content in _values(batch, path, number + 1):
+                for values in _values(batch, path, number + 1):
                     number += 1
-                    yield f"{path}:{number}", content, size
+                    yield f"{path}:{number}", values, size
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InputError("not a Parquet file", found=error, where=path) from error
 
 
-def _plain_file(path: Path) -> IO[bytes]:
+@contextlib.contextmanager
+def _at_any_place(path: Path) -> Iterator[Path | IO[bytes]]:
     """A file that can be read at any place: itself, or what it holds decompressed, in a temporary file."""
-    file = path.open("rb")
-    if compression_of(file.peek(HEAD_BYTES)) is None:
-        return file
-    file.close()
-    whole = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
-    with decompressed(path) as content:
-        copyfileobj(content, whole)
-    whole.seek(0)
-    return whole
+    with path.open("rb") as file:
+        is_plain = compression_of(file.peek(HEAD_BYTES)) is None
+    if is_plain:
+        yield path
+        return
+    with tempfile.TemporaryFile() as whole:
+        with decompressed(path) as content:
+            copyfileobj(content, whole)
+        whole.seek(0)
+        yield whole
 
 
 def _values(batch: pa.RecordBatch, path: Path, first: int) -> list[Content]:
@@ -157,7 +157,5 @@ def _dataset_rows(source: Source) -> Iterator[Found]:
 
 def _needed(table: Any, source: Source) -> Any:
     """A table of `datasets`, without columns that nobody reads, where it knows its columns."""
-    there = table.column_names or []
-    if any(name not in there for name in columns_of(source)):
-        return table
-    return table.select_columns([name for name in there if name in (*columns_of(source), *OPTIONAL_COLUMNS)])
+    needed = columns_of(source)
+    return table.select_columns(list(needed)) if set(needed) <= set(table.column_names or ()) else table

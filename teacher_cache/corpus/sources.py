@@ -95,12 +95,12 @@ def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Do
     return islice(SourceReader(source, tokenizer).documents(), source.max_documents)
 
 
-def documents_of(row: Row, source: Source, tokenizer: PreTrainedTokenizerFast) -> list[Document]:
+def documents_of(row: Row, source: Source, tokenizer: PreTrainedTokenizerFast) -> tuple[Document, ...]:
     """The documents of one row. InputError, which names the row, for what that alone is to blame for."""
     if isinstance(row.content, Document):
-        return [row.content]
+        return (row.content,)
     try:
-        made = [_text(row)] if source.folder is not None else [_document(_values(row), source, tokenizer, row.where)]
+        made = _documents(_values(row), source, tokenizer, row.where) if source.folder is None else (_file_text(row),)
         for document in made:
             _refuse_unusable(document, row.where)
     except InputError as error:
@@ -108,7 +108,7 @@ def documents_of(row: Row, source: Source, tokenizer: PreTrainedTokenizerFast) -
         raise
     lexer = source.lexer or (_lexer_for(row.where) if source.folder is not None else None)
     prose_keywords = source.tagger is not None and source.tagger.keywords and lexer is None
-    return [replace(document, lexer=lexer, prose_keywords=prose_keywords) for document in made]
+    return tuple(replace(document, lexer=lexer, prose_keywords=prose_keywords) for document in made)
 
 
 def _refuse_unusable(document: Document, where: str) -> None:
@@ -127,7 +127,7 @@ def _content(row: Row) -> bytes | Mapping[str, Any]:
     return row.content
 
 
-def _text(row: Row) -> Document:
+def _file_text(row: Row) -> Document:
     content = _content(row)
     assert isinstance(content, bytes)
     try:
@@ -157,10 +157,15 @@ def _values(row: Row) -> Mapping[str, Any]:
     return values
 
 
-def _document(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast, where: str) -> Document:
+def _documents(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[Document, ...]:
+    """What a row of columns says."""
     if source.messages is not None:
         text, spans = render_chat(tokenizer, _column(row, source.messages, where, list), where=where)
-        return Document(text, spans, source.lexer, complete=True, task=source.task)
+        return (Document(text, spans, source.lexer, complete=True, task=source.task),)
+    return (_text(row, source, where),)
+
+
+def _text(row: Mapping[str, Any], source: Source, where: str) -> Document:
     if source.prompt is not None and source.completion is not None:
         prompt, completion = (_column(row, name, where, str) for name in (source.prompt, source.completion))
         return Document(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), source.lexer, task=source.task)
