@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from teacher_cache.recipe import CacheRecipe
 
 if TYPE_CHECKING:
     from signal_store.cache import Cache
+    from teacher_cache.workers import Worker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -30,7 +31,18 @@ CacheAddresses = Annotated[list[str], typer.Argument(help="The cache; overlays o
 WorkerOption = Annotated[
     str | None, typer.Option("--worker", help="i/n: this is worker i of n, from 0. Under torchrun or Slurm it is read from there.")
 ]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, help="Processes that plan; one for each core that this may use, if not given."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _worker(text: str | None, processes: int | None) -> "Worker":
+    from teacher_cache.workers import Worker, usable_processors
+
+    worker = Worker.from_environment() if text is None else Worker.parse(text)
+    return replace(worker, processes=processes or usable_processors())
 
 
 def _say(facts: dict[str, object], as_json: bool) -> None:
@@ -38,15 +50,14 @@ def _say(facts: dict[str, object], as_json: bool) -> None:
 
 
 @app.command()
-def build(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def build(recipe: RecipeArgument, overrides: Overrides = None, processes: ProcessesOption = None, as_json: AsJson = False) -> None:
     """Plan, calibrate, fill and seal; go on where it stopped."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.build import build as run
     from teacher_cache.status import find_status
-    from teacher_cache.workers import Worker
 
     before = find_status(loaded.cache)
-    cache = run(loaded, Worker.from_environment())
+    cache = run(loaded, _worker(None, processes))
     if before is not None and before.stage == "sealed":
         typer.echo("sealed before: no text was read, nothing was computed. New text is for extend, damage for repair.", err=True)
     _say(
@@ -56,33 +67,42 @@ def build(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(recipe: RecipeArgument, overrides: Overrides = None, processes: ProcessesOption = None, as_json: AsJson = False) -> None:
     """Tokenize, cut segments, fix positions and units."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.plan import plan as run
 
-    made = run(loaded)
-    _say({"plan": made.digest, "units": made.num_units, "tokens": tokens_by_name(made.sources)}, as_json)
+    made = run(loaded, _worker("0/1", processes))
+    facts: dict[str, object] = {"plan": made.digest, "units": made.num_units, "tokens": tokens_by_name(made.sources)}
+    skipped = {source.name: source.num_skipped_rows for source in made.sources if source.num_skipped_rows}
+    _say(facts | ({"skipped_rows": skipped} if skipped else {}), as_json)
 
 
 @app.command()
-def calibrate(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def calibrate(
+    recipe: RecipeArgument, overrides: Overrides = None, processes: ProcessesOption = None, as_json: AsJson = False
+) -> None:
     """Run the teacher on a few thousand tokens; freeze basis, rank, heads, steps and the manifest."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.calibrate import calibrate as run
 
-    manifest = run(loaded).manifest
+    manifest = run(loaded, _worker("0/1", processes)).manifest
     _say({"cache_id": manifest.cache_id, "tail_rank": manifest.calibration.tail_rank, "forward": manifest.plan.forward}, as_json)
 
 
 @app.command()
-def fill(recipe: RecipeArgument, overrides: Overrides = None, worker: WorkerOption = None, as_json: AsJson = False) -> None:
+def fill(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    worker: WorkerOption = None,
+    processes: ProcessesOption = None,
+    as_json: AsJson = False,
+) -> None:
     """Run the teacher over every unit that has no record yet; any number of workers may."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.fill import fill as run
-    from teacher_cache.workers import Worker
 
-    done = run(loaded, Worker.from_environment() if worker is None else Worker.parse(worker))
+    done = run(loaded, _worker(worker, processes))
     _say({"cache_id": done.manifest.cache_id, "units": done.plan.num_units}, as_json)
 
 
@@ -100,6 +120,7 @@ def estimate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not load the teacher; print a range.")] = False,
+    processes: ProcessesOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what the cache will cost: bytes, objects, FLOPs, hours, memory. Plan and calibration are kept."""
@@ -107,7 +128,7 @@ def estimate(
     from teacher_cache.estimate import estimate as run
     from teacher_cache.status import duration
 
-    found = run(loaded, quick=quick)
+    found = run(loaded, quick=quick, worker=_worker("0/1", processes))
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return
@@ -129,13 +150,18 @@ def estimate(
 
 
 @app.command()
-def extend(recipe: RecipeArgument, overrides: Overrides = None, worker: WorkerOption = None, as_json: AsJson = False) -> None:
+def extend(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    worker: WorkerOption = None,
+    processes: ProcessesOption = None,
+    as_json: AsJson = False,
+) -> None:
     """Append new documents to a sealed cache as its next generation."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
     from teacher_cache.extend import extend as run
-    from teacher_cache.workers import Worker
 
-    cache = run(loaded, Worker.from_environment() if worker is None else Worker.parse(worker))
+    cache = run(loaded, _worker(worker, processes))
     _say({"cache_id": cache.manifest.cache_id, "generation": cache.seal.generation, "units": cache.seal.num_units}, as_json)
 
 

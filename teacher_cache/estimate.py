@@ -31,6 +31,7 @@ from teacher_cache.positions import capacities_of
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher import TeacherBatch
 from teacher_cache.unit_plan import UnitPlan
+from teacher_cache.workers import ALONE, Worker
 
 MIN_SEGMENTS = 64
 MIN_TOKENS = 32_768
@@ -58,9 +59,9 @@ class Estimate:
     free_bytes: int | None
 
 
-def estimate(recipe: CacheRecipe, *, quick: bool = False) -> Estimate:
+def estimate(recipe: CacheRecipe, *, quick: bool = False, worker: Worker = ALONE) -> Estimate:
     """The estimate of a recipe; StorageError, with the numbers, where the target disk cannot hold the least of it."""
-    found = _quick(recipe) if quick else _encoded(recipe)
+    found = _quick(recipe, worker) if quick else _encoded(recipe, worker)
     if found.free_bytes is not None and found.total_bytes[0] > found.free_bytes:
         raise StorageError(
             "the target disk cannot hold this cache",
@@ -72,8 +73,8 @@ def estimate(recipe: CacheRecipe, *, quick: bool = False) -> Estimate:
     return found
 
 
-def _encoded(recipe: CacheRecipe) -> Estimate:
-    calibrated = calibrate(recipe)
+def _encoded(recipe: CacheRecipe, worker: Worker) -> Estimate:
+    calibrated = calibrate(recipe, worker)
     objects = objects_at(recipe.cache)
     manifest, units = calibrated.manifest, calibrated.plan.units
     chosen = list(_spread_batches(calibrated, objects))
@@ -220,9 +221,9 @@ BYTES_PER_TOKEN = {"distribution": (40.0, 250.0), "tokens": (1.5, 4.0), "ledger"
 """What codes have been seen to take, from a very small teacher to a wide one of full rank."""
 
 
-def _quick(recipe: CacheRecipe) -> Estimate:
+def _quick(recipe: CacheRecipe, worker: Worker) -> Estimate:
     """From plan and config alone."""
-    planned = plan(recipe)
+    planned = plan(recipe, worker)
     recipe = settled(recipe)
     objects = objects_at(recipe.cache)
     signals = recipe.signals

@@ -7,7 +7,6 @@ was begun is finished first, and only by a recipe that holds its documents.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
 from typing import Any
 
 from signal_store.cache import Cache, newest_generation, open_cache
@@ -17,13 +16,12 @@ from signal_store.ledger import attempt_folder, commit, extension_key, read_docu
 from signal_store.manifest import SourceIdentity
 from signal_store.objects import Objects, objects_at
 from teacher_cache.calibrate import calibrate_planned
-from teacher_cache.corpus.document import Document as Text
 from teacher_cache.fill import fill_units, finished_units
 from teacher_cache.plan import Plan, read_plan, texts_after
 from teacher_cache.recipe import CacheRecipe, Source
 from teacher_cache.recipe_parts import completed_plan, completed_source, planned_part, refuse_another_recipe, source_part
 from teacher_cache.seal import seal
-from teacher_cache.unit_staging import Tally, load_plan_tokenizer, publish_units, rounded, stage_units
+from teacher_cache.unit_staging import Tally, load_plan_tokenizer, publish_units, refuse_useless, rounded, stage_units
 from teacher_cache.workers import ALONE, Worker
 
 
@@ -51,7 +49,7 @@ def extend(recipe: CacheRecipe, worker: Worker = ALONE) -> Cache:
     if new:
         key = extension_key(len(planned.extensions) + 1)
         if worker.should_make(objects, "extension", key):
-            plan_extension(recipe, objects, planned, new)
+            plan_extension(recipe, objects, planned, new, worker.processes)
         fill_units(replace(calibrated, plan=read_plan(objects)), objects, worker)
         seal(recipe.cache)
     return open_cache(recipe.cache)
@@ -82,20 +80,25 @@ def _new_texts(recipe: CacheRecipe, planned: Plan) -> Iterator[Tally]:
     number = len(planned.sources)
     for source in recipe.sources:
         old = [identity for identity in planned.sources if identity.name == source.name]
-        texts = texts_after(source, old, tokenizer, recipe)
-        for text in islice(texts, 1):
-            yield Tally(source, number, chain([text], texts), first_document=sum(identity.num_documents for identity in old))
+        reader = texts_after(source, old, tokenizer, recipe)
+        tally = Tally.of(reader, number, after=old)
+        if not tally.is_full and reader.has_more():
+            yield tally
             number += 1
 
 
-def plan_extension(recipe: CacheRecipe, objects: Objects, planned: Plan, tallies: Sequence[Tally]) -> None:
+def plan_extension(recipe: CacheRecipe, objects: Objects, planned: Plan, tallies: Sequence[Tally], processes: int = 1) -> None:
     """Commit the plan of the new documents; MismatchError if another process extends by others at the same time."""
     if stray := sorted(unit for unit in finished_units(objects) if unit >= planned.num_units):
         raise CorruptError(
             "units are recorded that no plan knows", found=stray[:5], where=recipe.cache, remedy="Run teacher-cache repair."
         )
     with attempt_folder(objects, "plan") as (attempt, prefix):
-        body = extension_body(recipe, objects, prefix, planned, tallies)
+        body = extension_body(recipe, objects, prefix, planned, tallies, processes)
+        if not body["units"]:
+            raise InputError("nothing to extend with", expected="new documents with text", found="empty ones", where=recipe.cache)
+        known = {source.name for source in planned.sources}
+        refuse_useless([tally for tally in tallies if tally.source.name not in known])
         document, _ = commit(objects, extension_key(len(planned.extensions) + 1), body, attempt)
     objects.delete_tree(prefix)
     if document.digest != digest(body):
@@ -104,10 +107,12 @@ def plan_extension(recipe: CacheRecipe, objects: Objects, planned: Plan, tallies
         )
 
 
-def extension_body(recipe: CacheRecipe, objects: Objects, prefix: str, planned: Plan, tallies: Sequence[Tally]) -> dict[str, Any]:
+def extension_body(
+    recipe: CacheRecipe, objects: Objects, prefix: str, planned: Plan, tallies: Sequence[Tally], processes: int = 1
+) -> dict[str, Any]:
     """The body of the extension that follows `planned`; its units are published."""
     tokenizer = load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
-    staged = stage_units(recipe, objects, prefix, tokenizer, list(tallies), rounded(planned.capacities))
+    staged = stage_units(recipe, objects, prefix, tokenizer, list(tallies), rounded(planned.capacities), processes)
     publish_units(objects, prefix, staged.units, first=planned.num_units)
     return {
         "parent": (planned.extensions[-1] if planned.extensions else planned.document).digest,
@@ -130,8 +135,6 @@ def tallies_of(recipe: CacheRecipe, planned: Plan, identities: Sequence[SourceId
         if identity.name not in by_name:
             raise MismatchError("the recipe lacks a source of the cache", expected=identity.name, found=", ".join(by_name))
         old = [known for known in planned.sources if known.name == identity.name]
-        texts: Iterator[Text] = texts_after(by_name[identity.name], old, tokenizer, recipe)
-        number = len(planned.sources) + len(tallies)
-        first = sum(known.num_documents for known in old)
-        tallies.append(Tally(by_name[identity.name], number, islice(texts, identity.num_documents), first_document=first))
+        reader = texts_after(by_name[identity.name], old, tokenizer, recipe)
+        tallies.append(Tally.of(reader, len(planned.sources) + len(tallies), after=old, until=identity))
     return tallies

@@ -3,14 +3,15 @@
 An overlay stands on another cache's plan: same units, same tokens, its own signals. An extension appends units for new documents.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from model_taps.loading import load_config, tokenizer_digest
+from model_taps.loading import load_config, tokenizer_digest, vocabulary_size
 from signal_store.canonical import digest, sha256
 from signal_store.commit_check import refuse_uncommittable
 from signal_store.errors import InputError, MismatchError, NotFoundError
@@ -30,13 +31,20 @@ from signal_store.local_objects import LocalObjects
 from signal_store.manifest import Capacities, SourceIdentity, parse_manifest
 from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
-from teacher_cache.corpus.document import Document as Text
-from teacher_cache.corpus.sources import documents
+from teacher_cache.corpus.sources import SourceReader
 from teacher_cache.positions import capacities_of
 from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
 from teacher_cache.recipe_parts import completed_plan, planned_part, refuse_another_recipe
 from teacher_cache.unit_plan import UnitPlan
-from teacher_cache.unit_staging import NO_ROOM, Tally, load_recipe_tokenizer, publish_units, stage_units, tokenizer_files
+from teacher_cache.unit_staging import (
+    NO_ROOM,
+    Tally,
+    load_recipe_tokenizer,
+    publish_units,
+    refuse_useless,
+    stage_units,
+    tokenizer_files,
+)
 from teacher_cache.workers import ALONE, Worker
 
 
@@ -119,7 +127,7 @@ def plan(recipe: CacheRecipe, worker: Worker = ALONE) -> Plan:
     objects = objects_at(recipe.cache)
     if worker.should_make(objects, "plan", PLAN):
         try:
-            make_plan(recipe, objects)
+            make_plan(recipe, objects, worker.processes)
         except NotFoundError:
             if not objects.exists(PLAN):  # another planner was first, and a seal swept what this one had staged
                 raise
@@ -152,7 +160,11 @@ def settled(recipe: CacheRecipe) -> CacheRecipe:
 def places_of(recipe: CacheRecipe) -> dict[str, str]:
     """By source, where it lies on this machine, if it does."""
     places = {source.name: [getattr(source, name) for name in LOCAL_PLACES] for source in recipe.sources}
-    return {name: str(next(p for p in found if p is not None)) for name, found in places.items() if any(found)}
+    return {name: _place(next(p for p in found if p is not None)) for name, found in places.items() if any(found)}
+
+
+def _place(found: Path | Sequence[Path]) -> str:
+    return str(found) if isinstance(found, Path) else ", ".join(map(str, found))
 
 
 def _refuse_moved_text(recipe: CacheRecipe, planned: Plan) -> None:
@@ -169,25 +181,25 @@ def _refuse_moved_text(recipe: CacheRecipe, planned: Plan) -> None:
 
 def texts_after(
     source: Source, identities: Sequence[SourceIdentity], tokenizer: PreTrainedTokenizerFast, recipe: CacheRecipe
-) -> Iterator[Text]:
-    """The documents of a source that follow those that were planned; MismatchError if those are not what they were."""
-    texts = documents(source, tokenizer)
+) -> SourceReader:
+    """A reader of a source that has taken the documents that were planned; MismatchError if those are not what they were."""
+    reader = SourceReader(source, tokenizer, known_skips=sum(identity.num_skipped_rows for identity in identities))
     for identity in identities:
-        old = Tally(source, 0, texts)
-        for text in islice(texts, identity.num_documents):
+        old = Tally(source, 0, reader.rows())
+        for text in islice(reader.documents(), identity.num_documents):
             old.see(text)
-        if old.identity().fingerprint != identity.fingerprint:
+        if old.fingerprint != identity.fingerprint:
             raise MismatchError(
                 f"documents of the source {source.name} are not what they were",
                 expected=identity.fingerprint,
-                found=old.identity().fingerprint,
+                found=old.fingerprint,
                 where=recipe.cache,
                 remedy="Give new documents a source of their own, or put them at the end.",
             )
-    return texts
+    return reader
 
 
-def make_plan(recipe: CacheRecipe, objects: Objects) -> None:
+def make_plan(recipe: CacheRecipe, objects: Objects, processes: int = 1) -> None:
     """Make and commit the plan of a settled recipe; where a manifest is left of one that is gone, the same plan."""
     known = find_document(objects, MANIFEST)
     manifest = None if known is None else parse_manifest(known.body, MANIFEST)
@@ -195,7 +207,7 @@ def make_plan(recipe: CacheRecipe, objects: Objects) -> None:
         _refuse_occupied(objects)
     refuse_uncommittable(objects)
     with attempt_folder(objects, "plan") as (attempt, prefix):
-        body = plan_body(recipe, objects, prefix, None if manifest is None else manifest.sources)
+        body = plan_body(recipe, objects, prefix, None if manifest is None else manifest.sources, processes)
         if manifest is not None and digest(body) != manifest.plan.digest:
             raise other_texts(manifest.plan.digest, digest(body), recipe)
         document, _ = commit(objects, PLAN, body, attempt, places=places_of(recipe))
@@ -225,14 +237,16 @@ def _refuse_occupied(objects: Objects) -> None:
             )
 
 
-def plan_body(recipe: CacheRecipe, objects: Objects, prefix: str, known: Sequence[SourceIdentity] | None) -> dict[str, Any]:
+def plan_body(
+    recipe: CacheRecipe, objects: Objects, prefix: str, known: Sequence[SourceIdentity] | None, processes: int = 1
+) -> dict[str, Any]:
     """The body of the plan of a settled recipe; its units and tokenizer files are published. `known`: plan exactly these sources'
     documents, of which the recipe may have more by now."""
     if recipe.base is not None:
         return _overlay_body(recipe, objects)
     if known is not None:
         recipe = _only(recipe, known)
-    limits = {} if known is None else {source.name: source.num_documents for source in known}
+    limits = {} if known is None else {source.name: source for source in known}
     tokenizer = load_recipe_tokenizer(recipe)
     _check_context(recipe)
     if recipe.append_eos and tokenizer.eos_token_id is None and any(source.messages is None for source in recipe.sources):
@@ -240,18 +254,11 @@ def plan_body(recipe: CacheRecipe, objects: Objects, prefix: str, known: Sequenc
             "the tokenizer has no end-of-text token", expected="one, or append_eos: false", found="none", where="append_eos"
         )
     tallies = [
-        Tally(source, number, islice(documents(source, tokenizer), limits.get(source.name)))
+        Tally.of(SourceReader(source, tokenizer), number, until=limits.get(source.name))
         for number, source in enumerate(recipe.sources)
     ]
-    staged = stage_units(recipe, objects, prefix, tokenizer, tallies, room=None)
-    for tally in tallies:
-        if not tally.num_tokens:
-            raise InputError(
-                "a source has no text",
-                expected="at least one document that is not empty",
-                found=f"{tally.num_documents} documents, {tally.num_empty_documents} empty",
-                where=f"source {tally.source.name}",
-            )
+    staged = stage_units(recipe, objects, prefix, tokenizer, tallies, None, processes)
+    refuse_useless(tallies)
     _refuse_empty_signals(recipe, staged.needs)
     files = _kept_tokenizer_files(objects, tokenizer)
     publish_units(objects, prefix, staged.units, first=0)
@@ -260,7 +267,7 @@ def plan_body(recipe: CacheRecipe, objects: Objects, prefix: str, known: Sequenc
         "base": None,
         "tokenizer": {
             "digest": tokenizer_digest(tokenizer),
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
             "files": {name: sha256(data) for name, data in files.items()},
         },
         "sources": [tally.identity().model_dump(mode="json") for tally in tallies],

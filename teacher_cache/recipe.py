@@ -1,9 +1,9 @@
 """The recipe of a cache: whose thoughts, about which texts, which signals. One frozen model a section."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from signal_store.manifest import Split, Task
 from signal_store.recipe_file import LocalPath, ModelName
@@ -66,9 +66,19 @@ class TaggerSection(Section):
         return self
 
 
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
+
+
+Places = Annotated[tuple[LocalPath, ...], Field(min_length=1), BeforeValidator(_as_list)]
+"""One file, folder or pattern of files, or several."""
+
+
 class Source(Section):
     """One data set: where it lies (exactly one of `folder`, `jsonl`, `parquet`, `dataset`), and which columns are text.
 
+    `jsonl` and `parquet` are a file, a folder, a pattern such as `data/**/*.jsonl.gz`, or a list of these; files may be compressed
+    with gzip, zstd, xz or bz2. A folder's and a pattern's files are read in the order of their names, a list in its own.
     Columns: `text`; or `prompt` and `completion` (only the completion counts in the loss); or `messages`, a chat that the
     tokenizer's own template renders (only the assistant's tokens count). Files of a folder are one document each.
     """
@@ -77,8 +87,8 @@ class Source(Section):
     split: Split = "train"
     folder: LocalPath | None = None
     pattern: str = "**/*"
-    jsonl: LocalPath | None = None
-    parquet: LocalPath | None = None
+    jsonl: Places | None = None
+    parquet: Places | None = None
     dataset: DatasetReference | None = None
     text: str | None = None
     prompt: str | None = None
@@ -101,6 +111,9 @@ class Source(Section):
     """What the texts ask for: `qa`, of which the evidence signal takes the prompt's sentences, or `summary`, of which the coverage
     signal takes the prompt's key words (it needs a tagger)."""
     max_documents: int | None = Field(None, ge=1, lt=2**53)
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What a row that cannot be read does: it stops the plan, or is left out, counted and listed in the manifest. No part of a
+    cache's identity, as what was left out is."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -20,7 +20,7 @@ SOURCE_BEFORE: dict[str, Any] = {"special_tokens": "tokens"}
 
 def source_part(source: Source) -> dict[str, Any]:
     """What of a source decides the plan, as JSON; of its tagger the parser only, the digests of its models are in the manifest."""
-    part = source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger"})
+    part = source.model_dump(mode="json", exclude={*LOCAL_PLACES, "tagger", "on_bad_row"})
     tagger = source.tagger
     if tagger is None:
         return {**part, "tagger": None}

@@ -22,11 +22,13 @@ PATIENCE_SECONDS = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Worker `number` (from 0) of `count`; `local` is its number on this machine, which picks its GPU."""
+    """Worker `number` (from 0) of `count`; `local` is its number on this machine, which picks its GPU. It may plan with so many
+    `processes`: of a script of your own with more than one, all but `if __name__ == "__main__":` runs in each."""
 
     number: int = 0
     count: int = 1
     local: int = 0
+    processes: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -81,6 +83,11 @@ class Worker:
                 if objects.exists(key):
                     return False
         return True
+
+
+def usable_processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 ALONE = Worker()

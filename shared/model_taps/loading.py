@@ -87,6 +87,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     return "sha256:" + hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest token id plus one. `len(tokenizer)` counts tokens: ids may have gaps, or lie beyond that count."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def config_digest(config: PretrainedConfig) -> str:
     """Digest of the architecture; where the files lay, dtypes and library versions are left out."""
     plain = {

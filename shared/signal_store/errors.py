@@ -5,6 +5,7 @@ Policy: one line says what is wrong, what was expected, what was found, where, a
 """
 
 import errno
+from typing import Any
 
 
 class SignalStoreError(Exception):
@@ -18,6 +19,10 @@ class SignalStoreError(Exception):
         self.what, self.expected, self.found, self.where, self.remedy = what, expected, found, where, remedy
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As one process sends it to another: what was found may be no more than its text there."""
+        return _again, (type(self), self.what, *map(_sent, (self.expected, self.found, self.where)), self.remedy)
+
     def __str__(self) -> str:
         parts = [f"[{self.kind}] {self.what}"]
         parts += [f"expected {self.expected}"] if self.expected is not None else []
@@ -25,6 +30,16 @@ class SignalStoreError(Exception):
         parts += [f"in {self.where}"] if self.where is not None else []
         line = "; ".join(parts) + (f". {self.remedy}" if self.remedy else "")
         return " ".join(line.split())
+
+
+def _sent(value: object) -> object:
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _again(
+    kind: type[SignalStoreError], what: str, expected: object, found: object, where: object, remedy: str | None
+) -> SignalStoreError:
+    return kind(what, expected=expected, found=found, where=where, remedy=remedy)
 
 
 class InputError(SignalStoreError, ValueError):

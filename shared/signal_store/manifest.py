@@ -66,8 +66,16 @@ class ChatCounts(Section):
     unseen_reasoning: int = 0
 
 
+class SkippedRow(Section):
+    """A row that was left out: its number in its source, from 1, and why."""
+
+    row: int
+    reason: str
+
+
 class SourceIdentity(Section):
-    """One source: its name, its side, what was read and what was left out, and a digest of all its texts."""
+    """One source: its name, its side, what was read and what was left out, and a digest of all its texts. Of the rows that were
+    skipped (`on_bad_row: skip`), the first are listed."""
 
     name: str
     split: Split
@@ -81,6 +89,8 @@ class SourceIdentity(Section):
     chats: ChatCounts | None = None
     special_tokens_as_text: int = 0
     """Special tokens that its texts spell, and that were read as text."""
+    num_skipped_rows: int = 0
+    skipped_rows: tuple[SkippedRow, ...] = ()
 
 
 class Capacities(Section):

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model_taps.loading import LOADING_ERRORS
 from signal_store.canonical import sha256
 from signal_store.errors import InputError, NotFoundError
 from signal_store.manifest import TaggerIdentity
@@ -212,6 +211,8 @@ def _spacy_words(pipeline: Any, semantic: Any, document: Document) -> Iterator[W
 
 
 def _spacy_pipeline(folder: Path) -> Any:
+    from model_taps.loading import LOADING_ERRORS  # brings torch
+
     try:
         import spacy
     except ImportError as error:
@@ -224,6 +225,8 @@ def _spacy_pipeline(folder: Path) -> Any:
 
 def _semantic_model(folder: Path) -> Any:
     from transformers import pipeline
+
+    from model_taps.loading import LOADING_ERRORS
 
     if not folder.is_dir():
         raise NotFoundError("no such folder", found=folder, where="sources.tagger.semantic_model")

@@ -1,134 +1,180 @@
-"""Documents of a source, in a fixed order, wherever it lies: a folder, JSONL, Parquet, or anything `datasets` loads."""
+"""Documents of a source, in a fixed order, wherever it lies: a folder, JSONL, Parquet, or anything `datasets` loads.
+
+A row that is to blame itself (no JSON, no UTF-8, a column that is missing, a chat that the template refuses, an empty answer) stops
+the reading, or is skipped and counted, as the source's `on_bad_row` says. What the recipe is to blame for always stops it.
+"""
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pygments.lexers import find_lexer_class_for_filename
 from transformers import PreTrainedTokenizerFast
 
-from signal_store.errors import InputError, NotFoundError
+from signal_store.errors import InputError
+from signal_store.manifest import SkippedRow
 from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
-from teacher_cache.corpus.special_text import special_text
+from teacher_cache.corpus.files import plain_name
+from teacher_cache.corpus.rows import Row, rows
+from teacher_cache.corpus.special_text import Span, special_text
 from teacher_cache.recipe import Source
+
+MOST_LISTED = 20
+"""Skipped rows that are listed; the others are counted."""
+
+
+@dataclass(slots=True)
+class Skips:
+    """Rows of a source that were left out: how many, and the first of them. The first `known` are another's and not counted."""
+
+    known: int = 0
+    count: int = 0
+    listed: list[SkippedRow] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    """Each listed row in one line: where it stands on this machine, and what is wrong with it."""
+
+    def add(self, row: int, error: InputError) -> None:
+        """Leave out a row."""
+        if self.known:
+            self.known -= 1
+            return
+        self.count += 1
+        if len(self.listed) < MOST_LISTED:
+            self.listed.append(SkippedRow(row=row, reason=error.what))
+            self.lines.append(str(error).removeprefix(f"[{error.kind}] "))
+
+
+class SourceReader:
+    """A source that is read once: some documents first, then what is left as rows."""
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, known_skips: int = 0) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        self.skips = Skips(known_skips)
+        self._rows = rows(source)
+        self._ready: deque[Row] = deque()
+
+    def rows(self) -> Iterator[Row]:
+        """Rows of all that was not taken."""
+        while True:
+            row = self._ready.popleft() if self._ready else next(self._rows, None)
+            if row is None:
+                return
+            yield row
+
+    def documents(self) -> Iterator[Document]:
+        """Documents one by one; whoever stops leaves the others where they are."""
+        for row in self.rows():
+            try:
+                made = documents_of(row, self.source, self.tokenizer)
+            except InputError as error:
+                if self.source.on_bad_row == "stop":
+                    raise
+                self.skips.add(row.number, error)
+                continue
+            self._ready.extendleft(replace(row, content=document) for document in reversed(made))
+            for _ in made:
+                document = self._ready.popleft().content
+                assert isinstance(document, Document)
+                yield document
+
+    def has_more(self) -> bool:
+        """Whether there is another document, which stays where it is."""
+        document = next(self.documents(), None)
+        if document is None:
+            return False
+        self._ready.appendleft(Row(0, f"source {self.source.name}", document, len(document.text)))
+        return True
 
 
 def documents(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
     """All documents of a source (empty ones too), up to `max_documents`."""
-    found = _files(source) if source.folder is not None else _table(source, tokenizer)
-    prose_keywords = source.tagger is not None and source.tagger.keywords
-    for number, document in enumerate(islice(found, source.max_documents)):
-        try:
-            document.text.encode()
-        except UnicodeEncodeError as error:
-            where = f"source {source.name}, document {number}"
-            raise InputError("a text is not Unicode", found="a lone surrogate", where=where) from error
-        if not document.complete and source.special_tokens == "text":
-            document = replace(document, spelled=special_text(tokenizer).spelled(document.text))
-        yield replace(document, prose_keywords=True) if prose_keywords and document.lexer is None else document
+    return islice(SourceReader(source, tokenizer).documents(), source.max_documents)
 
 
-def _files(source: Source) -> Iterator[Document]:
-    assert source.folder is not None
-    if not source.folder.is_dir():
-        raise NotFoundError("no such folder", found=source.folder, where=f"source {source.name}")
+def documents_of(row: Row, source: Source, tokenizer: PreTrainedTokenizerFast) -> tuple[Document, ...]:
+    """The documents of one row. InputError, which names the row, for what that alone is to blame for."""
+    if isinstance(row.content, Document):
+        return (row.content,)
     try:
-        paths = sorted(p for p in source.folder.glob(source.pattern) if p.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise InputError("not a pattern of files", found=f"{source.pattern}: {error}", where=f"source {source.name}") from error
-    for path in paths:
-        try:
-            text = path.read_bytes().decode("utf-8")  # line ends as they are: byte ends count in the file
-        except UnicodeDecodeError as error:
-            raise InputError(
-                "a file is not UTF-8 text",
-                found=error.reason,
-                where=path,
-                remedy="Narrow the source's pattern or convert the file.",
-            ) from error
-        yield Document(text, lexer=source.lexer or _lexer_for(path))
+        made = _documents(_values(row), source, tokenizer, row.where) if source.folder is None else (_file_text(row),)
+        for document in made:
+            _refuse_unusable(document, row.where)
+    except InputError as error:
+        error.where = error.where or row.where
+        raise
+    lexer = source.lexer or (_lexer_for(row.where) if source.folder is not None else None)
+    prose_keywords = source.tagger is not None and source.tagger.keywords and lexer is None
+    return tuple(
+        replace(document, lexer=lexer, prose_keywords=prose_keywords, spelled=_spelled(document, source, tokenizer))
+        for document in made
+    )
 
 
-def _lexer_for(path: Path) -> str | None:
-    lexer = find_lexer_class_for_filename(path.name)
+def _spelled(document: Document, source: Source, tokenizer: PreTrainedTokenizerFast) -> tuple[Span, ...]:
+    """Special tokens that a plain text spells and that are text; a chat knows its own."""
+    if document.complete or source.special_tokens == "tokens":
+        return document.spelled
+    return special_text(tokenizer).spelled(document.text)
+
+
+def _refuse_unusable(document: Document, where: str) -> None:
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("a text is not Unicode", found="a lone surrogate", where=where) from error
+    if document.counted is not None and not any(end > start for start, end in document.counted):
+        raise InputError("an answer is empty", expected="some text", where=where, remedy="Leave out rows that nobody answered.")
+
+
+def _content(row: Row) -> bytes | Mapping[str, Any]:
+    if isinstance(row.content, InputError):
+        raise row.content
+    assert not isinstance(row.content, Document)
+    return row.content
+
+
+def _file_text(row: Row) -> Document:
+    content = _content(row)
+    assert isinstance(content, bytes)
+    try:
+        return Document(content.decode("utf-8"))  # line ends as they are: byte ends count in the file
+    except UnicodeDecodeError as error:
+        remedy = "Narrow the source's pattern or convert the file."
+        raise InputError("a file is not UTF-8 text", found=error.reason, where=row.where, remedy=remedy) from error
+
+
+def _lexer_for(path: str) -> str | None:
+    lexer = find_lexer_class_for_filename(plain_name(Path(path)))
     return lexer.aliases[0] if lexer is not None and lexer.aliases else None
 
 
-def _rows(source: Source) -> Iterator[Mapping[str, Any]]:
-    if source.jsonl is not None:
-        return _jsonl_rows(source.jsonl, source.name)
-    if source.parquet is not None:
-        return _parquet_rows(source.parquet, source.name)
-    return _dataset_rows(source)
-
-
-def _jsonl_rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise NotFoundError("no such file", found=path, where=f"source {name}")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)  # also refuses what is not UTF-8
-            except (ValueError, RecursionError) as error:
-                raise InputError("a line is not JSON", found=error, where=f"{path}:{number}") from error
-            if not isinstance(row, dict):
-                raise InputError("a line is not an object", expected="{...}", found=type(row).__name__, where=f"{path}:{number}")
-            yield row
-
-
-def _parquet_rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise NotFoundError("no such file", found=path, where=f"source {name}")
+def _values(row: Row) -> Mapping[str, Any]:
+    content = _content(row)
+    if not isinstance(content, bytes):
+        return content
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError("not a Parquet file", found=error, where=path) from error
-
-
-def _dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
-    from datasets import load_dataset
-
-    reference = source.dataset
-    assert reference is not None
-    try:
-        table = load_dataset(
-            reference.path,
-            reference.name,
-            split=reference.split,
-            data_files=list(reference.data_files) if isinstance(reference.data_files, tuple) else reference.data_files,
-            revision=reference.revision,
-            streaming=True,
-        )
-        yield from table
-    except (OSError, ValueError, ConnectionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NotFoundError(
-            "cannot load the data set", found=f"{reference.path}: {reason}", where=f"source {source.name}"
-        ) from error
-
-
-def _table(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
-    for number, row in enumerate(_rows(source)):
-        yield from _documents(row, source, tokenizer, where=f"source {source.name}, document {number}")
+        values = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise InputError("a line is not UTF-8", found=error.reason, where=row.where) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError("a line is not JSON", found=error, where=row.where) from error
+    if not isinstance(values, dict):
+        raise InputError("a line is not an object", expected="{...}", found=type(values).__name__, where=row.where)
+    return values
 
 
 def _documents(row: Mapping[str, Any], source: Source, tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[Document, ...]:
-    """What a row says: one document, or one for each answer of a chat that is no single text."""
+    """What a row of columns says: one document, or one for each answer of a chat that is no single text."""
     if source.messages is not None:
         messages, tools = _column(row, source.messages, where, list), _tools(row, source, where)
         options = ChatOptions(source.chat_template, special_tokens=source.special_tokens == "tokens")
         found = render_chat(tokenizer, messages, tools, where=where, options=options)
-        return tuple(replace(document, lexer=source.lexer, task=source.task) for document in found)
+        return tuple(replace(document, task=source.task) for document in found)
     return (_text(row, source, where),)
 
 

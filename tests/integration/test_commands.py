@@ -187,7 +187,7 @@ def test_a_chat_that_nobody_answers_is_refused(tmp_path: Path, recipe: dict[str,
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     source = f"sources=[{{name: chats, jsonl: {tmp_path / 'chats.jsonl'}, messages: messages}}]"
     found = cli("teacher_cache", "plan", write(tmp_path, recipe), source)
-    refused(found, "no answer of the assistant", "roles user, bot", "source chats, document 1")
+    refused(found, "no answer of the assistant", "roles user, bot", "chats.jsonl:2")
 
 
 def test_an_overlay_of_another_dtype_is_refused_before_it_is_filled(tmp_path: Path, recipe: dict[str, Any]) -> None:
