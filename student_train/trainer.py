@@ -25,6 +25,7 @@ from student_train.distiller import GATE_WEIGHTS, Distiller
 from student_train.importance.overhead import Overhead
 from student_train.losses.anchor import Anchor
 from student_train.losses.objective import Objective
+from student_train.losses.router_balance import refuse_lost_losses
 from student_train.metrics import RunLog
 from student_train.recipe import OptimizerSection, RunRecipe
 from student_train.sharing import Shared
@@ -80,6 +81,7 @@ class Trainer:
         student, vocab_size = self.distiller.student, self.cache.manifest.tokenizer.vocab_size
         with self._probing():
             refuse_look_ahead(student, vocab_size, "student")
+            refuse_lost_losses(student, vocab_size, self.objective.balance)
             packed = self._cut(probe(student, vocab_size) == "packed")
         ranks = accelerator.process_index, accelerator.num_processes
         stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks, self.objective.weigher)
