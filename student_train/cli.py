@@ -1,6 +1,8 @@
 """The command line `student-train`. Verbs import what they need when they run, so that `--help` does not import torch."""
 
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +60,7 @@ def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson
 def sweep(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time, each a process.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each a process with a device of its own where there are as many.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train many students from one cache, and rank them; exit code 1 if a run failed."""
@@ -66,6 +68,7 @@ def sweep(
     from student_train.sweep import markdown
     from student_train.sweep import sweep as train
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs too
     report = train(loaded, jobs)
     typer.echo(json.dumps(report) if as_json else f"\n{markdown(report)}")
     if report["failed"]:

@@ -85,12 +85,15 @@ class Distiller(nn.Module):
         states = self._open_taps.enter_context(tap_states(self.student, objective.student_states))
         queries = {rows_of: rows_of(batch) for rows_of in wanted}
         taken = self._open_taps.enter_context(tap_attention_rows(joined_queries(wanted, queries)))
-        final, head = self._hidden(batch), output_head(self.student)
+        (final, balance), head = self._hidden_and_balance(batch), output_head(self.student)
         targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution, batch.importance)
         terms = objective.output_terms(scales)
         total, losses_KN = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
         row_losses = dict(zip((term.kind for term in terms), losses_KN, strict=True))
         sums = {name: losses_N.sum() for name, losses_N in row_losses.items() if name in scales}
+        if balance is not None:
+            sums["router_balance"] = balance
+            total = total + scales["router_balance"] * balance
         rows = split_rows(wanted, queries, taken)
         seen = Seen(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
         levels = () if self.gate is None else self.gate.levels
@@ -110,6 +113,14 @@ class Distiller(nn.Module):
 
     def _hidden(self, batch: CodedBatch) -> Tensor:
         return final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None).flatten(0, 1)
+
+    def _hidden_and_balance(self, batch: CodedBatch) -> tuple[Tensor, Tensor | None]:
+        """What the output head reads, and the sum of the experts' balance, None where it is off: nothing else is run then."""
+        if self.objective.balance is None:
+            return self._hidden(batch), None
+        positions = batch.position_ids if batch.packed else None
+        found = self.student.base_model(batch.input_ids, position_ids=positions, use_cache=False, output_router_logits=True)
+        return found.last_hidden_state.flatten(0, 1), self.objective.balance(found.router_logits, batch.real)
 
     def _measured(self, batch: CodedBatch) -> Sums:
         """By segment: `segment_loss` in nats and `segment_labels` [segments]; and the sums of `fidelity.measure_rows`."""

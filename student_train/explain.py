@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from signal_store.cache import Cache, open_cache
 from student_train.importance.rules import load_rules
-from student_train.losses.config import KIND_OF, KINDS, PRESETS
+from student_train.losses.config import KIND_OF, KINDS, PRESETS, RouterBalanceTerm, Term
 from student_train.losses.objective import Objective, refusals, resolve
+from student_train.losses.router_balance import family_balance, refuse_lost_losses
 from student_train.recipe import RunRecipe
 from student_train.stream.rows import Stream
 from student_train.student import build_student
@@ -20,12 +21,13 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     cache = open_cache(recipe.cache)
     student, _ = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
+    refuse_lost_losses(student, cache.manifest.tokenizer.vocab_size, objective.balance)
     check_splits(recipe.validation, cache)
     Stream(cache, objective.needs, recipe.stream, packed=True)  # refuses what it cannot cut
     terms = [
         {
             "term": name,
-            "kind": term.kind,
+            "kind": _kind(term),
             "weight": str(term.weight),
             "source": _source(recipe, name),
             "settings": term.model_dump(mode="json", exclude={"weight"}),
@@ -41,7 +43,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         terms.append(
             {**about, "weight": str(anchor.weight), "source": _source(recipe, "parameter_anchor"), "reads": [], "taps": []}
         )
-    kinds = {kind: [name for name, term in objective.terms.items() if term.kind == kind] for kind in KINDS}
+    kinds = {kind: [name for name, term in objective.terms.items() if _kind(term) == kind] for kind in KINDS}
     importance = objective.losses.importance
     weights_of_tokens = "1 each"
     if importance is not None:
@@ -60,6 +62,10 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
         "train_tokens": tokens,
         "epochs": recipe.steps * per_step / max(1, tokens),
     }
+
+
+def _kind(term: Term | RouterBalanceTerm) -> str:
+    return term.kind if isinstance(term, Term) else "none: the load of the student's experts"
 
 
 def _formula(term: object) -> str:
@@ -94,6 +100,8 @@ def _source(recipe: RunRecipe, name: str) -> str:
     if isinstance(given, dict) and "weight" in given:
         return "losses"
     held = PRESETS.get(recipe.preset or "", {})
+    if name == "router_balance":
+        return "the student's config"
     if name not in held:
         return "the term's default"
     return f"preset {recipe.preset}" if "weight" in held[name] else f"preset {recipe.preset}, the term's default"
@@ -114,6 +122,10 @@ def _off(recipe: RunRecipe, objective: Objective, cache: Cache, student: PreTrai
             why = f"not in {'preset ' + recipe.preset if recipe.preset else 'losses'}"
         cannot = refused.get(name, "").removeprefix(f"{name}: ").removeprefix(f"{name} ")
         found.append({"term": name, "kind": kind, "why": why + (f"; could not be had: {cannot}" if cannot else "")})
+    if objective.balance is None and (balance := family_balance(student)) is not None:
+        given = "losses.router_balance" if "router_balance" in recipe.losses else "output_router_logits of the student's config"
+        why = f"{given}; its coefficient there is {balance.coefficient:g}"
+        found.append({"term": "router_balance", "kind": "none: the load of the student's experts", "why": why})
     return found
 
 
@@ -122,7 +134,7 @@ def _reads(objective: Objective, name: str) -> list[str]:
     if name == "gate":
         return ["distribution", "tags, where there are some"]
     if name not in objective.states:
-        return ["tokens" if name == "cross_entropy" else "distribution"]
+        return ["tokens" if name in {"cross_entropy", "router_balance"} else "distribution"]
     needs = objective.states[name].reads.cache
     return [
         *(f"hidden/{tap}/{layer}" for tap, layer in needs.hidden),
@@ -140,7 +152,7 @@ def _taps(objective: Objective, name: str) -> list[str]:
     if name == "gate":
         return ["what the terms that it weighs read"]
     if name not in objective.states:
-        return ["output head"]
+        return ["routers of its experts" if name == "router_balance" else "output head"]
     reads = objective.states[name].reads
     rows = [f"attention rows of block {layer}" for layers in (reads.rows or {}).values() for layer in layers]
     return [*(f"{tap} of block {layer}" for tap, layer in reads.states), *rows]

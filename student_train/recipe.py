@@ -157,8 +157,8 @@ class RunRecipe(Section):
     steps: int = Field(ge=1)
     seed: Seed = 0
     """Of everything that is drawn: of `student` and `stream` too, where they give none of their own."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast over float32 weights."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: autocast over float32 weights; auto: that where the device computes in bfloat16 natively, else float32."""
     activation_checkpointing: bool = False
     compile: bool = False
     """Run the losses of the output head through torch.compile (needs a C++ compiler on a CPU)."""

@@ -2,33 +2,31 @@
 
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
-from signal_store.canonical import digest
-from signal_store.errors import MismatchError
+from signal_store.errors import InputError
 from signal_store.ledger import refuse_inside_a_cache
 from signal_store.local_objects import LocalObjects
 from student_train import checkpoint
 from student_train.checkpoint import Progress
+from student_train.claim import Claim
 from student_train.distiller import Distiller
 from student_train.losses.objective import resolve
 from student_train.metrics import METRICS, read_json, read_metrics
-from student_train.recipe import RunRecipe, flat
+from student_train.precision import choose_precision, emulated, training_device
+from student_train.recipe import RunRecipe
+from student_train.run_record import Begun, refuse_another_run, write_record
 from student_train.sharing import accelerator_of
 from student_train.student import build_student
-from student_train.trainer import Trainer, run_settings
+from student_train.trainer import Trainer
 from student_train.validation import check_splits
 
 RESULT = "result.json"
@@ -36,18 +34,43 @@ RESULT = "result.json"
 
 def run(recipe: RunRecipe) -> dict[str, Any]:
     """Train and export; returns what `result.json` says. A finished run is not repeated. Started by torchrun or accelerate launch,
-    its processes train one student together."""
-    cache = open_cache(recipe.cache)
+    its processes train one student together; the first of them claims the folder for all."""
     refuse_inside_a_cache(recipe.out)
-    begun = _begun(recipe)
-    if begun.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
-        cache = open_cache(recipe.cache, generation=int(begun["generation"]))
-    recipe_digest = digest({"recipe": run_settings(recipe), "cache_id": cache.manifest.cache_id})
-    if not recipe.checkpoint.accept_other_cache:
-        _refuse_another_run(recipe, recipe_digest, begun)
-    finished = recipe.out / RESULT
-    if finished.is_file() and (recipe.out / "student").is_dir() and begun.get("recipe_digest") == recipe_digest:
-        return read_json(finished) | {"student": str(recipe.out / "student")}  # the folder may have been moved
+    with Claim(recipe.out, "trains") as claim:
+        start = _Start.of(recipe)
+        first = int(os.environ.get("RANK", "0")) == 0
+        if first and start.finished is None and recipe.out.is_dir():  # else it is made, and claimed, when the run can begin
+            claim.take()
+            start = _Start.of(recipe)  # as its last holder left it
+        return start.finished or _train(recipe, start, claim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a folder holds when a run starts there, and the cache as the run knows it."""
+
+    begun: Begun
+    cache: Cache
+    run_id: str
+    finished: dict[str, Any] | None
+    """The result, where there is nothing left to do."""
+
+    @classmethod
+    def of(cls, recipe: RunRecipe) -> "_Start":
+        """Look; MismatchError where another run is there."""
+        cache, begun = open_cache(recipe.cache), Begun.of(recipe.out)
+        if begun.about.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
+            cache = open_cache(recipe.cache, generation=int(begun.about["generation"]))
+        if not recipe.checkpoint.accept_other_cache:
+            refuse_another_run(begun, recipe, cache.manifest.cache_id)
+        run_id = begun.run_id(recipe, cache.manifest.cache_id)
+        result, student = recipe.out / RESULT, recipe.out / "student"
+        done = result.is_file() and student.is_dir() and begun.about.get("recipe_digest") == run_id
+        return cls(begun, cache, run_id, read_json(result) | {"student": str(student)} if done else None)  # it may have been moved
+
+
+def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
+    cache = start.cache
     check_splits(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
@@ -57,15 +80,22 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     both = (
         [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
     )
-    accelerator = accelerator_of(bf16=recipe.precision == "bfloat16", kwargs_handlers=both)
+    precision = choose_precision(recipe.precision, training_device())
+    accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
+    if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
+        print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)
 
-    def claim() -> None:
+    def begin(step: int, packed: bool) -> None:
         if accelerator.is_main_process:
-            _describe(recipe, recipe_digest, cache, accelerator)
+            claim.take()
+            if Begun.of(recipe.out) != start.begun:
+                raise InputError("another process began here meanwhile", where=recipe.out, remedy="Run the same command again.")
+            write_record(start.begun, recipe, start.run_id, cache, accelerator, precision, step=step, packed=packed)
         accelerator.wait_for_everyone()
 
     try:
-        progress = Trainer(recipe, accelerator, cache, objective, distiller, recipe_digest, claim).train()
+        packed = None if recipe.checkpoint.accept_other_cache else start.begun.packed
+        progress = Trainer(recipe, accelerator, cache, objective, distiller, start.run_id, begin, packed).train()
         if accelerator.is_main_process:
             parameters = sum(p.numel() for p in student.parameters())
             _export(recipe, cache, tokenizer)
@@ -75,7 +105,7 @@ def run(recipe: RunRecipe) -> dict[str, Any]:
     finally:
         if accelerator.num_processes > 1:
             accelerator.end_training()
-    return read_json(finished)
+    return read_json(recipe.out / RESULT)
 
 
 def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -90,64 +120,6 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
     with checkpoint.disk_errors(recipe.out):
         student.save_pretrained(recipe.out / "student")
         tokenizer.save_pretrained(recipe.out / "student")
-
-
-def _refuse_another_run(recipe: RunRecipe, recipe_digest: str, begun: dict[str, Any]) -> None:
-    if begun.get("recipe_digest", recipe_digest) != recipe_digest:
-        differ = _differences(begun, recipe)
-        raise MismatchError(
-            f"the folder holds another run ({', '.join(differ) or 'its cache or rules'} differ)",
-            expected={place: held for place, (held, _) in differ.items()} or begun["recipe_digest"],
-            found={place: asked for place, (_, asked) in differ.items()} or recipe_digest,
-            where=recipe.out,
-            remedy="Give another out, or restore the recipe.",
-        )
-
-
-def _differences(begun: dict[str, Any], recipe: RunRecipe) -> dict[str, tuple[Any, Any]]:
-    """By place, what the run that began has and what this recipe asks for."""
-    try:
-        held = dict(flat(run_settings(RunRecipe.model_validate(begun["recipe"]))))
-    except (KeyError, ValueError):  # of another version: the digests must do
-        return {}
-    asked = dict(flat(run_settings(recipe)))
-    places = [place for place in dict.fromkeys((*held, *asked)) if held.get(place) != asked.get(place)]
-    return {place: (held.get(place), asked.get(place)) for place in places}
-
-
-def _begun(recipe: RunRecipe) -> dict[str, Any]:
-    """What the folder says of the run that began there; nothing if none did."""
-    described = recipe.out / "run.json"
-    return read_json(described) if described.is_file() else {}
-
-
-def _describe(recipe: RunRecipe, recipe_digest: str, cache: Cache, accelerator: Accelerator) -> None:
-    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    about = {
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_digest": recipe_digest,
-        "cache_id": cache.manifest.cache_id,
-        "generation": cache.seal.generation,
-        "command": sys.argv,
-        "processes": accelerator.num_processes,
-        "sharing": recipe.sharing.mode if accelerator.num_processes > 1 else "alone",
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "zarr", "teacher-cache")},
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "gpus": gpus,
-    }
-    LocalObjects(recipe.out, scratch=".").put("run.json", json.dumps(about, indent=1).encode())
-
-
-def _commit() -> str | None:
-    """The commit that this code was run from, if it lies in a git checkout."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return None
-    return found.stdout.strip() or None
 
 
 def _result(recipe: RunRecipe, progress: Progress, parameters: int, processes: int) -> dict[str, Any]:

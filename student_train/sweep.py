@@ -7,24 +7,23 @@ its last line of error, and the others go on.
 
 import json
 import math
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from signal_store.errors import InputError
+from signal_store.ledger import refuse_inside_a_cache
 from signal_store.look.extras import pyplot
+from student_train.claim import Claim
+from student_train.executor import Executor, Job, LocalExecutor
 from student_train.metrics import METRICS
 from student_train.sweep_recipe import PlannedRun, SweepRecipe, planned_runs
 
@@ -38,44 +37,39 @@ class Running:
 
     planned: PlannedRun
     state: str = "waiting"
-    process: subprocess.Popen[bytes] | None = None
     error: str = ""
     result: dict[str, Any] = field(default_factory=dict)
-    _log: TextIO | None = None
+    _job: Job | None = None
 
     @property
     def out(self) -> Path:
         """Its folder."""
         return self.planned.recipe.out
 
-    def start(self, threads: int) -> None:
-        """Start it as a process of `threads` threads; its words go to `run.log`."""
+    def start(self, executor: Executor) -> None:
+        """Start it; its words go to `run.log`."""
         self.out.mkdir(parents=True, exist_ok=True)
         recipe = self.out / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(self.planned.recipe.model_dump(mode="json"), sort_keys=False))
-        self._log = (self.out / "run.log").open("w")
         command = [sys.executable, "-m", "student_train.cli", "run", str(recipe), "--json"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._log, env=environment)
+        self._job = executor.start(command, self.out / "run.log")
         self.state = "running"
 
     def look(self) -> None:
         """See whether it has ended."""
-        if self.process is None or self.process.poll() is None:
+        code = None if self._job is None or self.state != "running" else self._job.poll()
+        if code is None:
             return
-        if self._log is not None:
-            self._log.close()
-        if self.process.returncode == 0:
+        if code == 0:
             self.state, self.result = "done", json.loads((self.out / "result.json").read_text())
         else:
             lines = (self.out / "run.log").read_text(errors="replace").strip().splitlines()
-            self.state, self.error = "failed", lines[-1] if lines else f"exit code {self.process.returncode}"
+            self.state, self.error = "failed", lines[-1] if lines else f"exit code {code}"
 
     def stop(self) -> None:
         """End it, if it runs: its last checkpoint stands."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
+        if self._job is not None:
+            self._job.stop()
 
     def progress(self) -> dict[str, Any]:
         """Its last record."""
@@ -91,33 +85,37 @@ class Running:
         return {key: value for record in records for key, value in record.items()}
 
 
-def sweep(recipe: SweepRecipe, jobs: int) -> dict[str, Any]:
-    """Run everything, `jobs` at a time; the report, which is also written to `report.json`, `report.md` and `report.png`."""
-    if jobs < 1:
-        raise InputError("jobs must be at least 1", found=jobs, where="--jobs")
+def sweep(recipe: SweepRecipe, jobs: int = 1, executor: Executor | None = None) -> dict[str, Any]:
+    """Run everything, `jobs` at a time on this machine, or as an executor does it; the report, which is also written to
+    `report.json`, `report.md` and `report.png`. Whatever ends this call ends the runs, which can be resumed."""
+    refuse_inside_a_cache(recipe.out)
+    where = LocalExecutor.of(jobs) if executor is None else executor
     pyplot()  # refuses now, not after hours, where the report could not be drawn
     runs = [Running(planned) for planned in planned_runs(recipe)]
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the runs too
+    with Claim(recipe.out, "runs a sweep") as claim:
+        claim.take()
+        _carry_out(runs, where)
+        report = summarise(recipe, runs)
+        (recipe.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        (recipe.out / "report.md").write_text(markdown(report))
+        plot(report, recipe.out / "report.png")
+    return report
+
+
+def _carry_out(runs: Sequence[Running], executor: Executor) -> None:
     try:
         with Live(_table(runs), refresh_per_second=2, console=Console(stderr=True)) as live:
             while any(run.state in {"waiting", "running"} for run in runs):
                 for run in runs:
                     run.look()
-                free = jobs - sum(run.state == "running" for run in runs)
+                free = executor.slots - sum(run.state == "running" for run in runs)
                 for run in [run for run in runs if run.state == "waiting"][:free]:
-                    run.start(threads)
+                    run.start(executor)
                 live.update(_table(runs))
                 time.sleep(POLL_SECONDS)
     finally:
         for run in runs:
             run.stop()
-    report = summarise(recipe, runs)
-    (recipe.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (recipe.out / "report.md").write_text(markdown(report))
-    plot(report, recipe.out / "report.png")
-    return report
 
 
 def _table(runs: Sequence[Running]) -> Table:

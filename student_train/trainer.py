@@ -1,12 +1,12 @@
 """The training loop. Its whole state is the checkpoint's: parameters, optimizer, and a `Progress`."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +23,9 @@ from student_train.checkpoint import Progress
 from student_train.codecs import Codecs
 from student_train.distiller import GATE_WEIGHTS, Distiller
 from student_train.importance.overhead import Overhead
-from student_train.importance.rules import load_rules
 from student_train.losses.anchor import Anchor
 from student_train.losses.objective import Objective
+from student_train.losses.router_balance import refuse_lost_losses
 from student_train.metrics import RunLog
 from student_train.recipe import OptimizerSection, RunRecipe
 from student_train.sharing import Shared
@@ -68,8 +68,10 @@ class Trainer:
     objective: Objective
     distiller: Distiller
     recipe_digest: str
-    claim: Callable[[], None]
-    """Called where nothing of the recipe is wrong: the folder is the run's from then on."""
+    begin: Callable[[int, bool], None]
+    """Called with the step and whether rows are packed, where nothing of the recipe is wrong: the run's record is written then."""
+    packed: bool | None = None
+    """How the run's rows were cut when it began; None if it begins now."""
 
     def train(self) -> Progress:
         """Train to the end, from the last checkpoint if there is one. Returns the last progress, which is a checkpoint's."""
@@ -77,9 +79,10 @@ class Trainer:
         device = accelerator.device
         self.distiller.to(device)
         student, vocab_size = self.distiller.student, self.cache.manifest.tokenizer.vocab_size
-        with accelerator.autocast():
+        with self._probing():
             refuse_look_ahead(student, vocab_size, "student")
-            packed = probe(student, vocab_size) == "packed"
+            refuse_lost_losses(student, vocab_size, self.objective.balance)
+            packed = self._cut(probe(student, vocab_size) == "packed")
         ranks = accelerator.process_index, accelerator.num_processes
         stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks, self.objective.weigher)
         found = checkpoint.newest(recipe.out / "checkpoints")
@@ -100,7 +103,7 @@ class Trainer:
         if self.objective.matched_layers and not progress.head_pairs:
             progress = replace(progress, head_pairs=self._match_heads(shared, stream))
         self.distiller.head_pairs = progress.head_pairs
-        self.claim()
+        self.begin(progress.step, packed)
         batches = load(stream, progress.cursor, progress.step - progress.stream_start, pin_memory=device.type == "cuda")
         open_log = closing(RunLog(recipe.out, progress.step, accelerator, tensorboard=recipe.tensorboard))
         overhead = Overhead(self.objective.losses.importance, speaks=accelerator.is_main_process)
@@ -132,6 +135,22 @@ class Trainer:
                 if last or progress.step % recipe.checkpoint.every == 0 or self._patience_is_over(progress):
                     progress = self._save(shared, optimizer, progress)
         return progress
+
+    def _probing(self) -> contextlib.AbstractContextManager[None]:
+        """Probes run in float32, where rounding is far below what they look for; FlashAttention has none."""
+        flash = "flash" in str(self.distiller.student.config._attn_implementation)  # noqa: SLF001
+        return self.accelerator.autocast() if flash else contextlib.nullcontext()
+
+    def _cut(self, able: bool) -> bool:
+        """Whether rows hold several segments: as they did when the run began. MismatchError where this student cannot."""
+        if self.packed and not able:
+            raise MismatchError(
+                "the run's rows hold several segments, which this student does not keep apart here",
+                expected="the attention that the run began with",
+                found=self.distiller.student.config._attn_implementation,  # noqa: SLF001
+                where="student.attn_implementation",
+            )
+        return able if self.packed is None else self.packed
 
     def _begin(self) -> Progress:
         return Progress(self.cache.manifest.cache_id, self.recipe_digest, 0, {}, None, None, 0, {}, 0, 0.0)
@@ -297,15 +316,3 @@ def _later(*cursors: Cursor) -> Cursor:
             if lane not in found or at.rows > found[lane].rows:
                 found[lane] = at
     return dict(sorted(found.items()))
-
-
-def run_settings(recipe: RunRecipe) -> dict[str, Any]:
-    """What of the recipe decides the numbers of a run: not where it is written, nor how it is watched."""
-    left_out: dict[str, Any] = {"out": True, "cache": True, "tensorboard": True, "checkpoint": True, "sharing": True}
-    left_out |= {"compile": True, "activation_checkpointing": True, "stream": {"workers"}, "gradient_shares_every": True}
-    settings = recipe.model_dump(mode="json", exclude=left_out)
-    importance = recipe.objective.importance
-    if importance is not None:  # what the rules say decides the numbers, not where they lie nor when a wait is too long
-        settings["importance_rules"] = load_rules(importance.rules).digest
-        settings["losses"] = {**settings["losses"], "importance": {"normalise": importance.normalise}}
-    return settings

@@ -223,6 +223,14 @@ class ParameterAnchorTerm(Section):
     weight: WeightField = _constant(0.01)
 
 
+class RouterBalanceTerm(Section):
+    """experts · Σ_i f_i P_i, the load-balancing loss that the student's own family adds to cross-entropy: f_i the share of tokens
+    sent to expert i, P_i the mean probability of its router; mean over the tokens of a forward pass."""
+
+    weight: WeightField | None = None
+    """None: the coefficient of the student's config."""
+
+
 class ImportanceSection(Section):
     """Weights of the divergences' tokens, in [0.2, 3], by the roles of their words and the teacher's confidence (12-19)."""
 
@@ -259,6 +267,8 @@ class Losses(Section):
     evidence: EvidenceTerm | None = None
     coverage: CoverageTerm | None = None
     parameter_anchor: ParameterAnchorTerm | None = None
+    router_balance: RouterBalanceTerm | None = None
+    """Left out: as the student's config says (`output_router_logits` and its coefficient); null: off."""
     importance: ImportanceSection | None = None
 
     def empty_kinds(self) -> tuple[Kind, ...]:

@@ -20,7 +20,7 @@ from student_train.losses.asr import make_asr
 from student_train.losses.attention_statistics import AttentionStatistics
 from student_train.losses.chunked import OutputTerm
 from student_train.losses.cka import ResidualCka
-from student_train.losses.config import DIVERGENCES, KIND_OF, JsdTerm, Losses, ParameterAnchorTerm, Term
+from student_train.losses.config import DIVERGENCES, KIND_OF, JsdTerm, Losses, ParameterAnchorTerm, RouterBalanceTerm, Term
 from student_train.losses.coverage import Coverage
 from student_train.losses.direction import Direction
 from student_train.losses.evidence import Evidence
@@ -32,6 +32,7 @@ from student_train.losses.mmd import ActivationMmd
 from student_train.losses.pairing import LayerPair
 from student_train.losses.reconstruction import InputReconstruction
 from student_train.losses.replay import Replay
+from student_train.losses.router_balance import RouterBalance, with_balance
 from student_train.losses.rows import RowsOf
 from student_train.losses.smoothness import Smoothness
 from student_train.losses.term import StateTerm, not_cached
@@ -70,11 +71,13 @@ class Objective:
     weigher: Weigher | None = None
     """Gives the weights of the divergences' tokens, where they have any."""
     gate: Gate | None = None
+    balance: RouterBalance | None = None
+    """Of the student's experts, where `losses.router_balance` is on."""
 
     @property
-    def terms(self) -> dict[str, Term]:
+    def terms(self) -> dict[str, Term | RouterBalanceTerm]:
         """Terms that are on, by name; the anchor of the parameters, which counts no token, is not among them."""
-        return {name: term for name, term in self.losses if isinstance(term, Term)}
+        return {name: term for name, term in self.losses if isinstance(term, Term | RouterBalanceTerm)}
 
     @property
     def needs(self) -> Needs:
@@ -116,6 +119,8 @@ class Objective:
                 found[name] = self.states[name].count(batch)
             elif name == "gate" and self.gate is not None:
                 found[name] = sum(self.states[level].count(batch) for level in self.gate.levels)
+            elif name == "router_balance":
+                found[name] = int(batch.real.sum())
             else:
                 found[name] = int((batch.labels >= 0).sum()) if name == "cross_entropy" else rows
         return found
@@ -134,7 +139,10 @@ class Objective:
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weight of each term at a progress in [0, 1], the anchor's too."""
-        return {name: term.weight.at(progress) for name, term in self.losses if isinstance(term, Term | ParameterAnchorTerm)}
+        weighed = Term | ParameterAnchorTerm | RouterBalanceTerm
+        return {
+            name: term.weight.at(progress) for name, term in self.losses if isinstance(term, weighed) and term.weight is not None
+        }
 
 
 def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: int | None = None) -> Objective:
@@ -142,13 +150,14 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
     cache or the student lacks."""
     _check_tail_rank(losses, cache, tail_rank)
     check_cache(losses, cache)
+    losses, balance = with_balance(losses, student)
     on = {name: getattr(losses, name) for name in STATE_TERMS}
     weigher = None
     if losses.importance is not None:
         _check_tags(losses, cache)
         weigher = Weigher.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
     states = {name: STATE_TERMS[name](term, cache, student) for name, term in on.items() if term is not None}
-    return Objective(losses, states, weigher, _gate(losses, states, cache))
+    return Objective(losses, states, weigher, _gate(losses, states, cache), balance)
 
 
 def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:

@@ -33,6 +33,7 @@ def recipe_of(cache: Cache, out: Path, **changes: Any) -> RunRecipe:
         "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2, "tie_word_embeddings": True}},
         "losses": {"tla": {"temperature": 2.0}, "cross_entropy": {"weight": 0.5}, "lhsm": {}, "apc": {"weight": 0.3}, "asr": {}},
         "steps": 4,
+        "precision": "float32",  # whatever this machine computes in natively: sums are compared
         "optimizer": {"learning_rate": 1e-2, "eps": EPS},
         "stream": {"row_tokens": 48, "rows_per_step": ROWS, "workers": 0},
         "validation": {"every": 2},

@@ -1,6 +1,7 @@
 """The trainer in one process: what it refuses, what it says of a run, how it goes on."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
+from student_train import trainer
+from student_train.claim import Claim
 from student_train.gradient_shares import save_shares, shares_of
 from student_train.recipe import RunRecipe
 from student_train.run import run
@@ -66,6 +69,69 @@ def test_a_run_goes_on_bit_for_bit(cache: Cache, tmp_path: Path, workers: int) -
     run(recipe_of(cache, broken, stream=stream))
     assert losses(broken) == losses(whole)
     assert (broken / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
+
+
+def unfinish(out: Path, step: int = 2) -> None:
+    """As a run is that was killed after this step."""
+    (out / "result.json").unlink()
+    for later in (out / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+
+
+def test_a_run_goes_on_however_it_is_computed_and_says_so(cache: Cache, tmp_path: Path) -> None:
+    whole, lean = tmp_path / "whole", tmp_path / "lean"
+    run(recipe_of(cache, whole))
+    run(recipe_of(cache, lean))
+    unfinish(lean)
+    leaner: dict[str, Any] = {"stream": {"row_tokens": 48, "rows_per_step": 4, "workers": 1, "micro_rows": 2}}
+    changed = recipe_of(cache, lean, **leaner, precision="bfloat16", activation_checkpointing=True)
+    run(changed)
+    assert losses(lean) == pytest.approx(losses(whole), rel=1e-2)
+    about = json.loads((lean / "run.json").read_text())
+    (entry,) = about["history"]
+    assert entry["step"] == 2
+    assert entry["changed"]["stream.micro_rows"] == [None, 2]
+    assert entry["changed"]["precision"] == ["float32", "bfloat16"]
+    assert entry["changed"]["start.precision.taken"] == ["float32", "bfloat16"]
+    assert entry["changed"].keys() >= {"stream.workers", "activation_checkpointing"}
+    assert about["recipe_digest"] == json.loads((whole / "run.json").read_text())["recipe_digest"]
+    before = (lean / "metrics.jsonl").read_bytes()
+    run(recipe_of(cache, lean))  # finished: nothing is repeated, whatever it is asked to be computed in
+    assert (lean / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(MismatchError, match=r"another run \(optimizer.learning_rate differ\)"):
+        run(recipe_of(cache, lean, optimizer={"learning_rate": 3e-2, "eps": 1e-3}))
+
+
+def test_rows_are_cut_as_they_were_when_the_run_began(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(cache, tmp_path)
+    run(recipe)
+    assert json.loads((tmp_path / "run.json").read_text())["packed"] is True
+    unfinish(tmp_path)
+    monkeypatch.setattr(trainer, "probe", lambda *_: "padded")
+    with pytest.raises(MismatchError, match="rows hold several segments"):
+        run(recipe)
+    run(recipe_of(cache, tmp_path / "padded"))
+    unfinish(tmp_path / "padded")
+    before = losses(tmp_path / "padded")
+    monkeypatch.undo()
+    run(recipe_of(cache, tmp_path / "padded"))  # able to pack now, and does not
+    assert json.loads((tmp_path / "padded" / "run.json").read_text())["packed"] is False
+    assert losses(tmp_path / "padded") == before
+
+
+def test_two_processes_do_not_train_in_one_folder(cache: Cache, tmp_path: Path) -> None:
+    recipe = recipe_of(cache, tmp_path / "run", steps=2)
+    run(recipe)
+    (tmp_path / "run" / "result.json").unlink()
+    with Claim(tmp_path / "run", "trains") as other:
+        other.take()
+        with pytest.raises(InputError, match=f"another process trains in this folder.*process {os.getpid()}"):
+            run(recipe)
+        before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+        assert before
+    run(recipe)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_shares_of_the_gradient_are_logged_and_drawn_and_change_nothing(cache: Cache, tmp_path: Path) -> None:
