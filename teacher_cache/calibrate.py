@@ -17,7 +17,7 @@ from signal_store.canonical import sha256
 from signal_store.distribution_codec import DistributionCodec
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.hidden_codec import HiddenCodec
-from signal_store.ledger import CALIBRATION, MANIFEST, commit, new_attempt, read_document
+from signal_store.ledger import CALIBRATION, MANIFEST, calibration_keys, commit, new_attempt, read_document
 from signal_store.manifest import (
     FORMAT_VERSION,
     AttentionLayout,
@@ -148,12 +148,6 @@ def calibrated_part(recipe: CacheRecipe, planned: Plan) -> dict[str, Any]:
     teacher = recipe.teacher.model_dump(mode="json", include={"dtype"})
     rest = recipe.model_dump(mode="json", include={"signals", "batch_tokens", "forward", "calibration"})
     return {"plan": planned.digest, **{f"teacher.{name}": value for name, value in teacher.items()}, **rest}
-
-
-def calibration_keys(arrays_digest: str) -> tuple[str, str]:
-    """Where the calibrated matrices lie, twice: without the tail basis all tails are noise."""
-    name = arrays_digest.removeprefix("sha256:")[:16]
-    return f"ledger/calibration/{name}.safetensors", f"ledger/calibration/{name}.copy.safetensors"
 
 
 def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:
