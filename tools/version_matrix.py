@@ -193,7 +193,7 @@ def missed_floors(versions: dict[str, str]) -> list[str]:
     return missed
 
 
-def try_environment(environment: str, which: str, base: str, index: str | None = None) -> Result:
+def try_environment(environment: str, which: str, base: str, index: str | None) -> Result:
     """Make the environment if need be, run its tests, read what they said."""
     start = time.monotonic()
     python_version = environment.partition("-")[0]
@@ -265,14 +265,16 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)}.txt and .json")
     chosen = parser.parse_args()
     wanted = {version: find_python(version) for version in chosen.python or PYTHONS}
-    pairs = [(f"{v}-{which}", which, base) for v, base in wanted.items() if base for which in chosen.sets or SETS]
+    pairs: list[tuple[str, str, str]] = [
+        (f"{v}-{which}", which, base) for v, base in wanted.items() if base for which in chosen.sets or SETS
+    ]
     absent = [version for version, base in wanted.items() if base is None]
     if not pairs:
         print(f"no Python of {', '.join(absent)} is here", file=sys.stderr)
         return 2
     uv()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda pair: try_environment(*pair, index=chosen.torch_index), pairs))
+        results = list(pool.map(lambda pair: try_environment(*pair, chosen.torch_index), pairs))
     text = table(results, absent)
     print(text, end="")
     if chosen.write:
