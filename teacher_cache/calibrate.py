@@ -19,7 +19,7 @@ from signal_store.canonical import sha256
 from signal_store.distribution_codec import DistributionCodec
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.hidden_codec import HiddenCodec
-from signal_store.ledger import CALIBRATION, MANIFEST, commit, new_attempt, read_document
+from signal_store.ledger import CALIBRATION, MANIFEST, calibration_keys, commit, new_attempt, read_document
 from signal_store.manifest import (
     FORMAT_VERSION,
     AttentionLayout,
@@ -156,12 +156,6 @@ def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = A
     needs_head |= signals.stats is not None and signals.stats.gradient
     rows = signals.attention is not None or (signals.stats is not None and signals.stats.attention) or signals.evidence is not None
     return load_teacher(placed(recipe.teacher, worker), vocab_size, capture_rows=rows, needs_head=needs_head)
-
-
-def calibration_keys(arrays_digest: str) -> tuple[str, str]:
-    """Where the calibrated matrices lie, twice: without the tail basis all tails are noise."""
-    name = arrays_digest.removeprefix("sha256:")[:16]
-    return f"ledger/calibration/{name}.safetensors", f"ledger/calibration/{name}.copy.safetensors"
 
 
 def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:

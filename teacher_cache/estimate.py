@@ -18,13 +18,13 @@ from transformers import PretrainedConfig
 from model_taps.loading import load_config
 from signal_store.arrays import ArraySpec
 from signal_store.errors import StorageError
-from signal_store.ledger import plan_unit_key
+from signal_store.ledger import calibration_keys, plan_unit_key
 from signal_store.local_objects import LocalObjects
 from signal_store.manifest import Capacities
 from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
 from signal_store.shard_writer import encode_chunk
-from teacher_cache.calibrate import Calibrated, batches_of, calibrate, calibration_keys
+from teacher_cache.calibrate import Calibrated, batches_of, calibrate
 from teacher_cache.extract.batch import UnitWork, extract_batch, plan_rows
 from teacher_cache.plan import Plan, plan, settled
 from teacher_cache.positions import capacities_of

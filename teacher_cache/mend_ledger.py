@@ -19,6 +19,7 @@ from signal_store.ledger import (
     Document,
     UnitRecord,
     attempt_folder,
+    calibration_keys,
     extension_key,
     listed_records,
     new_attempt,
@@ -35,7 +36,6 @@ from signal_store.objects import Objects, objects_at
 from signal_store.seal_record import Seal
 from teacher_cache.calibrate import (
     calibration_body,
-    calibration_keys,
     load_recipe_teacher,
     manifest_of,
     read_calibration_arrays,

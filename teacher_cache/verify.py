@@ -20,6 +20,7 @@ from signal_store.ledger import (
     UNITS,
     Document,
     UnitRecord,
+    calibration_keys,
     extension_key,
     is_record_of,
     newest_revision,
@@ -35,7 +36,6 @@ from signal_store.objects import Objects, join_uri, objects_at
 from signal_store.progress import progress_bar
 from signal_store.seal_record import Seal
 from signal_store.signals import Signals
-from teacher_cache.calibrate import calibration_keys
 from teacher_cache.worker_notes import NOTES
 from teacher_cache.workers import CLAIMS
 

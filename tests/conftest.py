@@ -9,11 +9,11 @@ from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache
-from teacher_cache.build import build
 from teacher_cache.recipe import CacheRecipe
 from tests.tiny import (
     CODE,
     CONTEXT,
+    HAS_TORCH,
     HEADS,
     PROSE,
     QUESTIONS,
@@ -24,6 +24,9 @@ from tests.tiny import (
     write_jsonl,
     write_rows,
 )
+
+if HAS_TORCH:
+    from teacher_cache.build import build
 
 settings.register_profile("unhurried", deadline=None)  # wall-clock is never asserted
 settings.load_profile("unhurried")
@@ -117,3 +120,7 @@ def knowing_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMa
             part = {"name": f"{task}-{split}", "split": split, "jsonl": path, "task": task, **asked}
             sources.append({**part, "lexer": "python", "tagger": tagger})
     return build(recipe_for(tmp_path_factory.mktemp("knowing") / "cache.zarr", signals=EVERY_SIGNAL, sources=sources))
+
+
+if not HAS_TORCH:
+    from tests.without_torch import cache, teacher_folder  # type: ignore[no-redef]  # noqa: F401

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from model_taps.blocks import decoder_blocks
 
@@ -77,7 +75,7 @@ def enable_row_capture(model: PreTrainedModel) -> None:
         return
     name = PREFIX + kernel.replace("/", "_")
     AttentionInterface.register(name, _capturing(kernel))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[kernel])
     model.set_attn_implementation(name)
 
 
@@ -105,7 +103,7 @@ def _kernel_function(kernel: str, module: nn.Module) -> Callable[..., Any]:
     if kernel == "eager":  # transformers keeps the eager function of a family in its modelling file
         function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
         return function
-    return ALL_ATTENTION_FUNCTIONS[kernel]  # type: ignore[no-any-return]
+    return AttentionInterface()[kernel]  # type: ignore[no-any-return]
 
 
 def attention_rows(query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, rows: RowQuery, options: dict[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 import zarr.codecs
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
+from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
+from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from signal_store.arrays import ArraySpec, hierarchy_metadata
@@ -156,7 +156,7 @@ class Cache:
         found = ", ".join(sorted(path for part in self.parts for path in part.capacity_rows))
         raise MismatchError("the cache does not hold this array", expected=path, found=found, where=self.uri)
 
-    def array(self, path: str) -> zarr.Array[Any]:
+    def array(self, path: str) -> "zarr.Array[Any]":
         """The zarr array at `path`; MismatchError naming what there is, if it is not there."""
         if path not in self._arrays:
             array = self._part(path).group[path]

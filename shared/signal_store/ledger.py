@@ -43,6 +43,12 @@ def extension_key(generation: int) -> str:
     return f"{EXTENSIONS}/{generation:06d}.json"
 
 
+def calibration_keys(arrays_digest: str) -> tuple[str, str]:
+    """Where the calibrated matrices lie, twice: without the tail basis all tails are noise."""
+    name = arrays_digest.removeprefix("sha256:")[:16]
+    return f"ledger/calibration/{name}.safetensors", f"ledger/calibration/{name}.copy.safetensors"
+
+
 def tokenizer_key(name: str) -> str:
     """Where a file of the tokenizer is kept."""
     return f"{TOKENIZER}/{name}"

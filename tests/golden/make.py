@@ -1,37 +1,20 @@
-"""Makes the golden cache of this format version: `python -m tests.golden.make`. Every later version reads what it wrote.
+"""Makes the golden cache of this format version: `python -m tests.golden.make`. Every later version reads what it wrote."""
 
-The cache is kept as one zip, with the sha256 of every array as decoded by plain zarr, NaN and fill values included.
-"""
-
-import hashlib
 import json
 import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
-import zarr
 
 from signal_store.manifest import FORMAT_VERSION
 from teacher_cache.build import build
 from teacher_cache.recipe import CacheRecipe
+from tests.golden.archive import FOLDER, digests
 from tests.torture.material import make_material, recipe_at
 
-FOLDER = Path(__file__).parent
 ARCHIVE = FOLDER / f"cache-v{FORMAT_VERSION}.zip"
 EXPECTED = FOLDER / f"cache-v{FORMAT_VERSION}.json"
-
-
-def digests(root: Path) -> dict[str, str]:
-    """sha256 of the rows of every array, as plain zarr reads them."""
-    group = zarr.open_group(root, mode="r", zarr_format=3)
-    found = {}
-    for path, member in group.members(max_depth=None):
-        if isinstance(member, zarr.Array):
-            rows = np.ascontiguousarray(member[...])
-            found[path] = hashlib.sha256(f"{rows.dtype}{rows.shape}".encode() + rows.tobytes()).hexdigest()
-    return dict(sorted(found.items()))
 
 
 def golden_recipe(folder: Path) -> CacheRecipe:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import pytest
 
 from signal_store.cache import open_cache
 from teacher_cache.verify import verify
-from tests.golden.make import digests
+from tests.golden.archive import VERSIONS, digests, unpack
 
 FOLDER = Path(__file__).parent
-VERSIONS = sorted(path.stem for path in FOLDER.glob("cache-v*.json"))
+
+pytestmark = pytest.mark.storage
 
 STRANGER = """
 import hashlib, json, sys, warnings
@@ -51,8 +51,7 @@ print(json.dumps({
 @pytest.fixture(scope="module", params=VERSIONS)
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     root = tmp_path_factory.mktemp("golden") / "cache.zarr"
-    with zipfile.ZipFile(FOLDER / f"{request.param}.zip") as archive:
-        archive.extractall(root)
+    unpack(request.param, root)
     return root, json.loads((FOLDER / f"{request.param}.json").read_text())
 
 

@@ -24,8 +24,9 @@ from teacher_cache.repair import repair
 from teacher_cache.seal import seal
 from teacher_cache.verify import verify
 from teacher_cache.workers import Worker
-from tests.tiny import CODE, write_jsonl
+from tests.tiny import CODE, needs_torch, write_jsonl
 
+pytestmark = [pytest.mark.storage, needs_torch]
 RecipeMaker = Callable[..., CacheRecipe]
 
 

@@ -21,8 +21,9 @@ from teacher_cache.recipe import CacheRecipe
 from teacher_cache.repair import repair
 from teacher_cache.verify import verify
 from tests.integration.test_generations import bodies
-from tests.tiny import CODE, make_model, make_tokenizer, write_jsonl
+from tests.tiny import CODE, make_model, make_tokenizer, needs_torch, write_jsonl
 
+pytestmark = [pytest.mark.storage, needs_torch]
 RecipeMaker = Callable[..., CacheRecipe]
 
 

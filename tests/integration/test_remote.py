@@ -12,10 +12,15 @@ from signal_store.cache import Cache, open_cache
 from signal_store.disk_cache import DiskCacheOptions
 from signal_store.errors import CorruptError, NotFoundError, StorageError
 from signal_store.objects import objects_at
-from teacher_cache.build import build
-from teacher_cache.fill import fill
 from teacher_cache.verify import verify
 from tests.servers import Faults, s3_server, web_server
+from tests.tiny import HAS_TORCH
+
+if HAS_TORCH:
+    from teacher_cache.build import build
+    from teacher_cache.fill import fill
+
+pytestmark = pytest.mark.storage
 
 RecipeMaker = Callable[..., Any]
 

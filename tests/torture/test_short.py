@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import needs_torch
+
+pytestmark = [pytest.mark.storage, needs_torch]
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import xarray
 import zarr
 from hypothesis import given, settings
@@ -16,15 +15,22 @@ from zarr.storage import MemoryStore
 from signal_store import arrays
 from signal_store.arrays import FILL, ArraySpec, create_array, grid, hierarchy_metadata
 from signal_store.cache import Cache, SealedPart, open_cache
-from signal_store.distribution_codec import DistributionCodec, top_k
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
 from signal_store.ledger import MANIFEST, commit, parse_document, read_document, seal_key
 from signal_store.local_objects import LocalObjects
 from signal_store.objects import objects_at
 from signal_store.shard_writer import UnitArrayWriter, write_unit_array
-from teacher_cache.build import build
-from teacher_cache.fill import fill
 from tests.conftest import RecipeMaker
+from tests.tiny import HAS_TORCH, needs_torch
+
+if HAS_TORCH:
+    import torch
+
+    from signal_store.distribution_codec import DistributionCodec, top_k
+    from teacher_cache.build import build
+    from teacher_cache.fill import fill
+
+pytestmark = pytest.mark.storage
 
 
 @settings(max_examples=40, deadline=None)
@@ -256,6 +262,7 @@ def test_an_interrupt_after_the_commit_loses_nothing(
     assert tree["hidden/rows/position"].shape == tree["hidden/block_output/2/scale"].shape
 
 
+@needs_torch
 @settings(max_examples=30, deadline=None)
 @given(vocab=st.integers(1, 9000), k=st.integers(0, 140), seed=st.integers(0, 99), equal=st.booleans())
 def test_top_k_is_torchs(vocab: int, k: int, seed: int, equal: bool) -> None:
@@ -269,6 +276,7 @@ def test_top_k_is_torchs(vocab: int, k: int, seed: int, equal: bool) -> None:
     assert all(len(set(row)) == k for row in ids.tolist())
 
 
+@needs_torch
 @settings(max_examples=30, deadline=None)
 @given(
     temperatures=st.sampled_from([(1.0, 2.0, 3.0, 4.0), (1.0,), (3.0, 1.0), (1.0, 8.0, 4.0, 2.0), (1.0, 1.5, 3.0)]),
