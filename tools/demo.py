@@ -19,13 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from model_taps.loading import load_tokenizer
-from model_taps.native_dtype import AUTO, choose_dtype
 from signal_store.cache import Cache, open_cache
 from signal_store.command_line import guarded, keep_freed_memory
 from signal_store.errors import MismatchError, NotFoundError
@@ -64,7 +62,7 @@ def cache_recipe() -> dict[str, Any]:
     ]
     return {
         "cache": str(OUT / "cache.zarr"),
-        "teacher": {"model": str(TEACHER), "dtype": "auto"},
+        "teacher": {"model": str(TEACHER)},
         "context": 256,
         "sources": sources,
         "signals": {"distribution": {}, "hidden": {"rank": 32, "positions": {"every": 8}}, "attention": {}},
@@ -79,7 +77,6 @@ def run_recipe(preset: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
         "student": {"config": STUDENT, "seed": seed},
         "steps": steps,
         "seed": seed,
-        "precision": choose_dtype(AUTO, torch.bfloat16, "cpu").name,
         "optimizer": {"learning_rate": 1.5e-3, "betas": [0.9, 0.95], "warmup_steps": steps // 20, "min_factor": 0.02},
         "stream": {"row_tokens": 256, "rows_per_step": 4, "seed": seed},
         "validation": {"every": max(1, steps // 4)},
