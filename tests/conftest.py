@@ -1,5 +1,8 @@
-"""Fixtures: a tiny teacher, texts, and caches made of them once a session."""
+"""Fixtures: a tiny teacher, texts, and caches made of them, once for all processes of a test run. Tests read them and change copies."""
 
+import fcntl
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from signal_store.cache import Cache
+from signal_store.cache import Cache, open_cache
 from teacher_cache.recipe import CacheRecipe
 from tests.tiny import (
     CODE,
@@ -32,25 +35,52 @@ settings.register_profile("unhurried", deadline=None)  # wall-clock is never ass
 settings.load_profile("unhurried")
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A folder by its name, which the first process that asks for it makes; the others wait, and read it."""
+    own = tmp_path_factory.getbasetemp()
+    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
+        with (base / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed half way
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    make_model("llama", len(tokenizer), scale=8.0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def teacher_folder(once: Once, tokenizer: PreTrainedTokenizerFast) -> Path:
+    def make(folder: Path) -> None:
+        make_model("llama", len(tokenizer), scale=8.0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return once("teacher", make)
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("texts")
-    train = [f"# part {i}\n{text}" for i in range(8) for text in CODE + PROSE]
-    held = [f"# held out {i}\n{text}" for i in range(2) for text in (*CODE, PROSE[1])]
-    return {"train": write_jsonl(folder / "train.jsonl", train), "validation": write_jsonl(folder / "validation.jsonl", held)}
+def texts(once: Once) -> dict[str, Path]:
+    def make(folder: Path) -> None:
+        write_jsonl(folder / "train.jsonl", [f"# part {i}\n{text}" for i in range(8) for text in CODE + PROSE])
+        held = [f"# held out {i}\n{text}" for i in range(2) for text in (*CODE, PROSE[1])]
+        write_jsonl(folder / "validation.jsonl", held)
+
+    folder = once("texts", make)
+    return {split: folder / f"{split}.jsonl" for split in ("train", "validation")}
 
 
 RecipeMaker = Callable[..., CacheRecipe]
@@ -78,16 +108,16 @@ def recipe_for(teacher_folder: Path, texts: dict[str, Path]) -> RecipeMaker:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+def cache(once: Once, recipe_for: RecipeMaker) -> Cache:
     """A sealed cache with every signal."""
-    return build(recipe_for(tmp_path_factory.mktemp("cache") / "cache.zarr"))
+    return open_cache(once("cache", lambda folder: build(recipe_for(folder / "cache.zarr"))) / "cache.zarr")
 
 
 @pytest.fixture(scope="session")
-def exact_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+def exact_cache(once: Once, recipe_for: RecipeMaker) -> Cache:
     """A sealed cache whose tail is the whole hidden state in 16 bits."""
     signals = {"distribution": {"head": 8, "rank": WIDTH, "tail_bits": 16}, "hidden": {}, "attention": {"heads": HEADS}}
-    return build(recipe_for(tmp_path_factory.mktemp("exact") / "cache.zarr", signals=signals))
+    return open_cache(once("exact", lambda folder: build(recipe_for(folder / "cache.zarr", signals=signals))) / "cache.zarr")
 
 
 EVERY_SIGNAL: dict[str, Any] = {
@@ -106,8 +136,16 @@ EVERY_SIGNAL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def knowing_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker, texts: dict[str, Path]) -> Cache:
+def knowing_cache(once: Once, recipe_for: RecipeMaker, texts: dict[str, Path]) -> Cache:
     """A sealed cache with everything that any term reads, as exact as it can be stored."""
+
+    def make(folder: Path) -> None:
+        build(recipe_for(folder / "cache.zarr", signals=EVERY_SIGNAL, sources=_every_source(folder, texts)))
+
+    return open_cache(once("knowing", make) / "cache.zarr")
+
+
+def _every_source(folder: Path, texts: dict[str, Path]) -> list[dict[str, Any]]:
     tagger = {"parser": "pygments"}
     sources = [
         {"name": "train", "jsonl": texts["train"], "lexer": "python", "tagger": tagger},
@@ -116,10 +154,10 @@ def knowing_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMa
     asked = {"prompt": "prompt", "completion": "completion"}
     for task, rows in (("qa", QUESTIONS), ("summary", SUMMARIES)):
         for split, some in (("train", rows[4:]), ("validation", rows[:4])):
-            path = write_rows(tmp_path_factory.mktemp(task) / f"{split}.jsonl", some)
+            path = write_rows(folder / f"{task}-{split}.jsonl", some)
             part = {"name": f"{task}-{split}", "split": split, "jsonl": path, "task": task, **asked}
             sources.append({**part, "lexer": "python", "tagger": tagger})
-    return build(recipe_for(tmp_path_factory.mktemp("knowing") / "cache.zarr", signals=EVERY_SIGNAL, sources=sources))
+    return sources
 
 
 if not HAS_TORCH:

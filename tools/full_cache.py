@@ -103,7 +103,7 @@ def recipe() -> CacheRecipe:
     return CacheRecipe.model_validate(
         {
             "cache": str(OUT / "cache.zarr"),
-            "teacher": {"model": str(TEACHER), "dtype": "bfloat16"},
+            "teacher": {"model": str(TEACHER)},
             "context": CONTEXT,
             "sources": sources,
             "signals": {

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -298,6 +299,12 @@ def _forked(module: str, arguments: list[str], log: Path) -> None:
         importlib.import_module(f"{module}.cli").main()
 
 
+def _with_small_files(module: str, arguments: list[str], log: Path) -> None:
+    """A command whose disk is full after 9,000 bytes of any file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+    _forked(module, arguments, log)
+
+
 def kill_until_done(module: str, arguments: list[str], log: Path, moments: list[Callable[[], bool]]) -> int:
     """Run a command again and again, killing it as soon as each moment has come, until it finishes by itself. Returns the kills.
 
@@ -398,9 +405,12 @@ def test_verbs_one_by_one_and_a_full_disk(tmp_path: Path, recipe: dict[str, Any]
     assert json.loads(planned.stdout)["units"] > 3
     assert cli("teacher_cache", "calibrate", written).returncode == 0
     refused(cli("teacher_cache", "seal", recipe["cache"]), "not filled", "missing: 0, 1, 2")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
-    script = f"{limit}; from teacher_cache.cli import main; import sys; sys.argv = ['x', 'fill', {written!r}]; main()"
-    full = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    log = tmp_path / "log"
+    child = multiprocessing.get_context("fork").Process(target=_with_small_files, args=("teacher_cache", ["fill", written], log))
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    full = subprocess.CompletedProcess(["fill"], child.exitcode, "", log.read_text())
     refused(full, "disk is full", "Nothing committed is lost")
     assert cli("teacher_cache", "fill", written).returncode == 0
     assert cli("teacher_cache", "seal", recipe["cache"]).returncode == 0

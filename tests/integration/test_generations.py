@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from teacher_cache.repair import repair
 from teacher_cache.seal import seal
 from teacher_cache.verify import verify
 from teacher_cache.workers import Worker
+from tests.processes import fresh
 from tests.tiny import CODE, needs_torch, write_jsonl
 
 pytestmark = [pytest.mark.storage, needs_torch]
@@ -180,8 +180,7 @@ def work(recipe: CacheRecipe, number: int, count: int) -> None:
 
 def test_three_workers_fill_one_cache(cache: Cache, recipe_for: RecipeMaker, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path / "cache.zarr")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(recipe, i, 3)) for i in range(3)]
+    workers = [fresh().Process(target=work, args=(recipe, i, 3)) for i in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:

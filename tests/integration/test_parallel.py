@@ -1,7 +1,6 @@
 """One student, several processes: replicated and sharded training give what one process gives, and go on in each other's place."""
 
 import json
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -17,6 +16,7 @@ from signal_store.errors import InputError
 from student_train.losses.objective import STATE_TERMS
 from student_train.recipe import RunRecipe
 from student_train.run import run
+from tests.processes import fresh
 from tests.tiny import COMMON
 
 ROWS = 4
@@ -56,8 +56,7 @@ def together(recipe: RunRecipe, world: int = 2) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, world, port, recipe)) for rank in range(world)]
+    processes = [fresh().Process(target=work, args=(rank, world, port, recipe)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:

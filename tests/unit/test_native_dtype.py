@@ -1,5 +1,6 @@
 """Which dtype is taken on which device, what is said of an emulated one, and what of another machine."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,5 +175,6 @@ def test_auto_is_settled_once_for_a_cache(
 def test_a_cache_of_before_there_was_auto_goes_on(
     tmp_path: Path, cache: Cache, recipe_for: Callable[..., Any], teacher_folder: Path
 ) -> None:
-    recipe = recipe_for(Path(cache.uri), teacher={"model": str(teacher_folder), "device": "cpu"})
+    copy = shutil.copytree(cache.uri, tmp_path / "cache.zarr")
+    recipe = recipe_for(copy, teacher={"model": str(teacher_folder), "device": "cpu"})
     assert build(recipe).manifest.cache_id == cache.manifest.cache_id

@@ -73,7 +73,7 @@ def recipe_of(folder: Path, name: str, characters: int, unit_tokens: int) -> Cac
     return CacheRecipe.model_validate(
         {
             "cache": folder / f"{name}.zarr",
-            "teacher": {"model": str(folder / "teacher"), "dtype": "bfloat16", "device": "cpu"},
+            "teacher": {"model": str(folder / "teacher"), "device": "cpu"},
             "sources": [{"name": "code", "jsonl": texts, "lexer": "python"}],
             "context": 1024,
             "unit_tokens": unit_tokens,
