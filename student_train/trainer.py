@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from model_taps.causality import refuse_look_ahead
-from model_taps.packing import probe
+from model_taps.head import refuse_another_head
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError, SignalStoreError
 from signal_store.progress import progress_bar
@@ -33,7 +33,7 @@ from student_train.stream.loader import load
 from student_train.stream.order import key_of
 from student_train.stream.parcel import Parcel
 from student_train.stream.rows import Cursor, Stream
-from student_train.student import build_student, cached_tokenizer
+from student_train.student import build_student, cached_tokenizer, packs_rows
 from student_train.validation import validate, validation_needs
 
 HEAD_MATCHING_BATCHES = 64
@@ -79,7 +79,8 @@ class Trainer:
         student, vocab_size = self.distiller.student, self.cache.manifest.tokenizer.vocab_size
         with accelerator.autocast():
             refuse_look_ahead(student, vocab_size, "student")
-            packed = probe(student, vocab_size) == "packed"
+            refuse_another_head(student, vocab_size, "student")
+            packed = packs_rows(student, self.cache, recipe.stream)
         ranks = accelerator.process_index, accelerator.num_processes
         stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks, self.objective.weigher)
         found = checkpoint.newest(recipe.out / "checkpoints")
