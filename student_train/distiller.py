@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model_taps.attention import enable_row_capture, tap_attention_rows
+from model_taps.attention import captured_layers, refuse_silent_rows, tap_attention_rows
 from model_taps.head import final_hidden, output_head
-from model_taps.slices import tap_states
+from model_taps.slices import refuse_silent_taps, tap_states
 from student_train.batch import CodedBatch
 from student_train.codecs import Codecs
 from student_train.fidelity import measure_rows
@@ -45,8 +45,9 @@ class Distiller(nn.Module):
         self.codecs = Codecs(None)
         self.head_pairs: HeadPairs = {}
         self._open_taps = contextlib.ExitStack()
-        if objective.student_rows:
-            enable_row_capture(student)
+        wanted = {layer for layers in objective.student_rows.values() for layer in layers}
+        if wanted:
+            refuse_silent_rows(student, captured_layers(student, student.config.get_text_config(decoder=True).vocab_size), wanted)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -94,6 +95,7 @@ class Distiller(nn.Module):
         if balance is not None:
             sums["router_balance"] = balance
             total = total + scales["router_balance"] * balance
+        refuse_silent_taps(self.student, states, objective.student_states, batch.input_ids.shape)
         rows = split_rows(wanted, queries, taken)
         seen = Seen(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
         levels = () if self.gate is None else self.gate.levels

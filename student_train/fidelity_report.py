@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from model_taps.head import final_hidden
-from model_taps.packing import probe
 from model_taps.slices import State, tap_states
 from model_taps.spread import evenly
 from signal_store.cache import Cache, open_cache
@@ -28,7 +27,7 @@ from student_train.recipe import SharingSection, StreamSection, StudentSection
 from student_train.sharing import Shared, accelerator_of
 from student_train.stream.reader import Needs
 from student_train.stream.rows import Stream
-from student_train.student import build_student
+from student_train.student import build_student, packs_rows
 from student_train.validation import validate, validation_needs
 
 TAP: Tap = "block_output"
@@ -52,9 +51,9 @@ def fidelity_report(
     shared = Shared.of(accelerator, distiller, SharingSection.model_validate({}))
     needs = validation_needs(opened, with_teacher=True)
     distiller.codecs = Codecs.of(opened, needs, accelerator.device)
-    with accelerator.autocast():
-        packed = probe(model, opened.manifest.tokenizer.vocab_size) == "packed"
     rows = StreamSection(row_tokens=opened.manifest.plan.context, rows_per_step=4)
+    with accelerator.autocast():
+        packed = packs_rows(model, opened, rows)
     stream = Stream(opened, needs, rows, packed=packed)
     found = validate(shared, stream, needs, max_tokens)
     found["tokens"] = found.pop("validation_tokens")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from student_train.native_dtype import emulation_warning, lacking, native_dtypes
+from model_taps.native_dtype import emulation_warning, lacking, name_of, native_dtypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Precision:
     @property
     def name(self) -> str:
         """As a recipe names it."""
-        return str(self.dtype).removeprefix("torch.")
+        return name_of(self.dtype)
 
 
 def training_device() -> torch.device:

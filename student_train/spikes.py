@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from model_taps.packing import probe
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.look.coloured import surprise_and_entropy
@@ -22,7 +21,7 @@ from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
 from student_train.stream.reader import TOKENS_ONLY
 from student_train.stream.rows import Stream
-from student_train.student import build_student
+from student_train.student import build_student, packs_rows
 
 BEFORE = 50
 LEAST_BEFORE = 8
@@ -104,7 +103,7 @@ def segments_of(recipe: RunRecipe, cache: Cache, steps: set[int]) -> dict[int, l
     """By step (from 1), the segments of its rows, one that stands in it twice, in a small cache, twice; the stream is walked from
     its beginning."""
     student, _ = build_student(recipe.student, cache)
-    packed = probe(student, cache.manifest.tokenizer.vocab_size) == "packed"
+    packed = packs_rows(student, cache, recipe.stream)
     config = recipe.stream.model_copy(update={"micro_rows": None})
     batches = Stream(cache, TOKENS_ONLY, config, packed=packed).micro_batches({}, 0)
     return {step: sorted(batch.segments) for step, batch in enumerate(islice(batches, max(steps)), start=1) if step in steps}

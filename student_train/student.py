@@ -8,10 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
+from model_taps.neighbours import probe
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
 from signal_store.recipe_file import nearest
-from student_train.recipe import LoraSection, StudentSection
+from student_train.recipe import LoraSection, StreamSection, StudentSection
 
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -127,3 +128,26 @@ def _check(model: PreTrainedModel, cache: Cache) -> None:
             found=positions,
             where="student.config.max_position_embeddings",
         )
+
+
+def packs_rows(student: PreTrainedModel, cache: Cache, stream: StreamSection) -> bool:
+    """Whether several segments of the cache may share a row of the student's. InputError where neither that nor one a row gives a
+    segment what it gets alone."""
+    found = probe(
+        student,
+        cache.manifest.tokenizer.vocab_size,
+        cache.manifest.plan.context,
+        what="student",
+        width=stream.row_tokens,
+        most_tokens=stream.row_tokens * (stream.micro_rows or stream.rows_per_step),
+        allowed=("packed", "padded"),
+    )
+    if found.split_length is not None:
+        raise InputError(
+            "the student's states depend on the longest segment of a batch",
+            expected=f"segments of at most {found.split_length} tokens, or a student without such a rule",
+            found=f"segments of up to {cache.manifest.plan.context} tokens",
+            where=f"{student.config.model_type}, its rope_parameters",
+            remedy="Give the student's config other rope_parameters, or build the cache with a shorter context.",
+        )
+    return found.forward == "packed"

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from model_taps.causality import refuse_look_ahead
-from model_taps.packing import probe
+from model_taps.head import refuse_another_head
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError, SignalStoreError
 from signal_store.progress import progress_bar
@@ -33,7 +33,7 @@ from student_train.stream.loader import load
 from student_train.stream.order import key_of
 from student_train.stream.parcel import Parcel
 from student_train.stream.rows import Cursor, Stream
-from student_train.student import build_student, cached_tokenizer
+from student_train.student import build_student, cached_tokenizer, packs_rows
 from student_train.validation import validate, validation_needs
 
 HEAD_MATCHING_BATCHES = 64
@@ -81,8 +81,9 @@ class Trainer:
         student, vocab_size = self.distiller.student, self.cache.manifest.tokenizer.vocab_size
         with self._probing():
             refuse_look_ahead(student, vocab_size, "student")
+            refuse_another_head(student, vocab_size, "student")
             refuse_lost_losses(student, vocab_size, self.objective.balance)
-            packed = self._cut(probe(student, vocab_size) == "packed")
+            packed = self._cut(packs_rows(student, self.cache, recipe.stream))
         ranks = accelerator.process_index, accelerator.num_processes
         stream = Stream(self.cache, self.objective.needs, recipe.stream, packed, *ranks, self.objective.weigher)
         found = checkpoint.newest(recipe.out / "checkpoints")

@@ -11,6 +11,7 @@ from safetensors.numpy import load, save
 
 from model_taps.machine import MachineClass, differences
 from model_taps.native_dtype import AUTO
+from model_taps.neighbours import Composition
 from model_taps.slices import State
 from signal_store import layout
 from signal_store.arrays import ArraySpec
@@ -40,6 +41,7 @@ from teacher_cache.calibration_fit import Arrays, checked_values, measure
 from teacher_cache.plan import Plan, plan, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
+from teacher_cache.supported import listening_of
 from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, placed, think
 from teacher_cache.teacher_dtype import tell_of_emulation, with_dtype
 from teacher_cache.unit_plan import UnitPlan
@@ -78,19 +80,11 @@ class Calibrated:
     @property
     def listening(self) -> Listening:
         """What of the teacher is read while it runs."""
-        signals, calibration = self.manifest.signals, self.manifest.calibration
-        states: list[State] = [(h.tap, h.layer) for h in calibration.hidden]
-        rows = [a.layer for a in calibration.attention]
-        gradients: list[int] = []
-        if signals.stats is not None and calibration.stats is not None:
-            states += [("ffn_activation", layer) for layer in calibration.stats.layers] if signals.stats.ffn else []
-            rows += calibration.stats.attention_layers if signals.stats.attention else ()
-            gradients += calibration.stats.layers if signals.stats.gradient else ()
-        if signals.replay is not None:
-            states.append(("block_output", self.manifest.teacher.num_layers))
-            gradients += calibration.replay_layers if signals.replay.gradient else ()
-        rows += calibration.evidence_layers
-        return Listening(tuple(dict.fromkeys(states)), tuple(dict.fromkeys(rows)), tuple(dict.fromkeys(gradients)))
+        found, last = self.manifest.calibration, self.manifest.teacher.num_layers
+        states: list[State] = [(h.tap, h.layer) for h in found.hidden]
+        rows = [a.layer for a in found.attention]
+        others = (found.stats, found.replay_layers, found.evidence_layers, last)
+        return listening_of(self.manifest.signals, states, rows, *others)
 
 
 def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
@@ -233,6 +227,7 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
             unit_tokens=recipe.resolved_unit_tokens,
             batch_tokens=recipe.batch_tokens,
             forward=body["forward"],
+            split_length=body.get("split_length"),
             capacities=planned.capacities,
         ),
         calibration=calibration,
@@ -295,4 +290,4 @@ def _check_teacher(calibrated: Calibrated, objects: Objects) -> None:
 def batches_of(calibrated: Calibrated, unit: UnitPlan) -> list[TeacherBatch]:
     """The batches of a unit, as the manifest fixes them."""
     p = calibrated.manifest.plan
-    return compose(unit.length, p.forward, p.context, p.batch_tokens)
+    return compose(unit.length, Composition(p.forward, p.split_length), p.context, p.batch_tokens)

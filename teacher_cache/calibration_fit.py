@@ -9,19 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model_taps.attention import softmax_attention_layers
 from model_taps.blocks import layer_at_depth
 from model_taps.slices import State
 from signal_store.errors import InputError
 from signal_store.hidden_codec import HiddenCodec
+from signal_store.manifest import StatsLayout
 from signal_store.objects import Objects
 from signal_store.progress import progress_bar
 from signal_store.signals import EvidenceSignal, Signals
 from teacher_cache.plan import Plan
 from teacher_cache.positions import attention_rows
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.supported import listening_of, refuse_unsupported
 from teacher_cache.tail_basis import TailFit, choose_codec, headless_codec
-from teacher_cache.teacher import Listening, Teacher, TeacherBatch, attention_layers, resolve_forward, think
+from teacher_cache.teacher import Listening, Teacher, TeacherBatch, attention_layers, refuse_no_rows, resolve_forward, think
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import SPLITS
 
@@ -90,7 +91,7 @@ def _refuse_too_many(signals: Signals, teacher: Teacher) -> None:
         "attention.heads": (signals.attention.heads if signals.attention else None, heads),
     }
     for name, (wanted, most) in asked.items():
-        if isinstance(wanted, int) and wanted > most:
+        if isinstance(wanted, int) and most is not None and wanted > most:
             raise InputError("more than the teacher has", expected=f"at most {most}", found=wanted, where=f"signals.{name}")
 
 
@@ -101,13 +102,21 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     attention = signals.attention
     _refuse_too_many(signals, teacher)
     row_layers = attention_layers(teacher, attention.layers) if attention else ()
+    body: dict[str, Any] = {"tail_rank": 0, "stats": _stats_layers(signals, teacher)}
+    body["replay_layers"] = list(_layers(signals.replay.layers, signals.replay.depths, teacher)) if signals.replay else []
+    if signals.evidence is not None:
+        body["evidence_layers"] = _evidence_layers(signals.evidence, teacher)
+    stats = None if body["stats"] is None else StatsLayout.model_validate(body["stats"])
+    others = (stats, body["replay_layers"], body.get("evidence_layers", ()), teacher.identity.num_layers)
+    refuse_unsupported(signals, listening_of(signals, states, row_layers, *others), teacher, planned.unit(objects, 0))
+    composition = resolve_forward(recipe.forward, teacher, recipe.context, recipe.batch_tokens)
+    body |= {"forward": composition.forward, "split_length": composition.split_length}
     tokens = recipe.calibration.tokens_per_source or TOKENS_PER_CHANNEL * teacher.identity.hidden_size
     if teacher.head is None:
         tokens = min(tokens, HEADLESS_TOKENS)
     heard = _listen(picks(planned, objects, tokens), teacher, Listening(states, row_layers))
     check = think(teacher, planned.unit(objects, 0), TeacherBatch(0, 1, ((0,),)))
     arrays: Arrays = {"check/hidden": checked_values(check.hidden, check.logits).numpy()}
-    body: dict[str, Any] = {"forward": resolve_forward(recipe.forward, teacher), "tail_rank": 0}
     body["num_tokens"] = sum(len(h) for h in heard.final)
     if signals.distribution is not None:
         fit_nD = torch.cat([h for i, h in enumerate(heard.final) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1])
@@ -139,10 +148,6 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
         for layer in row_layers
         if attention is not None
     ]
-    body["stats"] = _stats_layers(signals, teacher)
-    body["replay_layers"] = list(_layers(signals.replay.layers, signals.replay.depths, teacher)) if signals.replay else []
-    if signals.evidence is not None:
-        body["evidence_layers"] = _evidence_layers(signals.evidence, teacher)
     return body, arrays
 
 
@@ -202,19 +207,20 @@ def _stats_layers(signals: Signals, teacher: Teacher) -> dict[str, Any] | None:
     if signals.stats is None:
         return None
     layers = _layers(signals.stats.layers, signals.stats.depths, teacher)
-    able = softmax_attention_layers(teacher.model)
+    if signals.stats.attention:
+        refuse_no_rows(teacher, "stats")
     return {
         "layers": list(layers),
-        "attention_layers": [layer for layer in layers if layer in able],
-        "num_heads": teacher.identity.num_heads,
+        "attention_layers": [layer for layer in layers if layer in teacher.row_layers],
+        "num_heads": teacher.identity.num_heads or 0,
     }
 
 
 def _evidence_layers(signal: EvidenceSignal, teacher: Teacher) -> list[int]:
-    able = softmax_attention_layers(teacher.model)
-    layers = [layer for layer in _layers(signal.layers, signal.depths, teacher) if layer in able]
+    refuse_no_rows(teacher, "evidence")
+    layers = [layer for layer in _layers(signal.layers, signal.depths, teacher) if layer in teacher.row_layers]
     if not layers:
-        raise InputError("no softmax attention at these layers", expected=list(able), where="signals.evidence")
+        raise InputError("no softmax attention at these layers", expected=list(teacher.row_layers), where="signals.evidence")
     return layers
 
 
@@ -245,11 +251,12 @@ def _row_entropy(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
     return entropy_RH
 
 
-def _chosen_heads(wanted: int | tuple[int, ...], entropy_RH: Tensor, num_heads: int) -> list[int]:
+def _chosen_heads(wanted: int | tuple[int, ...], entropy_RH: Tensor, num_heads: int | None) -> list[int]:
     """The heads of these numbers, or the ones with the lowest mean entropy (REQUIREMENTS 70); ascending."""
     if not isinstance(wanted, int):
-        if not all(0 <= head < num_heads for head in wanted):
-            raise InputError("no such head", expected=f"0 to {num_heads - 1}", found=list(wanted), where="signals.attention.heads")
+        count = num_heads or entropy_RH.shape[1]
+        if not all(0 <= head < count for head in wanted):
+            raise InputError("no such head", expected=f"0 to {count - 1}", found=list(wanted), where="signals.attention.heads")
         return sorted(set(wanted))
     if not len(entropy_RH):
         raise InputError("no keyword in the calibration text", expected="some, to choose attention heads by", found="none")

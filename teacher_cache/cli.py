@@ -317,13 +317,20 @@ def status(
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where caches and runs will be.")] = Path(),
-    model: Annotated[str | None, typer.Option(help="Also look at this model's config: folder or hub name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Also build a tiny cache of this model, signal by signal: folder or hub name.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: versions, extras, processors, attention, memory, disk; exit code 1 if something will fail."""
     from model_taps.environment import checks, say
 
-    say(checks(folder, model), as_json=as_json)
+    found = checks(folder, model)
+    if model is not None and not any(check.name == "model" and check.state == "bad" for check in found):
+        from teacher_cache.model_check import signal_checks
+
+        found += signal_checks(model)
+    say(found, as_json=as_json)
 
 
 def tokens_by_name(sources: Sequence[SourceIdentity]) -> dict[str, int]:

@@ -169,8 +169,8 @@ class CacheRecipe(Section):
     """A power of two; None is max(65,536, 16 × context), rounded up to one."""
     batch_tokens: int = Field(8192, ge=1, le=2**26)
     """Tokens of one forward pass, filler included. Part of the cache's identity."""
-    forward: Literal["auto", "packed", "padded"] = "auto"
-    """Several segments a row, or one; auto packs where a probe shows that the teacher keeps them apart."""
+    forward: Literal["auto", "packed", "padded", "alone"] = "auto"
+    """Several segments a row; one a row; one a forward pass. auto takes the first that a probe at `context` tokens finds right."""
     calibration: CalibrationSection = CalibrationSection.model_validate({})
     signals: Signals = Signals()
 

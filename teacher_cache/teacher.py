@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model_taps.attention import RowQuery, enable_row_capture, softmax_attention_layers, tap_attention_rows
-from model_taps.blocks import num_layers
+from model_taps.attention import RowQuery, captured_layers, refuse_silent_rows, tap_attention_rows
+from model_taps.blocks import num_layers, unsupported
 from model_taps.causality import refuse_look_ahead
-from model_taps.head import OutputHead, final_hidden, head_error, output_head
+from model_taps.head import MAX_HEAD_ERROR, OutputHead, final_hidden, head_error, output_head, own_logits
 from model_taps.loading import config_digest, load_model, weights_digest
-from model_taps.packing import Forward, best_fit, position_ids, probe
-from model_taps.slices import State, tap_states
-from signal_store.errors import InputError, MismatchError, SignalStoreError
+from model_taps.neighbours import Composition, probe
+from model_taps.packing import Forward, best_fit, position_ids
+from model_taps.slices import State, refuse_silent_taps, tap_states
+from signal_store.errors import InputError, MismatchError, SignalStoreError, memory_error
 from signal_store.manifest import TeacherIdentity
 from teacher_cache.recipe import TeacherSection
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.workers import Worker
 
-MAX_HEAD_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LOSS_ROWS = 512
 
 
@@ -39,6 +39,8 @@ class Teacher:
     identity: TeacherIdentity
     vocab_size: int
     """Rows of the distribution."""
+    row_layers: tuple[int, ...] = ()
+    """Blocks (from 1) whose attention rows can be had, where any are wanted."""
 
 
 def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool, needs_head: bool) -> Teacher:
@@ -56,7 +58,8 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         device = next(model.parameters()).device
     model.requires_grad_(False)
     attn_implementation = model.config._attn_implementation  # noqa: SLF001
-    refuse_look_ahead(model, min(vocab_size, int(model.config.get_text_config().vocab_size)), "teacher")
+    config = model.config.get_text_config(decoder=True)
+    refuse_look_ahead(model, min(vocab_size, int(config.vocab_size)), "teacher")
     head, why = _usable_head(model, vocab_size, device)
     if head is None and needs_head:
         raise MismatchError(
@@ -66,9 +69,7 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
             where=section.model,
             remedy="Set signals.distribution.rank: 0 to cache its log-probabilities alone; hidden states need no head.",
         )
-    if capture_rows:
-        enable_row_capture(model)
-    config = model.config.get_text_config()
+    row_layers = captured_layers(model, min(vocab_size, int(config.vocab_size))) if capture_rows else ()
     identity = TeacherIdentity(
         name=section.model,
         revision=section.revision,
@@ -79,11 +80,11 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         attn_implementation=attn_implementation,
         hidden_size=config.hidden_size,
         num_layers=num_layers(model),
-        num_heads=config.num_attention_heads,
+        num_heads=getattr(config, "num_attention_heads", None),
         max_positions=getattr(config, "max_position_embeddings", None),
         logit_softcap=None if head is None else head.softcap,
     )
-    return Teacher(model, device, None if head is None else head.float().to(device), identity, vocab_size)
+    return Teacher(model, device, None if head is None else head.float().to(device), identity, vocab_size, row_layers)
 
 
 def placed(section: TeacherSection, worker: Worker) -> TeacherSection:
@@ -124,14 +125,11 @@ def _usable_head(model: PreTrainedModel, vocab_size: int, device: torch.device) 
     return replace(head, weight=head.weight[:vocab_size], bias=bias), ""
 
 
-def resolve_forward(wanted: str, teacher: Teacher) -> Forward:
-    """`auto` by the probe; `packed` is refused where the probe finds a leak."""
-    if wanted == "padded":
-        return "padded"
-    found = probe(teacher.model, teacher.vocab_size)
-    if wanted == "packed" and found != "packed":
-        raise InputError("this teacher lets packed segments see each other", expected="forward: padded", found="forward: packed")
-    return found
+def resolve_forward(wanted: Literal["auto"] | Forward, teacher: Teacher, context: int, batch_tokens: int) -> Composition:
+    """How segments share the teacher's forward passes: `auto` takes the first way that the probe finds right, another is refused
+    where it finds it wrong."""
+    allowed: tuple[Forward, ...] = ("packed", "padded", "alone") if wanted == "auto" else (wanted,)
+    return probe(teacher.model, teacher.vocab_size, context, what="teacher", most_tokens=batch_tokens, allowed=allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,25 +141,31 @@ class TeacherBatch:
     rows: tuple[tuple[int, ...], ...]
 
 
-def compose(lengths: NDArray[np.int64], forward: Forward, context: int, batch_tokens: int) -> list[TeacherBatch]:
-    """The batches of a unit, a pure function of the plan: as many consecutive segments as fit.
+def compose(lengths: NDArray[np.int64], composition: Composition, context: int, batch_tokens: int) -> list[TeacherBatch]:
+    """The batches of a unit, a pure function of the plan: as many consecutive segments as fit and as may share a pass.
 
-    Packed: into at most batch_tokens // context rows of `context`, best fit. Padded: one a row, rows as long as the longest.
+    Packed: into at most batch_tokens // context rows of `context`, best fit. Padded: one a row, rows as long as the longest. Alone:
+    one.
     """
     batches = []
     first = 0
     while first < len(lengths):
         last = first + 1
-        while last < len(lengths) and _fits(lengths[first : last + 1], forward, context, batch_tokens):
+        while last < len(lengths) and _fits(lengths[first : last + 1], composition, context, batch_tokens):
             last += 1
-        rows = best_fit(lengths[first:last].tolist(), context) if forward == "packed" else [[i] for i in range(last - first)]
+        packed = composition.forward == "packed"
+        rows = best_fit(lengths[first:last].tolist(), context) if packed else [[i] for i in range(last - first)]
         batches.append(TeacherBatch(first, last, tuple(tuple(first + i for i in row) for row in rows)))
         first = last
     return batches
 
 
-def _fits(lengths: NDArray[np.int64], forward: Forward, context: int, batch_tokens: int) -> bool:
-    if forward == "padded":
+def _fits(lengths: NDArray[np.int64], composition: Composition, context: int, batch_tokens: int) -> bool:
+    if composition.forward == "alone":
+        return len(lengths) == 1
+    if composition.split_length is not None and len(set(lengths > composition.split_length)) > 1:
+        return False
+    if composition.forward == "padded":
         return int(lengths.max()) * len(lengths) <= batch_tokens
     max_rows = batch_tokens // context
     return int(lengths.sum()) <= max_rows * context and len(best_fit(lengths.tolist(), context)) <= max_rows
@@ -265,17 +269,24 @@ def think(
     ):
         logits = None
         if teacher.head is None:
-            logits = teacher.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+            logits = own_logits(teacher.model, ids, positions)
             hidden = logits.new_zeros(*ids.shape, 0)
         else:
             hidden = final_hidden(teacher.model, ids, positions)
+        refuse_silent_taps(teacher.model, states, every_state, ids.shape)
+        refuse_silent_rows(teacher.model, rows, listening.row_layers)
         gradients = {}
         if gradient_states:
             labels_n = torch.from_numpy(unit.labels()[laid.tokens])
             counted_n = torch.from_numpy(unit.loss_mask[laid.tokens] == 1)
             inputs = [states[state] for state in gradient_states]
             upstream = _loss_gradient(teacher, hidden.detach().flatten(0, 1), flat_n, labels_n, counted_n).view_as(hidden)
-            found = torch.autograd.grad(hidden, inputs, upstream.to(hidden.dtype))
+            try:
+                found = torch.autograd.grad(hidden, inputs, upstream.to(hidden.dtype))
+            except RuntimeError as error:
+                if memory_error(error) is not None:
+                    raise
+                raise unsupported(teacher.model, "no gradient reaches its blocks", str(error).splitlines()[0]) from error
             gradients = dict(zip(listening.gradient_layers, found, strict=True))
     tapped = {f"{tap} {layer}": state for (tap, layer), state in states.items()}
     _refuse_not_finite({"final hidden state": hidden, **tapped}, unit, batch)
@@ -337,11 +348,25 @@ def _loss_gradient(teacher: Teacher, hidden_ND: Tensor, flat_n: Tensor, labels_n
 
 
 def attention_layers(teacher: Teacher, wanted: Sequence[int] | str) -> tuple[int, ...]:
-    """The wanted blocks, checked: `last` is the last that has softmax attention."""
-    able = softmax_attention_layers(teacher.model)
+    """The wanted blocks, checked: `last` is the last whose attention rows can be had."""
+    refuse_no_rows(teacher, "attention")
     if wanted == "last":
-        return (able[-1],)
-    unable = [layer for layer in wanted if layer not in able]
+        return (teacher.row_layers[-1],)
+    unable = [layer for layer in wanted if layer not in teacher.row_layers]
     if unable:
-        raise InputError("a block has no softmax attention", expected=f"of {able}", found=unable, where="signals.attention.layers")
+        raise InputError(
+            "a block has no attention rows", expected=f"of {teacher.row_layers}", found=unable, where="signals.attention.layers"
+        )
     return tuple(int(layer) for layer in wanted)
+
+
+def refuse_no_rows(teacher: Teacher, signal: str) -> None:
+    """InputError where no block's attention rows can be had."""
+    if not teacher.row_layers:
+        raise InputError(
+            "no attention rows of this family can be had",
+            expected="softmax attention that goes through transformers' attention interface",
+            found=teacher.identity.model_type,
+            where=f"signals.{signal}",
+            remedy=f"Leave signals.{signal} out" + ("; stats can do without, attention: false." if signal == "stats" else "."),
+        )

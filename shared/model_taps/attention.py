@@ -8,7 +8,7 @@ student trains on the fast kernel too. Legend: B rows of the batch, S positions,
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from model_taps.blocks import decoder_blocks
+from model_taps.blocks import decoder_blocks, unsupported
+from model_taps.head import final_hidden
+from signal_store.errors import InputError
 
 PREFIX = "tapped_"
+CHECKED_TOKENS = 12
+MOST_ROW_ERROR = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""Of a probability; half precision rounds it more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,12 @@ class RowQuery:
 
 @dataclass(slots=True)
 class _Tap:
+    """`modules` and `weights`: by layer, what fired, and the kernel's own probabilities where it gives any."""
+
     rows: Mapping[int, RowQuery]
     taken: dict[int, Tensor] = field(default_factory=dict)
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
 
 
 _open: list[_Tap] = []
@@ -59,13 +68,60 @@ def softmax_attention_layers(model: PreTrainedModel) -> list[int]:
 @contextlib.contextmanager
 def tap_attention_rows(rows: Mapping[int, RowQuery]) -> Iterator[dict[int, Tensor]]:
     """Within the block, a forward pass fills the dict: for each layer (from 1) that rows are wanted of, probabilities [R, H, L],
-    float32, zero beyond a row's length; column j is key first + j. Only models prepared by `enable_row_capture` fire."""
+    float32, zero beyond a row's length; column j is key first + j. Only models prepared by `enable_row_capture` fire, and of those
+    the layers that `captured_layers` finds."""
+    with _tapped(rows) as tap:
+        yield tap.taken
+
+
+@contextlib.contextmanager
+def _tapped(rows: Mapping[int, RowQuery]) -> Iterator[_Tap]:
     tap = _Tap(rows)
     _open.append(tap)
     try:
-        yield tap.taken
+        yield tap
     finally:
         _open.remove(tap)
+
+
+@torch.no_grad()
+def captured_layers(model: PreTrainedModel, vocab_size: int) -> tuple[int, ...]:
+    """Blocks (from 1) whose attention rows can be had, of a model that is prepared for it here: those that fire in a short pass,
+    from within the block that they are numbered by. InputError where the rows are not the family's own probabilities."""
+    blocks = decoder_blocks(model)
+    device = next(model.parameters()).device
+    ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    places = torch.arange(CHECKED_TOKENS, device=device)
+    query = RowQuery(torch.zeros_like(places), places, torch.zeros_like(places))
+    before, was_training = model.config._attn_implementation, model.training  # noqa: SLF001
+    model.eval()
+    try:
+        for kernel in ("eager", before.removeprefix(PREFIX)):
+            model.set_attn_implementation(kernel)
+            enable_row_capture(model)
+            with _tapped(dict.fromkeys(range(1, len(blocks) + 1), query)) as tap:
+                final_hidden(model, ids, None)
+            _refuse_other_rows(model, tap)
+    finally:
+        model.train(was_training)
+    inside = {layer: {id(module) for module in block.modules()} for layer, block in enumerate(blocks, start=1)}
+    return tuple(sorted(layer for layer, module in tap.modules.items() if id(module) in inside[layer]))
+
+
+def _refuse_other_rows(model: PreTrainedModel, tap: _Tap) -> None:
+    for layer, weights_BHSK in tap.weights.items():
+        rows_SHL = tap.taken[layer]
+        if weights_BHSK.shape[-1] != rows_SHL.shape[-1]:
+            continue  # compressed keys: folded back on the tokens, no probabilities of the kernel's
+        difference = float((rows_SHL.transpose(0, 1) - weights_BHSK[0].float()).abs().max())
+        if not difference <= MOST_ROW_ERROR.get(weights_BHSK.dtype, 2e-2):
+            raise unsupported(model, f"attention rows of block {layer} are not what its kernel computes", f"{difference:.2g} apart")
+
+
+def refuse_silent_rows(model: PreTrainedModel, taken: Collection[int], wanted: Collection[int]) -> None:
+    """InputError naming the layers whose rows were wanted and never came."""
+    if silent := sorted(set(wanted) - set(taken)):
+        raise unsupported(model, f"attention rows of blocks {silent} never came", "attention that is not transformers' interface")
 
 
 def enable_row_capture(model: PreTrainedModel) -> None:
@@ -82,12 +138,18 @@ def enable_row_capture(model: PreTrainedModel) -> None:
 def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
         tap = _open[-1] if _open else None
-        layer = int(getattr(module, "layer_idx", -1)) + 1
+        number = getattr(module, "layer_idx", None)
+        layer, first = 0 if number is None else int(number) + 1, False
         if tap is not None and layer in tap.rows:
             options = {**kwargs, "compress_rate": _compress_rate(module)}
             rows = attention_rows(query, key, attention_mask, tap.rows[layer], options)
+            first = layer not in tap.taken
             tap.taken.setdefault(layer, rows)  # activation checkpointing comes by twice, and must do the same both times
-        return _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+            tap.modules.setdefault(layer, module)
+        output = _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+        if first and tap is not None and isinstance(output[1], Tensor):
+            tap.weights[layer] = output[1].detach()
+        return output
 
     return forward
 
@@ -101,7 +163,9 @@ def _compress_rate(module: nn.Module) -> int | None:
 
 def _kernel_function(kernel: str, module: nn.Module) -> Callable[..., Any]:
     if kernel == "eager":  # transformers keeps the eager function of a family in its modelling file
-        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        function: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if function is None:
+            raise InputError("attention rows need the family's eager attention", found="none", where=type(module).__module__)
         return function
     return AttentionInterface()[kernel]  # type: ignore[no-any-return]
 

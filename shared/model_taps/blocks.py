@@ -7,18 +7,43 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from signal_store.errors import InputError
+
+
+def model_body(model: PreTrainedModel) -> nn.Module:
+    """The model without its output head. InputError where the family keeps it nowhere that can be found."""
+    body = model.base_model
+    if body is not model:
+        return body
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
+        raise unsupported(model, "no body apart from the output head", f"{len(inside)} models inside it")
+    return inside[0]
+
+
+def unsupported(model: PreTrainedModel, what: str, found: object) -> InputError:
+    """The error for a family that is not built as others are; `what` says which part."""
+    return InputError(
+        f"this family is not supported: {what}", found=found, where=f"{model.config.model_type} ({type(model).__name__})"
+    )
+
 
 def num_layers(model: PreTrainedModel) -> int:
     """Number of transformer blocks."""
-    return int(model.config.get_text_config().num_hidden_layers)
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "num_hidden_layers", None)
+    if not isinstance(found, int):
+        raise unsupported(model, "its config does not say how many blocks there are", "no num_hidden_layers")
+    return found
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of transformer blocks: the one ModuleList of the base model that is as long as the config says."""
-    found = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers(model)]
+    """The list of transformer blocks: of the body's lists that are as long as the config says, the one with the most weights."""
+    body, count = model_body(model), num_layers(model)
+    found = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
-        raise ValueError(f"{type(model).__name__}: no list of {num_layers(model)} blocks found")
-    return found[0]
+        raise unsupported(model, f"no list of {count} blocks", f"none in {type(body).__name__}")
+    return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 def layer_at_depth(fraction: float, layers: int) -> int:

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from model_taps.head import final_hidden
-from model_taps.packing import MAX_RELATIVE_ERROR
+from model_taps.loading import LOADING_ERRORS
+from model_taps.neighbours import tolerance
 from signal_store.errors import InputError, memory_error
 
 _TOKENS = 16
@@ -32,11 +33,13 @@ def refuse_look_ahead(model: PreTrainedModel, vocab_size: int, what: str) -> Non
     kind = model.config.model_type
     try:
         found = look_ahead(model, vocab_size)
-    except (RuntimeError, ValueError) as error:
+    except InputError:
+        raise
+    except (*LOADING_ERRORS, IndexError, AssertionError) as error:
         if memory_error(error) is not None:
             raise
         raise InputError(f"the {what} cannot run", found=f"{type(error).__name__}: {str(error)[:300]}", where=kind) from error
-    if found > MAX_RELATIVE_ERROR.get(model.dtype, 5e-2):
+    if found > tolerance(model):
         raise InputError(
             f"the {what} looks ahead: it sees the token that it predicts",
             expected="a causal language model",

@@ -5,6 +5,7 @@ model's own logits, because families scale them in ways of their own.
 """
 
 import contextlib
+import inspect
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from model_taps.blocks import model_body, unsupported
 from signal_store.bf16_units import bf16_units
 from signal_store.distribution_codec import apply_softcap
 
@@ -51,42 +53,96 @@ class OutputHead:
         return apply_softcap(logits if self.scale == 1 else logits * self.scale, self.softcap)
 
 
+_SCALES = (("logit_scale", 1), ("logits_scaling", -1), ("lm_head_multiplier", 1))
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
 def output_head(model: PreTrainedModel) -> OutputHead:
-    """The head of a model; ValueError if it has none."""
+    """The head of a model. InputError if it has none, or one that is not linear."""
     module = model.get_output_embeddings()
-    if module is None or not hasattr(module, "weight"):
-        raise ValueError(f"{type(model).__name__} has no linear output head")
-    config = model.config.get_text_config()
+    if module is None or not isinstance(getattr(module, "weight", None), Tensor):
+        raise unsupported(model, "no linear output head", "none" if module is None else type(module).__name__)
+    config = model.config.get_text_config(decoder=True)
     scale = 1.0
-    for name, power in (("logit_scale", 1), ("logits_scaling", -1), ("lm_head_multiplier", 1)):
+    for name, power in _SCALES:
         value = getattr(config, name, None)
         scale *= 1.0 if value is None else float(value) ** power
-    return OutputHead(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
+    return OutputHead(module.weight, getattr(module, "bias", None), scale, softcap)
+
+
+def accepts(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward pass takes an argument by this name; to take any and hand it on does not count."""
+    return name in inspect.signature(module.forward).parameters
+
+
+def _no_cache(module: nn.Module) -> dict[str, object]:
+    """Options that keep a forward pass from making a cache."""
+    parameters = inspect.signature(module.forward).parameters
+    hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {"use_cache": False} if "use_cache" in parameters or hands_on else {}
 
 
 def final_hidden(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None) -> Tensor:
-    """What the output head reads, [B, S, d]. No cache and no attention mask: either would let packed segments see each other."""
-    hidden: Tensor = model.base_model(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
+    """What the output head reads, [B, S, d]. No cache and no attention mask: either would let packed segments see each other.
+
+    InputError where the family gives no such thing.
+    """
+    body = model_body(model)
+    options: dict[str, object] = _no_cache(body)
+    if position_ids_BS is not None:
+        options["position_ids"] = position_ids_BS
+    hidden = getattr(body(input_ids=input_ids_BS, **options), "last_hidden_state", None)
+    if not isinstance(hidden, Tensor) or hidden.shape[:2] != input_ids_BS.shape:
+        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else "none"
+        raise unsupported(model, f"{type(body).__name__} gives no final hidden states", found)
     return hidden
 
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f")
+_FINAL_NORMS = (
+    "norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "embedding_norm", "ln_out", "out_norm",
+    "layer_norm",
+)  # fmt: skip
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last block and the output head; ValueError if none is found by its customary names."""
-    base = model.base_model
-    for owner in (base, getattr(base, "decoder", None), getattr(base, "model", None)):
+    """The norm between the last block and the output head; InputError if none is found by its customary names."""
+    body = model_body(model)
+    for owner in (body, getattr(body, "decoder", None), getattr(body, "model", None), getattr(body, "transformer", None)):
         for name in _FINAL_NORMS:
             found = getattr(owner, name, None)
             if isinstance(found, nn.Module):
                 return found
-    raise ValueError(f"{type(model).__name__}: no final norm among {', '.join(_FINAL_NORMS)}")
+    raise unsupported(model, "no final norm", f"none of {', '.join(_FINAL_NORMS)} in {type(body).__name__}")
+
+
+MAX_HEAD_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def refuse_another_head(model: PreTrainedModel, vocab_size: int, what: str) -> None:
+    """InputError where the model's own logits are not those of its linear head."""
+    device = next(model.parameters()).device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    was_training = model.training
+    model.eval()
+    found = head_error(model, torch.arange(min(vocab_size, 16), device=device)[None])
+    model.train(was_training)
+    if found > MAX_HEAD_ERROR.get(dtype, 5e-2):
+        raise unsupported(model, f"the {what}'s logits are not its linear head's", f"a relative difference of {found:.2g}")
 
 
 @torch.no_grad()
 def head_error(model: PreTrainedModel, input_ids_BS: Tensor) -> float:
     """Largest difference between our logits and the model's own, relative to their spread."""
-    own = model(input_ids=input_ids_BS, use_cache=False).logits.float()
+    own = own_logits(model, input_ids_BS)
     ours = output_head(model).logits(final_hidden(model, input_ids_BS, None).flatten(0, 1)).view_as(own)
     return float((own - ours).abs().max() / own.std().clamp(min=1e-6))
+
+
+def own_logits(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
+    """float32 logits [B, S, V] as the model itself gives them."""
+    options: dict[str, object] = _no_cache(model)
+    if position_ids_BS is not None:
+        options["position_ids"] = position_ids_BS
+    logits: Tensor = model(input_ids=input_ids_BS, **options).logits.float()
+    return logits

@@ -6,14 +6,15 @@ the second run belongs to backward. Legend: B rows, S positions, d width, c resi
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model_taps.blocks import decoder_blocks, num_layers
+from model_taps.blocks import decoder_blocks, num_layers, unsupported
 from signal_store.errors import MismatchError
 from signal_store.signals import Tap
 
@@ -122,12 +123,29 @@ def tap_states(model: PreTrainedModel, wanted: Sequence[State]) -> Iterator[dict
         yield taken
 
 
+def refuse_silent_taps(
+    model: PreTrainedModel, taken: Mapping[State, Tensor], wanted: Sequence[State], shape: Sequence[int]
+) -> None:
+    """InputError naming a tap that never fired in a pass over tokens [B, S] = `shape`, or that is not of one row per token."""
+    for state in wanted:
+        if state not in taken:
+            raise unsupported(model, f"{state[0]} of block {state[1]} never came", "a module that was not called")
+        sizes = tuple(taken[state].shape)
+        rows = sizes[:2] if len(sizes) > 2 else sizes[:1]
+        if rows != tuple(shape) and (len(sizes) > 2 or rows[0] != math.prod(shape)):
+            raise unsupported(
+                model, f"{state[0]} of block {state[1]} is not of one row per token", f"{sizes} of tokens {tuple(shape)}"
+            )
+
+
 def _keeper(taken: dict[State, Tensor], state: State, found: Resolved) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        value = output if found.side == "output" else (args[0] if args else kwargs["hidden_states"])
-        value = value if isinstance(value, Tensor) else value[0]
         if state in taken:
             return
+        value = output if found.side == "output" else (args[0] if args else kwargs.get("hidden_states"))
+        value = value[0] if isinstance(value, tuple | list) and value else value
+        if not isinstance(value, Tensor):
+            return  # `refuse_silent_taps` names it
         if found.note == "gate half":
             value = value.chunk(2, dim=-1)[0]
         elif found.note.startswith("mean of"):

@@ -32,7 +32,8 @@ class TeacherIdentity(Section):
     attn_implementation: str
     hidden_size: int
     num_layers: int
-    num_heads: int
+    num_heads: int | None
+    """None of a model without attention."""
     max_positions: int | None
     logit_softcap: float | None
     """Soft-capping that a reader must apply to the reconstructed tail."""
@@ -129,7 +130,9 @@ class PlanIdentity(Section):
     overlap: int
     unit_tokens: int
     batch_tokens: int
-    forward: Literal["packed", "padded"]
+    forward: Literal["packed", "padded", "alone"]
+    split_length: int | None = None
+    """Segments of up to so many tokens and longer ones are in no forward pass together; None: all may be."""
     capacities: Capacities
 
 

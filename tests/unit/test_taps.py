@@ -9,7 +9,8 @@ import torch
 from model_taps.attention import RowQuery, enable_row_capture, softmax_attention_layers, tap_attention_rows
 from model_taps.blocks import layer_at_depth
 from model_taps.head import final_hidden, head_error
-from model_taps.packing import best_fit, packing_error, probe
+from model_taps.neighbours import probe
+from model_taps.packing import best_fit
 from model_taps.slices import tap_states
 from tests.tiny import make_model
 
@@ -78,9 +79,8 @@ def test_head_gives_the_models_own_logits(family: str, changes: dict[str, Any]) 
 
 @pytest.mark.parametrize(("family", "expected"), [("llama", "packed"), ("gpt2", "packed"), ("qwen3", "packed"), ("opt", "padded")])
 def test_probe_finds_families_that_leak(family: str, expected: str) -> None:
-    model = make_model(family, VOCAB)
-    assert probe(model, VOCAB) == expected
-    assert (packing_error(model, VOCAB) <= 1e-4) == (expected == "packed")
+    found = probe(make_model(family, VOCAB), VOCAB, 40, what="teacher")
+    assert (found.forward, found.split_length) == (expected, None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
