@@ -9,15 +9,14 @@ of an angle. Means are over the parts, and so are the standard errors, which hol
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model_taps.head import OutputHead
-from signal_store.distribution_codec import DistributionCodec
+from signal_store.distribution_codec import DistributionCodec, DistributionCodes
 from teacher_cache.tail_basis import logit_chunks
 
 PART_TOKENS = 1024
@@ -73,17 +72,17 @@ class _Sums:
 def _measure_part(codecs: Sequence[DistributionCodec], head: OutputHead, hidden_nD: Tensor) -> list[Fidelity]:
     device, temperatures = head.weight.device, codecs[0].temperatures
     codecs = [codec.to(device) for codec in codecs]
-    by_head: dict[int, list[int]] = defaultdict(list)
-    for number, codec in enumerate(codecs):
-        by_head[codec.head].append(number)
     unigrams = _unigrams(head, hidden_nD, temperatures) if any(not codec.rank for codec in codecs) else {}
     signs_V = torch.randint(2, (len(head.weight),), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float().to(device)
     true: dict[float, list[Tensor]] = {t: [] for t in temperatures}
     sums = [{t: _Sums(0.0, 0.0, []) for t in temperatures} for _ in codecs]
     block = max(1, BLOCK_BYTES.get(device.type, 2**21) // (4 * len(head.weight)))
     for chunk in logit_chunks(hidden_nD, head):
-        for hidden_bD, logits_bV in zip(chunk.split(block), head.logits(chunk).split(block), strict=True):
-            _compare(codecs, by_head, hidden_bD, logits_bV, unigrams, signs_V, true, sums)
+        logits, tails = head.logits(chunk), _tail_logits(codecs, chunk)
+        for start in range(0, len(chunk), block):
+            rows = slice(start, start + block)
+            parts = [None if tail is None else tail[rows] for tail in tails]
+            _compare(codecs, chunk[rows], logits[rows], parts, unigrams, signs_V, true, sums)
     hidden = hidden_nD.float().to(device)
     exact = {t: _centred(torch.cat(rows)).T @ hidden for t, rows in true.items()}
     return [
@@ -98,11 +97,23 @@ def _measure_part(codecs: Sequence[DistributionCodec], head: OutputHead, hidden_
     ]
 
 
+def _tail_logits(codecs: Sequence[DistributionCodec], hidden_nD: Tensor) -> list[Tensor | None]:
+    """Of each codec the decoded logits of its tail; codecs that differ in their heads alone share one."""
+    found: dict[tuple[float, ...], Tensor] = {}
+    keys = [tuple(codec.tail_step.tolist()) for codec in codecs]
+    for key, codec in zip(keys, codecs, strict=True):
+        if codec.rank and key not in found:
+            tail, _ = codec.encode_tail(hidden_nD)
+            nothing = tail[:, :0]
+            found[key] = codec.tail_logits(DistributionCodes(nothing, nothing, tail, nothing))
+    return [found.get(key) for key in keys]
+
+
 def _compare(
     codecs: Sequence[DistributionCodec],
-    by_head: dict[int, list[int]],
     hidden_bD: Tensor,
     logits_bV: Tensor,
+    tails: list[Tensor | None],
     unigrams: dict[float, Tensor],
     signs_V: Tensor,
     true: dict[float, list[Tensor]],
@@ -115,19 +126,17 @@ def _compare(
         exact[temperature] = logp, logp.exp()
         true[temperature].append(fold(exact[temperature][1] * signs_V))
     unknown = torch.full((len(hidden_bD),), -1, device=hidden_bD.device)
-    for numbers in by_head.values():
-        codes, _ = codecs[numbers[0]].encode(hidden_bD, logits_bV.clone(), unknown)
-        for number in numbers:
-            codec = codecs[number]
-            codes = replace(codes, tail_codes=codec.encode_tail(hidden_bD)[0])
-            tail = codec.tail_logits(codes) if codec.rank else None
-            for temperature, (logp, p) in exact.items():
-                shape = unigrams[temperature].log().repeat(len(hidden_bD), 1) if tail is None else tail / temperature
-                logq, q = codec.known(codes, temperature).softened(shape)
-                found = sums[number][temperature]
-                found.kl += float(logq.neg_().add_(logp).mul_(p).sum())
-                found.mass += float(codes.scalars[:, codec.mass_column(temperature)].float().sigmoid().sum())
-                found.rows.append(fold(q.neg_().add_(p).mul_(signs_V)))
+    heads: dict[int, DistributionCodes] = {}
+    for codec, tail, own in zip(codecs, tails, sums, strict=True):
+        if codec.head not in heads:
+            heads[codec.head] = codec.encode(hidden_bD, logits_bV.clone(), unknown)[0]
+        for temperature, (logp, p) in exact.items():
+            shape = unigrams[temperature].log().repeat(len(hidden_bD), 1) if tail is None else tail / temperature
+            logq, q = codec.known(heads[codec.head], temperature).softened(shape)
+            found = own[temperature]
+            found.kl += float(logq.neg_().add_(logp).mul_(p).sum())
+            found.mass += float(heads[codec.head].scalars[:, codec.mass_column(temperature)].float().sigmoid().sum())
+            found.rows.append(fold(q.neg_().add_(p).mul_(signs_V)))
 
 
 def _unigrams(head: OutputHead, hidden_nD: Tensor, temperatures: tuple[float, ...]) -> dict[float, Tensor]:
