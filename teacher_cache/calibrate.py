@@ -199,7 +199,8 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
     tokenizer = TokenizerIdentity(digest=files["digest"], vocab_size=files["vocab_size"])
     signals = recipe.signals
     if signals.distribution is not None:
-        signal = signals.distribution.model_copy(update={"head": min(signals.distribution.head, tokenizer.vocab_size)})
+        head = body["head"] if "head" in body else min(signals.distribution.head_size, tokenizer.vocab_size)
+        signal = signals.distribution.model_copy(update={"head": head})
         signals = signals.model_copy(update={"distribution": signal})
     calibration = CalibrationIdentity(
         digest=body["arrays_digest"],

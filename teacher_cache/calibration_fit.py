@@ -1,7 +1,9 @@
-"""What calibration measures: it runs the teacher on a few thousand tokens of every source and fits what depends on it: tail basis
-and rank, PCA bases, attention heads, packed or padded."""
+"""What calibration measures: it runs the teacher on a few thousand tokens of all sources and fits what depends on it: the
+distribution's codec, PCA bases, attention heads, packed or padded. What it reads is a share of the plan, and no more than the fit
+can use."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,24 +13,30 @@ from torch import Tensor
 
 from model_taps.blocks import layer_at_depth
 from model_taps.slices import State
+from signal_store.distribution_codec import DistributionCodec
 from signal_store.errors import InputError
 from signal_store.hidden_codec import HiddenCodec
 from signal_store.manifest import StatsLayout
 from signal_store.objects import Objects
 from signal_store.progress import progress_bar
-from signal_store.signals import EvidenceSignal, Signals
+from signal_store.signals import DistributionSignal, EvidenceSignal, Signals
 from teacher_cache.plan import Plan
 from teacher_cache.positions import attention_rows
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.supported import listening_of, refuse_unsupported
-from teacher_cache.tail_basis import TailFit, choose_codec, headless_codec
+from teacher_cache.tail_basis import TailFit, headless_codec
+from teacher_cache.tail_choice import choose_codec
 from teacher_cache.teacher import Listening, Teacher, TeacherBatch, attention_layers, refuse_no_rows, resolve_forward, think
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import SPLITS
 
-TOKENS_PER_CHANNEL = 16
+FIT_TOKENS_PER_CHANNEL = (8, 16)
+"""Tokens that the bases are fitted on, least and most, for each channel of the teacher's width: held-out KL is flat from 16 on."""
+FIT_SHARE, HELD_OUT_SHARE = 1 / 12, 1 / 24
+"""Of the plan's tokens, what calibration takes between its least and its most."""
+HELD_OUT_TOKENS = (4, 2048, 4096)
+"""The codec is measured on: least, for each channel, but no more than the second; most."""
 HEADLESS_TOKENS = 2048
-HELD_OUT_EVERY = 4
 CHECKED_TOKENS = 64
 MAX_UNITS_READ = 64
 MASSIVE = 8.0
@@ -46,7 +54,34 @@ class Pick:
     batches: list[TeacherBatch]
 
 
-def picks(planned: Plan, objects: Objects, tokens_per_source: int) -> list[Pick]:
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Tokens that calibration reads: of each source, and the share of them that the codec is measured on."""
+
+    by_source: tuple[int, ...]
+    held_out_share: float
+
+
+def budget(asked_per_source: int | None, sizes: Sequence[int], width: int, most: int | None = None) -> Budget:
+    """Of sources of these sizes. One budget for all, half of it spread evenly, half by their sizes; or what the recipe asks of
+    each."""
+    total = sum(sizes)
+    few, many = (width * tokens for tokens in FIT_TOKENS_PER_CHANNEL)
+    fit = min(many, max(few, round(total * FIT_SHARE)))
+    least, step, largest = HELD_OUT_TOKENS
+    held = min(largest, max(min(step, least * width), round(total * HELD_OUT_SHARE)))
+    if asked_per_source is not None:
+        own = [min(size, asked_per_source) for size in sizes]
+        return Budget(tuple(own), min(1 / 4, largest / max(1, sum(own))))
+    wanted = fit + held if most is None else min(most, fit + held)
+    even = [min(size, wanted * (1 / len(sizes) + size / max(1, total)) / 2) for size in sizes]
+    room = [size - tokens for size, tokens in zip(sizes, even, strict=True)]
+    spare = max(0.0, wanted - sum(even)) / max(1.0, sum(room))  # what a small source cannot give, the others do
+    shared = [tokens + min(1.0, spare) * more for tokens, more in zip(even, room, strict=True)]
+    return Budget(tuple(round(tokens) for tokens in shared), held / (fit + held))
+
+
+def picks(planned: Plan, objects: Objects, by_source: Sequence[int]) -> list[Pick]:
     """Segments spread evenly over each source, until its share is reached; every source is met."""
     chosen_units = _spread_units(planned)
     units = [planned.unit(objects, u) for u in chosen_units]
@@ -54,7 +89,7 @@ def picks(planned: Plan, objects: Objects, tokens_per_source: int) -> list[Pick]
     for source in range(len(planned.sources)):
         places = [(u, int(s)) for u, unit in enumerate(units) for s in np.flatnonzero(unit.source == source)]
         total = sum(int(units[u].length[s]) for u, s in places)
-        count = min(len(places), max(1, round(len(places) * tokens_per_source / max(1, total))))
+        count = min(len(places), max(1, round(len(places) * by_source[source] / max(1, total))))
         for i in np.linspace(0, len(places) - 1, count).round().astype(int) if places else ():
             u, s = places[i]
             picked[u].append(s)
@@ -111,26 +146,17 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     refuse_unsupported(signals, listening_of(signals, states, row_layers, *others), teacher, planned.unit(objects, 0))
     composition = resolve_forward(recipe.forward, teacher, recipe.context, recipe.batch_tokens)
     body |= {"forward": composition.forward, "split_length": composition.split_length}
-    tokens = recipe.calibration.tokens_per_source or TOKENS_PER_CHANNEL * teacher.identity.hidden_size
-    if teacher.head is None:
-        tokens = min(tokens, HEADLESS_TOKENS)
-    heard = _listen(picks(planned, objects, tokens), teacher, Listening(states, row_layers))
+    sizes = [source.num_tokens for source in planned.sources]
+    most = HEADLESS_TOKENS if teacher.head is None else None
+    shared = budget(recipe.calibration.tokens_per_source, sizes, teacher.identity.hidden_size, most)
+    heard = _listen(picks(planned, objects, shared.by_source), teacher, Listening(states, row_layers))
     check = think(teacher, planned.unit(objects, 0), TeacherBatch(0, 1, ((0,),)))
     arrays: Arrays = {"check/hidden": checked_values(check.hidden, check.logits).numpy()}
     body["num_tokens"] = sum(len(h) for h in heard.final)
     if signals.distribution is not None:
-        fit_nD = torch.cat([h for i, h in enumerate(heard.final) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1])
-        held_nD = torch.cat(heard.final[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or heard.final)
-        signal = signals.distribution.model_copy(update={"head": min(signals.distribution.head, teacher.vocab_size)})
-        if teacher.head is None:
-            codec, coverage = headless_codec(torch.cat(heard.logits), signal)
-        else:
-            head = teacher.head.to("cpu")
-            codec, fidelity = choose_codec(TailFit.of(fit_nD, head, signal), head, signal, held_nD)
-            coverage = fidelity.head_mass
-            body["fidelity"] = {"scaled_kl_nats": fidelity.scaled_kl_nats, "angle_degrees": fidelity.angle_degrees}
+        codec, facts = _distribution(signals.distribution, heard, shared.held_out_share, teacher)
         arrays |= codec.to_arrays()
-        body |= {"tail_rank": codec.rank, "coverage": list(coverage)}
+        body |= facts
     body["hidden"] = []
     for tap, layer in states:
         rank = signals.hidden.rank if signals.hidden else None
@@ -149,6 +175,30 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
         if attention is not None
     ]
     return body, arrays
+
+
+def _distribution(
+    signal: DistributionSignal, heard: "_Heard", held_out_share: float, teacher: Teacher
+) -> tuple[DistributionCodec, dict[str, Any]]:
+    """The distribution's codec, and what the calibration record says of it."""
+    if signal.head != "auto":
+        signal = signal.model_copy(update={"head": min(signal.head, teacher.vocab_size)})
+    if teacher.head is None:
+        codec, coverage = headless_codec(torch.cat(heard.logits), signal)
+        return codec, {"head": codec.head, "tail_rank": 0, "coverage": list(coverage)}
+    held = [int((i + 1) * held_out_share) > int(i * held_out_share) for i in range(len(heard.final))]
+    fit_nD = torch.cat([h for h, out in zip(heard.final, held, strict=True) if not out])
+    held_nD = torch.cat([h for h, out in zip(heard.final, held, strict=True) if out] or heard.final)
+    choice = choose_codec(TailFit.of(fit_nD, teacher.head, signal), teacher.head, signal, held_nD)
+    found: dict[str, Any] = {name: list(values) for name, values in asdict(choice.fidelity).items() if name != "head_mass"}
+    found |= {"tokens": choice.tokens, "bytes_per_token": choice.bytes_per_token}
+    coverage = choice.fidelity.head_mass
+    return choice.codec, {
+        "head": choice.codec.head,
+        "tail_rank": choice.codec.rank,
+        "coverage": list(coverage),
+        "fidelity": found,
+    }
 
 
 @dataclass(frozen=True, slots=True)

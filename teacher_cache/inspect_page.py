@@ -45,7 +45,7 @@ def _pictures(cache: Cache) -> Iterator[Block]:
     signals = cache.manifest.signals
     if signals.distribution is not None:
         shown = _spread(cache, 5)[1:4] or _spread(cache, 1)
-        n = min(8, signals.distribution.head or 8)
+        n = min(8, signals.distribution.head_size or 8)
         parts = []
         for segment in shown:
             begin = segment.context_only + (len(segment) - segment.context_only) // 3

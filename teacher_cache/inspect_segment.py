@@ -71,7 +71,7 @@ def token_facts(segment: Segment, token: int) -> dict[str, Any]:
     next_logprob = float(rows.label_logprob)
     facts |= {"entropy": float(rows.entropy), "next_logprob": None if math.isnan(next_logprob) else next_logprob}
     has_tail = segment.cache.manifest.calibration.tail_rank > 0
-    n = TOP if has_tail else min(TOP, signal.head)
+    n = TOP if has_tail else min(TOP, signal.head_size)
     facts["top"] = {
         f"{t:g}": segment.top(n, t, slice(token, token + 1))
         .loc[token][["piece", "id", "probability", "is_next"]]

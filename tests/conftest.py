@@ -161,4 +161,4 @@ def _every_source(folder: Path, texts: dict[str, Path]) -> list[dict[str, Any]]:
 
 
 if not HAS_TORCH:
-    from tests.without_torch import cache, teacher_folder  # type: ignore[no-redef]  # noqa: F401
+    from tests.without_torch import cache, teacher_folder  # noqa: F401

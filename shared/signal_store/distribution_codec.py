@@ -144,7 +144,7 @@ class DistributionCodec:
         names = ("mean", "encode_matrix", "tail_step", "tail_basis", "tail_bias")
         tensors = {name: torch.from_numpy(np.array(arrays[f"distribution/{name}"])) for name in names}
         head_range = float(arrays["distribution/head_range"][0])
-        return cls(signal.temperatures, signal.head, signal.head_bits, signal.tail_bits, head_range, softcap, **tensors)
+        return cls(signal.temperatures, signal.head_size, signal.head_bits, signal.tail_bits, head_range, softcap, **tensors)
 
     def to(self, device: torch.device | str) -> Self:
         """The constants on a device."""
@@ -178,11 +178,16 @@ class DistributionCodec:
         entropy_N = total_N.log() - weighted_N / total_N
         single = [-total_N.log(), label_N.masked_fill(labels_N < 0, torch.nan), entropy_N]
         scalars = torch.cat([torch.stack(single, 1), head_NT.log() - tail_NT.log()], 1)
+        tail_codes, beyond = self.encode_tail(hidden_ND)
+        saturated = beyond + (distance_Nk > self.head_range * 1.01).sum()
+        return DistributionCodes(ids_Nk.to(torch.int32), head_codes, tail_codes, scalars.to(torch.float16)), saturated
+
+    def encode_tail(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Tail codes [N, r], and how many of them hit their limit (int64 scalar)."""
         limit = 2 ** (self.tail_bits - 1) - 1
         tail = ((hidden_ND.float() - self.mean) @ self.encode_matrix / self.tail_step).round()
-        saturated = (tail.abs() > limit).sum() + (distance_Nk > self.head_range * 1.01).sum()
-        tail_codes = tail.clamp(-limit, limit).to(torch.int8 if self.tail_bits == 8 else torch.int16)
-        return DistributionCodes(ids_Nk.to(torch.int32), head_codes, tail_codes, scalars.to(torch.float16)), saturated
+        codes = tail.clamp(-limit, limit).to(torch.int8 if self.tail_bits == 8 else torch.int16)
+        return codes, (tail.abs() > limit).sum()
 
     def _masses(self, below_NV: Tensor, ids_Nk: Tensor, distance_Nk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(head, tail) [N, T] masses relative to the row's maximum, and Σ exp(z) z [N] of the whole row at temperature 1.

@@ -87,7 +87,7 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int,
             unit_tokens,
             "token",
             "rank",
-            row_shape=(signal.head,),
+            row_shape=(signal.head_size,),
             min_chunk_rows=DISTRIBUTION_CHUNK_TOKENS,
         ),
         ArraySpec.of(
@@ -96,7 +96,7 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int,
             unit_tokens,
             "token",
             "rank",
-            row_shape=(signal.head,),
+            row_shape=(signal.head_size,),
         ),
     )
     tail = ArraySpec.of(
@@ -110,7 +110,12 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int,
         transposed=True,
         min_chunk_rows=DISTRIBUTION_CHUNK_TOKENS,
     )
-    return (scalars, *(head if signal.head else ()), *((tail,) if rank else ()), *sampled_arrays(signal, unit_tokens, vocab_size))
+    return (
+        scalars,
+        *(head if signal.head_size else ()),
+        *((tail,) if rank else ()),
+        *sampled_arrays(signal, unit_tokens, vocab_size),
+    )
 
 
 def row_range_arrays(signal: str, capacity: int) -> tuple[ArraySpec, ...]:

@@ -1,6 +1,6 @@
 """The recipe of signals: what of the teacher's thought is written down. Part of a cache's identity."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,14 +21,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Quality = Literal["lean", "standard", "exact"]
+
+QUALITIES: dict[Quality, tuple[float, float]] = {"lean": (0.1, 6.0), "standard": (0.03, 2.0), "exact": (6e-3, 0.5)}
+"""By name: the bounds of T²·KL in nats and of the gradient's angle in degrees, at every cached temperature."""
+HEAD_SIZES = (8, 16, 32, 64)
+"""Heads that `head: auto` chooses from."""
+
+
 class DistributionSignal(Section):
     """The next-token distribution: an exact head, a low-rank tail, true masses at each temperature (DESIGN 5).
 
-    `rank: auto` takes the fewest bits (the coarsest quantisation step, and the rank that follows from it) whose T²·KL and
-    gradient angle, on calibration tokens that the basis was not fitted on, stay within both bounds at every temperature.
+    `rank: auto` takes the fewest bytes (the coarsest quantisation step, and the rank that follows from it) whose T²·KL and
+    gradient angle, on calibration tokens that the basis was not fitted on, stay within both bounds at every temperature. With
+    `head: auto` the head's size is chosen with it. `quality` names bounds and leaves the head to be chosen; what is given beside
+    it stands.
     """
 
-    head: int = Field(16, ge=0, le=65_536)
+    quality: Quality | None = None
+    """`lean`, `standard` or `exact`; None is what the bounds below say."""
+    head: Annotated[int, Field(ge=0, le=65_536)] | Literal["auto"] = 16
     """k, the token ids whose probability is stored each for itself; 0 for none."""
     head_bits: Literal[8, 16] = 8
     rank: int | Literal["auto"] = "auto"
@@ -41,15 +53,46 @@ class DistributionSignal(Section):
     """Token ids drawn from the softened distribution at each temperature, per token (Random Sampling KD, arXiv:2503.16870); 0
     for none. They make a pure head unbiased at temperatures where it holds little."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_quality(cls, content: Any) -> Any:
+        """Write out what a quality stands for, so that what is stored says it itself."""
+        if not isinstance(content, dict) or content.get("quality") not in QUALITIES:
+            return content
+        kl, angle = QUALITIES[content["quality"]]
+        searched = content.get("rank", "auto") == "auto"
+        named = {"max_scaled_kl_nats": kl, "max_angle_degrees": angle, **({"head": "auto"} if searched else {})}
+        return {**named, **content}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if isinstance(self.rank, int) and not 0 <= self.rank <= 2**20:
             raise ValueError("rank must be at least 0, or auto")
         if self.head == 0 and self.rank == 0:
             raise ValueError("head and rank are both 0: nothing would be stored")
+        if self.head == "auto" and self.rank != "auto":
+            raise ValueError("head: auto is chosen together with rank: auto; beside a rank, give a number")
+        if self.quality is not None and self.rank != "auto":
+            raise ValueError("quality is for rank: auto; a rank that is given has the fidelity that it has")
         if len(set(self.temperatures)) != len(self.temperatures) or 1.0 not in self.temperatures:
             raise ValueError("temperatures must be distinct and hold 1")
         return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Of T²·KL in nats and of the angle in degrees."""
+        return self.max_scaled_kl_nats, self.max_angle_degrees
+
+    def head_sizes(self, vocab_size: int) -> tuple[int, ...]:
+        """The heads to choose from, ascending: one, unless it is `auto`; none is larger than the vocabulary."""
+        sizes = HEAD_SIZES if self.head == "auto" else (self.head,)
+        return tuple(sorted({min(size, vocab_size) for size in sizes}))
+
+    @property
+    def head_size(self) -> int:
+        """k of a signal whose head is settled, as a manifest's always is."""
+        assert self.head != "auto", "the head is chosen in calibration"
+        return self.head
 
 
 Tap = Literal["block_input", "attention_output", "ffn_input", "ffn_gate", "ffn_activation", "block_output"]

@@ -237,7 +237,7 @@ def test_home_is_where_the_tilde_is(
     assert (run.out, run.student.checkpoint) == (tmp_path / "run", str(tmp_path / "student"))
     teacher = {**recipe["teacher"], "model": "~/teacher", "tokenizer": "org/name"}
     cache = validate({**recipe, "teacher": teacher, "sources": [{"name": "a", "jsonl": "~/a.jsonl"}]}, CacheRecipe, "here")
-    assert cache.sources[0].jsonl == tmp_path / "a.jsonl"
+    assert cache.sources[0].jsonl == (tmp_path / "a.jsonl",)
     assert (cache.teacher.model, cache.teacher.tokenizer) == (str(tmp_path / "teacher"), "org/name")
 
 

@@ -26,7 +26,8 @@ from student_train.recipe import StreamSection
 from student_train.stream.rows import Stream
 from teacher_cache.build import build
 from teacher_cache.extract.distribution import extract_distribution
-from teacher_cache.tail_basis import TailFit, choose_codec
+from teacher_cache.tail_basis import TailFit
+from teacher_cache.tail_choice import choose_codec
 from tests.tiny import CONTEXT, HEADS, LAYERS, WIDTH, make_model
 
 RecipeMaker = Callable[..., Any]
@@ -286,10 +287,10 @@ def test_large_vocabularies_and_softcapped_untied_heads() -> None:
     head = OutputHead(weight, bias, 1.0, 5.0)
     hidden = torch.randn(600, WIDTH, generator=generator)
     signal = DistributionSignal(rank=WIDTH, tail_bits=16, samples=4)
-    codec, fidelity = choose_codec(TailFit.of(hidden, head, signal), head, signal, hidden[:64])
-    assert max(fidelity.scaled_kl_nats) <= 1e-3
+    choice = choose_codec(TailFit.of(hidden, head, signal), head, signal, hidden[:64])
+    assert max(choice.fidelity.scaled_kl_nats) <= 1e-3
     rows = extract_distribution(
-        codec, lambda r: head.logits(hidden[:64][r]), hidden[:64], torch.zeros(64, dtype=torch.long), 4, (0, 0)
+        choice.codec, lambda r: head.logits(hidden[:64][r]), hidden[:64], torch.zeros(64, dtype=torch.long), 4, (0, 0)
     ).rows
     assert (id_dtype(65_535), id_dtype(65_536), id_dtype(150_000)) == ("uint16", "uint32", "uint32")
     for path in ("distribution/head_ids", "distribution/sampled_ids_4"):

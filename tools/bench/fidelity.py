@@ -101,7 +101,7 @@ def our_rows(cache: Cache, held: HeldOut) -> list[Row]:
     fit = TailFit.of(states, held.head_teacher, signal)
     step = float(held.codec.tail_step.median())
     for factor in STEP_FACTORS:
-        codec = fit.codec_of_step(step * factor, held.head_teacher, signal)
+        codec = fit.codec_of_step(step * factor, signal, held.head_teacher.softcap)
         codes = encode(codec, held)
         found = measure(held, cached_logprobs(held, codec, codes), TEMPERATURES)
         rows.append(
@@ -109,7 +109,7 @@ def our_rows(cache: Cache, held: HeldOut) -> list[Row]:
         )
     for head in HEADS:
         pure = signal.model_copy(update={"head": head, "rank": 0})
-        codec = fit.codec(0, 1.0, held.head_teacher, pure)
+        codec = fit.codec(0, 1.0, pure, held.head_teacher.softcap)
         codes = encode(codec, held)
         found = measure(held, cached_logprobs(held, codec, codes), TEMPERATURES)
         rows.append(Row("head + bucket", f"head {head}", code_bytes(codes, pure, 0, held.vocab), found))

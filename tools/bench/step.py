@@ -116,7 +116,8 @@ def step_of(
         def ours(batch: CodedBatch) -> Tensor:
             if objective.matched_layers and not distiller.head_pairs:
                 assert distiller.choose_heads(batch)
-            weights = {name: term.weight.end / max(1, objective.counts(batch)[name]) for name, term in objective.terms.items()}
+            counts = objective.counts(batch)
+            weights = {name: weight / max(1, counts[name]) for name, weight in objective.weights(1.0).items()}
             total: Tensor = distiller(batch, weights)[0]
             return total
 
