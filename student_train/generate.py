@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.local_objects import LocalObjects
 from signal_store.progress import progress_bar
+from student_train.exact_text import Beginning, ExactText
 from student_train.recipe import StudentSection
 from student_train.student import build_student
 
@@ -23,8 +23,6 @@ BEGINNING = 0.25
 """Share of a plain text that is a prompt."""
 LEAST_TOKENS = 4
 ROWS = 16
-UNFINISHED = "\ufffd"
-"""What a tokenizer decodes part of a character to."""
 
 
 def generate(
@@ -38,7 +36,8 @@ def generate(
     seed: int = 0,
     unfinished: bool = False,
 ) -> dict[str, int]:
-    """Write `out`, JSON lines of prompt and completion; how many texts were `written` and how many `unfinished`.
+    """Write `out`, JSON lines of prompt and completion; how many texts were `written`, how many were `unfinished`, `shifted` (cut
+    at a whole character, not where it was asked for) and `refused` (empty, or no text: bytes that are not characters).
 
     Prompts: of train segments drawn by the seed, the rows before the first that counts, or the first quarter. A completion that
     does not end by itself within `new_tokens` is left out, and counted, unless `unfinished`.
@@ -51,46 +50,42 @@ def generate(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError("the tokenizer has no end-of-text token", expected="one, to know where a text ends", where=student)
-    prompts = _prompts(opened, samples, seed, new_tokens, model.config.get_text_config())
+    texts = ExactText(tokenizer)
+    prompts, counts = _prompts(opened, texts, samples, seed, new_tokens, model.config.get_text_config())
     torch.manual_seed(seed)
     lines: list[str] = []
-    left_out = 0
     with progress_bar() as progress:
         bar = progress.add_task("generate", total=len(prompts), unit="texts")
         for first in range(0, len(prompts), ROWS):
             some = prompts[first : first + ROWS]
-            for prompt, written in zip(some, _written(model, some, new_tokens, temperature, eos), strict=True):
+            for prompt, written in zip(some, _written(model, [p.ids for p in some], new_tokens, temperature, eos), strict=True):
                 finished = written[-1] == eos
-                left_out += not finished
-                if finished or unfinished:
-                    texts = _texts(tokenizer, prompt, written[:-1] if finished else written)
-                    lines.append(json.dumps(dict(zip(("prompt", "completion"), texts, strict=True)), ensure_ascii=False) + "\n")
+                counts["unfinished"] += not finished
+                if not finished and not unfinished:
+                    continue
+                text, cut_off = texts.written(prompt, written[:-1] if finished else written)
+                if (cut_off and not unfinished) or not text:
+                    counts["refused"] += 1
+                    continue
+                counts["shifted"] += prompt.shifted or cut_off
+                lines.append(json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False) + "\n")
             progress.advance(bar, len(some))
     if not lines:
         raise InputError(
-            "no text ended by itself",
+            "no text ended by itself" if counts["unfinished"] else "no text could be had byte for byte",
             expected=f"one within {new_tokens} tokens",
+            found=", ".join(f"{count} {name}" for name, count in counts.items()),
             where=student,
             remedy="Raise --new-tokens, or keep --unfinished.",
         )
     LocalObjects(out.parent, scratch=".").put(out.name, "".join(lines).encode())
-    return {"written": len(lines), "unfinished": left_out}
+    return {"written": len(lines), **counts}
 
 
-def _texts(tokenizer: PreTrainedTokenizerFast, prompt: list[int], written: list[int]) -> tuple[str, str]:
-    """The text, cut where the prompt ends, or at the last token before that ends a character. What the tokenizer puts before every
-    text is left to it."""
-    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[0]
-    if tokenizer.bos_token_id == first == prompt[0]:
-        prompt = prompt[1:]
-    ids = [*prompt, *written]
-    whole = str(tokenizer.decode(ids))
-    beginnings = (str(tokenizer.decode(ids[:end])) for end in range(len(prompt), 0, -1))
-    beginning = next((text for text in beginnings if whole.startswith(text) and not text.endswith(UNFINISHED)), "")
-    return beginning, whole[len(beginning) :]
-
-
-def _prompts(cache: Cache, samples: int, seed: int, new_tokens: int, config: object) -> list[list[int]]:
+def _prompts(
+    cache: Cache, texts: ExactText, samples: int, seed: int, new_tokens: int, config: object
+) -> tuple[list[Beginning], dict[str, int]]:
+    """The beginnings, and the counts of `generate` with what could not be one."""
     room = min(getattr(config, "max_position_embeddings", None) or 2**31, cache.manifest.plan.context) - new_tokens
     if room < LEAST_TOKENS:
         raise InputError(
@@ -104,15 +99,20 @@ def _prompts(cache: Cache, samples: int, seed: int, new_tokens: int, config: obj
     owner = np.searchsorted(upto, places, side="right")
     starts = [cache.first_segment(int(units[u])) - int(upto[u] - cache.segments_per_unit[units[u]]) for u in range(len(units))]
     drawn = np.asarray([starts[u] + int(place) for u, place in zip(owner, places, strict=True)])
-    found = []
+    found: list[Beginning] = []
+    refused = 0
     for number in drawn.tolist():
         segment = cache[number]
         rows = slice(segment.token_start, segment.token_start + len(segment))
         counts = np.flatnonzero(cache.read("tokens/loss_mask", rows.start, rows.stop))
         asked = int(counts[0]) + 1 if len(counts) and counts[0] else 0
         length = asked or max(LEAST_TOKENS, round(BEGINNING * len(segment)))
-        found.append(segment.input_ids[:length][-room:].tolist())  # of a long prompt the end, where the question is
-    return found
+        byte_end = cache.read("tokens/byte_end", rows.start, rows.stop)
+        # of a long prompt the end, where the question is
+        beginning = texts.begin(segment.input_ids.tolist(), byte_end.tolist(), length, room)
+        refused += beginning is None
+        found += [] if beginning is None else [beginning]
+    return found, {"unfinished": 0, "shifted": 0, "refused": refused}
 
 
 @torch.no_grad()
