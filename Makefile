@@ -1,5 +1,5 @@
 # What people and CI run. Each recipe makes .venv first if there is none.
-.PHONY: help ci check test docs demo notebook torture browser real-model
+.PHONY: help ci check test matrix docs demo notebook torture browser real-model
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -11,6 +11,9 @@ check:           ## lint, format, imports, types
 
 test:            ## the static checks and the test suite
 	./tools/test
+
+matrix:          ## the storage tests with the lowest and the newest versions, on each Python; last result: tools/matrix-result.txt
+	./tools/matrix --write
 
 docs:            ## the documentation as a site, every link checked
 	./tools/docs

@@ -274,7 +274,7 @@ def main() -> int:
         return 2
     uv()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda pair: try_environment(pair[0], pair[1], pair[2], chosen.torch_index), pairs))
+        results = list(pool.map(lambda of: try_environment(of[0], of[1], of[2], chosen.torch_index), pairs))
     text = table(results, absent)
     print(text, end="")
     if chosen.write:
