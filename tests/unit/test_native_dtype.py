@@ -25,6 +25,7 @@ from signal_store.ledger import CALIBRATION, MANIFEST, read_document, unit_key
 from signal_store.local_objects import LocalObjects
 from teacher_cache.build import build
 from teacher_cache.fill import fill
+from teacher_cache.unit_staging import tokenizer_files
 from tests.tiny import COMMON, make_model
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -178,3 +179,11 @@ def test_a_cache_of_before_there_was_auto_goes_on(
     copy = shutil.copytree(cache.uri, tmp_path / "cache.zarr")
     recipe = recipe_for(copy, teacher={"model": str(teacher_folder), "device": "cpu"})
     assert build(recipe).manifest.cache_id == cache.manifest.cache_id
+
+
+def test_a_plan_does_not_know_whether_its_machine_was_offline(tokenizer: Any) -> None:
+    files = []
+    for offline in (False, True):
+        tokenizer.init_kwargs["local_files_only"] = offline
+        files.append(tokenizer_files(tokenizer))
+    assert files[0] == files[1]
