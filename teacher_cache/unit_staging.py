@@ -197,7 +197,7 @@ def publish_units(objects: Objects, prefix: str, units: Sequence[dict[str, Any]]
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
-    """What `save_pretrained` writes, by name. Whether this machine was offline is among what it remembers, and no part of a plan."""
+    """What `save_pretrained` writes, by name. Whether this machine was offline is among what it remembers, no part of a plan."""
     if "local_files_only" in tokenizer.init_kwargs:
         tokenizer.init_kwargs["local_files_only"] = False
     with tempfile.TemporaryDirectory() as folder:
