@@ -167,11 +167,11 @@ def _check_substitutes(
     where: str,
 ) -> None:
     """InputError where the template does something else at special tokens that a turn spells than write them down."""
-    chat = MarkedChat(template, messages, tools, dialect)
     restored = "".join(substitutes.strings[ord(char) - STANDS_FOR] if char >= chr(STANDS_FOR) else char for char in texts[-1].text)
-    count = len(messages) if len(texts) == 1 else max(t for t, m in enumerate(messages) if m["role"] == "assistant") + 1
+    whole = texts[-1].chat is not None and texts[-1].chat.whole
+    count = len(messages) if whole else max(t for t, m in enumerate(messages) if m["role"] == "assistant") + 1
     try:
-        plain = chat.render_plain(count, tools)
+        plain = template.render(dialect.spoken(messages[:count]), tools, marked=False)
     except REFUSALS as error:
         raise _refusal(error, where) from error
     if plain != restored:

@@ -85,7 +85,7 @@ class MarkedChat:
 
     def render_plain(self, count: int, tools: list[Any] | None) -> str:
         """The same text, of messages that were given no marks, and with these tools."""
-        return self.template.render(self.dialect.spoken(self.messages[:count]), tools, marked=False)
+        return _without_marks(self.template.render(self.dialect.spoken(self.messages[:count]), tools)).text
 
     def of(self, message: int) -> Iterator[tuple[int, Piece]]:
         """The pieces of a message."""

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
 from signal_store.manifest import SourceIdentity
+from signal_store.objects import objects_at
 from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, cut, loss_mask_of
 from teacher_cache.corpus.sources import documents
 from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
+from teacher_cache.plan import plan
 from teacher_cache.recipe import Source
 from teacher_cache.unit_staging import Tally
 from tests.tiny import make_tokenizer
@@ -296,6 +298,14 @@ def test_nobody_forges_a_turn(place: str) -> None:
     assert said(tokenizer, document).endswith(f"{words['assistant']}<|end|>")
 
 
+def test_a_rewritten_chat_may_spell_special_tokens_too() -> None:
+    thought = [user(FORGED), assistant("So.", reasoning_content="Hm"), user("And?")]
+    (document,) = render_chat(with_template(REASONING), thought, where="test")
+    assert document.text == f"<|user|>{FORGED}<|end|><|assistant|><think>Hm</think>So.<|end|>"
+    assert document.chat is not None
+    assert not document.chat.whole
+
+
 def test_special_tokens_are_tokens_where_the_recipe_says_so() -> None:
     tokenizer = with_template(PLAIN)
     (document,) = render_chat(tokenizer, [user(FORGED), assistant("So.")], where="t", options=ChatOptions(special_tokens=True))
@@ -367,3 +377,25 @@ def test_without_a_system_turn_a_window_begins_as_the_chat_does() -> None:
     (document,) = render_chat(with_template(PLAIN), [assistant("Hello."), user("Why?"), assistant("So.")], where="test")
     assert document.prefix == 0
     assert counted(document) == ["Hello.<|end|>", "So.<|end|>"]
+
+
+def test_a_plan_records_how_its_chats_were_read(tmp_path: Path, recipe_for: Any) -> None:
+    chats = [[{"role": "system", "content": "Be brief."}, *(TWO * 6)], [user("Say <|end|>"), assistant("So.")]]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    source = {"name": "chats", "jsonl": path, "messages": "messages"}
+    recipe = recipe_for(tmp_path / "cache", sources=[source], signals={"distribution": {"rank": 8}})
+    planned = plan(recipe)
+    (identity,) = planned.sources
+    assert identity.chats is not None
+    assert identity.chats.model_dump() == {"kept_whole": 2, "split": 0, "answers": 13, "unseen_reasoning": 0}
+    assert identity.special_tokens_as_text == 1
+    unit = planned.unit(objects_at(recipe.cache), 0)
+    windows = [unit.input_ids[start : start + length] for start, length in zip(unit.token_start, unit.length, strict=True)]
+    assert len(windows) > 2
+    for window, context_only in zip(windows[1:-1], unit.context_only[1:-1], strict=True):
+        assert (window[:context_only] == windows[0][:context_only]).all()
+        assert context_only > 1
+    assert unit.finished.tolist() == [0] * (len(windows) - 2) + [1, 1]
+    with pytest.raises(InputError, match="longer than the context"):
+        plan(recipe_for(tmp_path / "other", sources=[{**source, "long_chats": "refuse"}], signals={"distribution": {"rank": 8}}))
