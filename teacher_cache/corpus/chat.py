@@ -46,33 +46,44 @@ def render_chat(
     template = template_of(tokenizer, options.template, tools=schemas is not None, where=where)
     pattern = re.compile(OURS if options.special_tokens else f"{OURS}|{special.pattern.pattern}")
     substitutes = Substitutes(pattern)
-    chat, answers = _spoken(template, special, substitutes.put(parsed), substitutes.put(schemas), where)
-    try:
-        texts = list(_texts(chat, answers, special, where))
-    except REFUSALS as error:
-        raise error if isinstance(error, InputError) else _refusal(error, where) from error
+    dialect, texts = _spoken(template, special, substitutes.put(parsed), substitutes.put(schemas), where)
     if substitutes.strings:
-        _check_substitutes(template, chat.dialect, parsed, schemas, texts, substitutes, where)
+        _check_substitutes(template, dialect, parsed, schemas, texts, substitutes, where)
     return tuple(_restored(text, substitutes, special) for text in texts)
+
+
+class _MarksShowError(InputError):
+    """The rendering is another one with marks than without."""
+
+
+class _ToolsUnseenError(InputError):
+    """All was rendered but the schemas of tools."""
 
 
 def _spoken(
     template: ChatTemplate, special: SpecialText, messages: list[Message], tools: list[Any] | None, where: str
-) -> tuple[MarkedChat, list[Answer]]:
-    """The chat in the first form of which the template leaves nothing out, and its answers."""
+) -> tuple[Dialect, list[Document]]:
+    """The first form of the chat of which the template leaves nothing out, and its documents, still with substitutes."""
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     refusals: list[tuple[int, Exception]] = []
-    for dialect in sorted(dialects(messages), key=lambda dialect: not reads(template, dialect.content, special)):
-        try:
-            chat = MarkedChat(template, messages, tools, dialect)
-            return chat, [find_answer(chat, special, turn, where) for turn, m in enumerate(messages) if m["role"] == "assistant"]
-        except REFUSALS as error:
-            refusals.append((_obscurity(error, dialect), error))
+    for inmost in (False, True):  # marks around texts; where the template looks at how texts begin or end, in their middle
+        if inmost and not any(isinstance(error, _MarksShowError) for _, error in refusals):
+            break
+        for dialect in sorted(dialects(messages), key=lambda dialect: not reads(template, dialect.content, special)):
+            try:
+                chat = MarkedChat(template, messages, tools, dialect, inmost=inmost)
+                answers = [find_answer(chat, special, turn, where) for turn in turns]
+                return dialect, list(_texts(chat, answers, special, where))
+            except REFUSALS as error:
+                refusals.append((_obscurity(error, dialect), error))
     told = min(refusals, key=lambda refusal: refusal[0])[1]
     raise told if isinstance(told, InputError) else _refusal(told, where)
 
 
 def _obscurity(error: Exception, dialect: Dialect) -> int:
     """How little an error says of why a template refuses a chat: its own words most, an error of its code, or at a null, least."""
+    if isinstance(error, _ToolsUnseenError):
+        return 0
     if dialect.nothing == "null":
         return 2
     return 0 if type(error) is TemplateError else 1 if isinstance(error, InputError) else 2
@@ -82,13 +93,13 @@ def _check_unmarked(chat: MarkedChat, rendering: Rendering, count: int, where: s
     """InputError where the template renders other text when it is not told by marks what is whose, or never shows the tools."""
     plain = chat.render_plain(count, chat.tools)
     if plain != rendering.text:
-        raise InputError(
-            "the chat template changes with what its turns begin or end with, so nobody can say who wrote what",
+        raise _MarksShowError(
+            "the chat template changes what turns say, so nobody can say who wrote what",
             found=_difference(plain, rendering.text),
             where=where,
         )
     if chat.tools is not None and plain == chat.render_plain(count, None):
-        raise InputError(
+        raise _ToolsUnseenError(
             "the chat template leaves out the tools",
             expected="their schemas",
             found="none",
@@ -98,7 +109,7 @@ def _check_unmarked(chat: MarkedChat, rendering: Rendering, count: int, where: s
 
 
 def _texts(chat: MarkedChat, answers: Sequence[Answer], special: SpecialText, where: str) -> Iterator[Document]:
-    """The chat as documents, still with substitutes in their texts."""
+    """The chat as documents."""
     count, last = len(chat.messages), answers[-1]
     whole = last.rendering if last.turn + 1 == count else chat.render(count)
     if all(whole.text.startswith(answer.rendering.text[: answer.end]) for answer in answers):

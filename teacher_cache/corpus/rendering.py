@@ -72,16 +72,28 @@ class Substitutes:
 class MarkedChat:
     """The messages of a chat with marks around their pieces, ready to be rendered."""
 
-    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        dialect: Dialect,
+        *,
+        inmost: bool = False,
+    ) -> None:
+        """Marks stand around each piece; `inmost`, in its middle."""
+        self._inmost = inmost
         self.template, self.messages, self.tools, self.dialect = template, messages, tools, dialect
         self.pieces: list[Piece] = []
+        self._halves: list[tuple[str, str]] = []
         tags = sorted(set(re.findall(TAG, template.source)))
         self._tags = re.compile("(" + "|".join(map(re.escape, tags)) + ")") if tags else None
         self.marked = dialect.spoken([self._message(message, number) for number, message in enumerate(messages)])
 
     def render(self, count: int, *, prompt: bool = False) -> Rendering:
         """The first `count` messages; with `prompt`, up to where the model would go on. Raises one of `template.REFUSALS`."""
-        return _without_marks(self.template.render(self.marked[:count], self.tools, add_generation_prompt=prompt))
+        found = _without_marks(self.template.render(self.marked[:count], self.tools, add_generation_prompt=prompt))
+        return self._around_middles(found) if self._inmost else found
 
     def render_plain(self, count: int, tools: list[Any] | None) -> str:
         """The same text, of messages that were given no marks, and with these tools."""
@@ -122,7 +134,21 @@ class MarkedChat:
             raise InputError("a chat has too many turns and tags", expected=f"at most {ENDS - BEGINS} texts between them")
         self.pieces.append(piece)
         number, start = len(self.pieces) - 1, text.index(inner)
-        return text[:start] + chr(BEGINS + number) + inner + chr(ENDS + number) + text[start + len(inner) :]
+        marks = chr(BEGINS + number), chr(ENDS + number)
+        if self._inmost:
+            middle = start + len(inner) // 2
+            self._halves.append((text[start:middle], text[middle : start + len(inner)]))
+            return text[:middle] + "".join(marks) + text[middle:]
+        return text[:start] + marks[0] + inner + marks[1] + text[start + len(inner) :]
+
+    def _around_middles(self, found: Rendering) -> Rendering:
+        """The rendering with spans of whole pieces, those that stand there as they are."""
+        pieces = {}
+        for number, (middle, _) in found.pieces.items():
+            before, after = self._halves[number]
+            if found.text.endswith(before, 0, middle) and found.text.startswith(after, middle):
+                pieces[number] = middle - len(before), middle + len(after)
+        return Rendering(found.text, pieces, found.generated)
 
 
 def _without_marks(marked: str) -> Rendering:

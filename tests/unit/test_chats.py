@@ -191,6 +191,22 @@ def test_white_space_is_as_the_template_leaves_it() -> None:
     assert rendered(REASONING.replace("<think>", "").replace("{{ m.reasoning_content }}</think>", ""), chat) == [["So.<|end|>"]]
 
 
+@pytest.mark.parametrize("look", ["startswith('Wh')", "endswith('.')", "[0] == 'W'", "[:2] == 'Wh'"])
+def test_a_template_may_look_at_how_texts_begin_and_end(look: str) -> None:
+    looks = PLAIN.replace(
+        "{{ m.content }}", "{% if m.content" + (look if look[0] == "[" else "." + look) + " %}!{% endif %}{{ m.content }}"
+    )
+    marked = look == "endswith('.')"
+    assert rendered(looks, [user("Why?"), assistant("So.")]) == [[("!" if marked else "") + "So.<|end|>"]]
+    (document,) = render_chat(with_template(looks), [user("Why?"), assistant("So.")], where="test")
+    assert document.text == f"<|user|>{'' if marked else '!'}Why?<|end|>\n<|assistant|>{'!' if marked else ''}So.<|end|>\n"
+
+
+def test_a_template_that_changes_words_is_refused() -> None:
+    with pytest.raises(InputError, match="changes what turns say"):
+        rendered(PLAIN.replace("m.content", "m.content | capitalize"), [user("why NOW?"), assistant("so.")])
+
+
 def test_the_day_is_always_the_same() -> None:
     dated = "{{ strftime_now('%Y-%m-%d') }}" + PLAIN
     (document,) = render_chat(with_template(dated), TWO, where="test")
