@@ -68,7 +68,8 @@ class Source(Section):
     """One data set: where it lies (exactly one of `folder`, `jsonl`, `parquet`, `dataset`), and which columns are text.
 
     Columns: `text`; or `prompt` and `completion` (only the completion counts in the loss); or `messages`, a chat that the
-    tokenizer's own template renders (only the assistant's tokens count). Files of a folder are one document each.
+    tokenizer's own template renders (only the assistant's tokens count), with `tools`, where chats call some. Files of a folder are
+    one document each.
     """
 
     name: str = Field(min_length=1)
