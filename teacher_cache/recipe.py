@@ -80,7 +80,8 @@ class Source(Section):
     `jsonl` and `parquet` are a file, a folder, a pattern such as `data/**/*.jsonl.gz`, or a list of these; files may be compressed
     with gzip, zstd, xz or bz2. A folder's and a pattern's files are read in the order of their names, a list in its own.
     Columns: `text`; or `prompt` and `completion` (only the completion counts in the loss); or `messages`, a chat that the
-    tokenizer's own template renders (only the assistant's tokens count). Files of a folder are one document each.
+    tokenizer's own template renders (only the assistant's tokens count), with `tools`, where chats call some. Files of a folder are
+    one document each.
     """
 
     name: str = Field(min_length=1)
