@@ -18,6 +18,15 @@ def fresh() -> ForkServerContext:
     return context
 
 
+def say_into(log: Path) -> None:
+    """In a fork: all that it says from now on goes into a file."""
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    # pytest has put its own in their places
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+
+
 def run_copy(sources: Path, module: str, arguments: list[str]) -> tuple[int, str]:
     """Exit code and words of a command whose source lies in a folder: a fork of this process that forgets our packages, and imports
     them from there."""
@@ -30,10 +39,7 @@ def run_copy(sources: Path, module: str, arguments: list[str]) -> tuple[int, str
 
 
 def _command(sources: Path, module: str, arguments: list[str], log: Path) -> None:
-    with log.open("w") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # pytest has put its own there
+    say_into(log)
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     sys.path[:0] = [str(sources), str(sources / "shared")]
@@ -42,8 +48,4 @@ def _command(sources: Path, module: str, arguments: list[str], log: Path) -> Non
     command = importlib.import_module(f"{module}.cli")
     assert str(command.__file__).startswith(str(sources)), command.__file__
     os.chdir(sources)
-    try:
-        command.main()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    command.main()

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_taps.loading import load_tokenizer
+from model_taps.machine import MachineClass
 from signal_store.cache import Cache, open_cache
 from signal_store.command_line import guarded, keep_freed_memory
 from signal_store.errors import MismatchError, NotFoundError
@@ -88,20 +89,20 @@ def run_recipe(preset: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
 def write_corpus(wanted: dict[Split, int]) -> None:
     """Modules of the standard library, without tests, in an order of their name's hash, until there are tokens enough; once."""
     written = OUT / "size.json"
-    if written.exists():
-        if (found := json.loads(written.read_text())) != wanted:
-            raise MismatchError(
-                "the demo was begun in another size", expected=wanted, found=found, where=OUT, remedy="Add --fresh."
-            )
+    if written.exists() or (OUT / "validation.jsonl").exists():
+        found = json.loads(written.read_text()) if written.exists() else "one of before there were sizes"
+        if found != wanted:
+            what = "the demo was begun in another size"
+            raise MismatchError(what, expected=wanted, found=found, where=OUT, remedy="Add --fresh.")
         return
     tokenizer = load_tokenizer(str(TEACHER))
     chosen = sorted((m for m in modules() if not m.is_test), key=lambda m: hashlib.sha256(m.name.encode()).digest())
     for split, tokens in wanted.items():
-        found = 0
+        written_tokens = 0
         with (OUT / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for module in chosen:
-                if module.split == split and found < tokens:
-                    found += len(tokenizer.backend_tokenizer.encode(module.text).ids) + 1
+                if module.split == split and written_tokens < tokens:
+                    written_tokens += len(tokenizer.backend_tokenizer.encode(module.text).ids) + 1
                     file.write(json.dumps({"name": module.name, "text": module.text}) + "\n")
     written.write_text(json.dumps(wanted))
 
@@ -209,6 +210,7 @@ def summarize(cache: Cache, students: list[dict[str, Any]], build_seconds: float
             "folder": str(TEACHER),
             "val_loss": teacher_validation_loss(cache),
             "weights_digest": cache.manifest.teacher.weights_digest,
+            "dtype": cache.manifest.teacher.dtype,
         },
         "cache": {
             "path": cache.uri,
@@ -257,11 +259,13 @@ def demo(args: argparse.Namespace) -> None:
         ]
     cache = open_cache(OUT / "cache.zarr")
     summary = summarize(cache, students, build_seconds)
-    summary["seconds"] = time.perf_counter() - started
+    machine = MachineClass.of("cpu")
+    summary |= {"seconds": time.perf_counter() - started, "machine": machine.facts()}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1))
     plot(students, summary["teacher"]["val_loss"], OUT / "curves.png")
     show(summary)
-    print(f"took {summary['seconds']:.0f} seconds")
+    units, dtype = " ".join(machine.units) or "no known units", summary["teacher"]["dtype"]
+    print(f"took {summary['seconds']:.0f} seconds with {machine.threads} threads on {units}, the teacher in {dtype}")
 
 
 def main() -> None:

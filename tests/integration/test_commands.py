@@ -29,6 +29,7 @@ from signal_store.local_objects import LocalObjects
 from signal_store.recipe_file import validate
 from student_train.recipe import RunRecipe
 from teacher_cache.recipe import CacheRecipe
+from tests.processes import say_into
 from tests.tiny import COMMON, CONTEXT, make_model, make_tokenizer
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -301,8 +302,10 @@ def _forked(module: str, arguments: list[str], log: Path) -> None:
 
 def _with_small_files(module: str, arguments: list[str], log: Path) -> None:
     """A command whose disk is full after 9,000 bytes of any file."""
+    say_into(log)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-    _forked(module, arguments, log)
+    sys.argv = [module, *arguments]
+    importlib.import_module(f"{module}.cli").main()
 
 
 def kill_until_done(module: str, arguments: list[str], log: Path, moments: list[Callable[[], bool]]) -> int:

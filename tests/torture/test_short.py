@@ -19,4 +19,4 @@ def test_kills() -> None:
 
 
 def test_flips() -> None:
-    assert flips.run(25, seed=1)["harm"]["bit"] == 25
+    assert flips.run(15, seed=1)["harm"]["bit"] == 15
