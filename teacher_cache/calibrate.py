@@ -233,19 +233,24 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
         ),
         calibration=calibration,
         signals=signals,
-        arrays=tuple(spec.to_json() for spec in _specs(recipe, signals, calibration, teacher.hidden_size, planned)),
+        arrays=tuple(spec.to_json() for spec in _specs(recipe, signals, calibration, body, planned)),
     )
 
 
-def _specs(recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdentity, width: int, planned: Plan) -> list[ArraySpec]:
-    """The arrays of the cache, from what it holds; an overlay leaves tokens and segments to its base."""
+def _specs(
+    recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdentity, body: dict[str, Any], planned: Plan
+) -> list[ArraySpec]:
+    """The arrays of the cache, from what it holds and the body of its calibration; an overlay leaves tokens and segments to its
+    base."""
     capacities, unit_tokens = planned.capacities, recipe.resolved_unit_tokens
     specs: list[ArraySpec] = []
     if recipe.base is None:
         specs += [*layout.token_arrays(unit_tokens), *layout.segment_arrays(capacities.segments)]
         specs += layout.tag_arrays(unit_tokens) if planned.has_tags else ()
     if signals.distribution is not None:
-        specs += layout.distribution_arrays(signals.distribution, calibration.tail_rank, unit_tokens, planned.vocab_size)
+        zigzag = bool(body.get("tail_zigzag"))  # caches that were calibrated before there was such a coding go on as they began
+        rank, vocab_size = calibration.tail_rank, planned.vocab_size
+        specs += layout.distribution_arrays(signals.distribution, rank, unit_tokens, vocab_size, zigzag=zigzag)
     if signals.hidden is not None:
         if signals.hidden.positions != "all":
             specs += layout.row_range_arrays("hidden", capacities.segments)
@@ -260,7 +265,7 @@ def _specs(recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdenti
         specs += layout.stats_arrays(signals.stats, calibration.stats, capacities)
     if signals.replay is not None:
         specs += layout.row_range_arrays("replay", capacities.segments)
-        specs += layout.replay_arrays(signals.replay, calibration.replay_layers, width, capacities)
+        specs += layout.replay_arrays(signals.replay, calibration.replay_layers, body["teacher"]["hidden_size"], capacities)
     if signals.evidence is not None:
         specs += layout.row_range_arrays("evidence", capacities.segments)
         specs += layout.evidence_arrays(calibration.evidence_layers, capacities)

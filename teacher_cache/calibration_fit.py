@@ -32,6 +32,8 @@ from teacher_cache.unit_staging import SPLITS
 
 FIT_TOKENS_PER_CHANNEL = (8, 16)
 """Tokens that the bases are fitted on, least and most, for each channel of the teacher's width: held-out KL is flat from 16 on."""
+FIT_TOKENS = 2048
+"""And least in any case: how far a coordinate reaches shows only in many tokens."""
 FIT_SHARE, HELD_OUT_SHARE = 1 / 12, 1 / 24
 """Of the plan's tokens, what calibration takes between its least and its most."""
 HELD_OUT_TOKENS = (4, 2048, 4096)
@@ -67,7 +69,7 @@ def budget(asked_per_source: int | None, sizes: Sequence[int], width: int, most:
     each."""
     total = sum(sizes)
     few, many = (width * tokens for tokens in FIT_TOKENS_PER_CHANNEL)
-    fit = min(many, max(few, round(total * FIT_SHARE)))
+    fit = max(FIT_TOKENS, min(many, max(few, round(total * FIT_SHARE))))
     least, step, largest = HELD_OUT_TOKENS
     held = min(largest, max(min(step, least * width), round(total * HELD_OUT_SHARE)))
     if asked_per_source is not None:
@@ -196,6 +198,7 @@ def _distribution(
     return choice.codec, {
         "head": choice.codec.head,
         "tail_rank": choice.codec.rank,
+        "tail_zigzag": True,
         "coverage": list(coverage),
         "fidelity": found,
     }

@@ -20,6 +20,7 @@ from signal_store.errors import InputError
 from signal_store.layout import distribution_arrays
 from signal_store.shard_writer import encode_chunk
 from signal_store.signals import DistributionSignal
+from signal_store.zigzag import to_zigzag
 from teacher_cache.tail_basis import TailFit, logit_chunks
 from teacher_cache.tail_fidelity import Fidelity, measure
 
@@ -184,5 +185,7 @@ def stored_bytes(codes: DistributionCodes, codec: DistributionCodec, signal: Dis
     for spec in distribution_arrays(own, codec.rank, 2**16, codec.vocab_size):
         name = spec.path.split("/")[1]
         if name.startswith(arrays):
-            total += len(encode_chunk(getattr(codes, name).numpy().astype(spec.dtype, copy=False), spec)[0])
+            rows = getattr(codes, name).numpy()
+            rows = to_zigzag(rows) if name == "tail_codes" and spec.dtype == "uint8" else rows.astype(spec.dtype, copy=False)
+            total += len(encode_chunk(rows, spec)[0])
     return total / len(codes)

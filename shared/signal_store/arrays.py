@@ -71,9 +71,10 @@ class ArraySpec:
         shuffle: Shuffle = "noshuffle",
         transposed: bool = False,
         min_chunk_rows: int = 1,
+        level: int | None = None,
         **attributes: str,
     ) -> Self:
-        """The array with the chunk and shard sizes that the format prescribes for its rows."""
+        """The array with the chunk and shard sizes that the format prescribes for its rows; `level` None is that of its dtype."""
         row_bytes = np.dtype(dtype).itemsize * math.prod(row_shape)
         capacity, chunk, shard = grid(capacity_rows, row_bytes, min_chunk_rows)
         return cls(
@@ -86,7 +87,7 @@ class ArraySpec:
             shard_rows=shard,
             shuffle=shuffle,
             transposed=transposed,
-            level=CODE_LEVEL if np.dtype(dtype).itemsize == 1 else LEVEL,
+            level=level or (CODE_LEVEL if np.dtype(dtype).itemsize == 1 else LEVEL),
             attributes=tuple(sorted(attributes.items())),
         )
 

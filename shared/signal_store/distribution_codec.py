@@ -48,6 +48,13 @@ def top_k(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values_Nk, torch.cat([ids_NRk.flatten(1), rest], 1).gather(1, place_Nk)
 
 
+def _signed(tail_codes: Tensor) -> Tensor:
+    """Tail codes as signed integers: uint8 is zigzag (`signal_store.zigzag`)."""
+    if tail_codes.dtype != torch.uint8:
+        return tail_codes
+    return (tail_codes >> 1).view(torch.int8) ^ (tail_codes & 1).view(torch.int8).neg()
+
+
 def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
     """cap · tanh(logits / cap), or the logits where there is no cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -55,8 +62,8 @@ def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DistributionCodes:
-    """What is stored of N tokens: `head_ids` int32 [N, k] ascending, `head_codes` uint8 or int32 [N, k], `tail_codes` int8 or int16
-    [N, r], `scalars` float16 [N, 3 + temperatures] (see `layout.SCALARS`)."""
+    """What is stored of N tokens: `head_ids` int32 [N, k] ascending, `head_codes` uint8 or int32 [N, k], `tail_codes` int8, int16,
+    or uint8 as they are stored (`signal_store.zigzag`) [N, r], `scalars` float16 [N, 3 + temperatures] (see `layout.SCALARS`)."""
 
     head_ids: Tensor
     head_codes: Tensor
@@ -219,7 +226,7 @@ class DistributionCodec:
 
     def tail_logits(self, codes: DistributionCodes) -> Tensor:
         """ẑ [N, V] float32: the low-rank logits, soft-capped."""
-        integers = codes.tail_codes[:, : self.rank].float()
+        integers = _signed(codes.tail_codes[:, : self.rank]).float()
         if integers.device.type == "cpu" and self.tail_bits == 8 and has_bf16_units():
             # int8 is exact in bfloat16, and the basis is in two halves: 16 bits of it, and float32 sums
             with bf16_units():

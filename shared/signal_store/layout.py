@@ -6,7 +6,7 @@ a capacity of rows per unit; `<signal>/segments/` says where a segment's rows be
 
 from typing import Any
 
-from signal_store.arrays import ArraySpec
+from signal_store.arrays import LEVEL, ArraySpec
 from signal_store.manifest import AttentionLayout, Capacities, HiddenLayout, StatsLayout
 from signal_store.roles import LEVELS
 from signal_store.signals import DistributionSignal, HiddenSignal, ReplaySignal, StatsSignal
@@ -63,8 +63,11 @@ def id_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size < 2**16 else "uint32"
 
 
-def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int, vocab_size: int) -> tuple[ArraySpec, ...]:
-    """Head ids ascending; head codes below the row's maximum; tail codes; scalars per token (half precision).
+def distribution_arrays(
+    signal: DistributionSignal, rank: int, unit_tokens: int, vocab_size: int, *, zigzag: bool = True
+) -> tuple[ArraySpec, ...]:
+    """Head ids ascending; head codes below the row's maximum; tail codes (`zigzag` where they have 8 bits; older caches hold them
+    as int8); scalars per token (half precision).
 
     The `temperatures` attribute names the columns of `scalars` after those of SCALARS: log(head mass / tail mass) at each.
     """
@@ -99,15 +102,17 @@ def distribution_arrays(signal: DistributionSignal, rank: int, unit_tokens: int,
             row_shape=(signal.head_size,),
         ),
     )
+    zigzag &= signal.tail_bits == 8
     tail = ArraySpec.of(
         "distribution/tail_codes",
-        "int8" if signal.tail_bits == 8 else "int16",
+        "uint8" if zigzag else "int8" if signal.tail_bits == 8 else "int16",
         unit_tokens,
         "token",
         "direction",
         row_shape=(rank,),
-        shuffle="noshuffle" if signal.tail_bits == 8 else "shuffle",
+        shuffle="bitshuffle" if zigzag else "noshuffle" if signal.tail_bits == 8 else "shuffle",
         transposed=True,
+        level=LEVEL if zigzag else None,
         min_chunk_rows=DISTRIBUTION_CHUNK_TOKENS,
     )
     return (

@@ -185,7 +185,9 @@ def _distribution(calibrated: Calibrated, work: UnitWork, thoughts: Thoughts) ->
     labels = torch.from_numpy(work.plan.labels()[thoughts.tokens]).to(thoughts.hidden.device)
     key = (work.number, thoughts.tokens.start)
     logits_of = partial(_logits, calibrated, thoughts)
-    found = extract_distribution(calibrated.distribution, logits_of, thoughts.hidden, labels, signal.samples, key)
+    stored = {spec.path: spec.dtype for spec in calibrated.manifest.specs}
+    zigzag = stored.get("distribution/tail_codes") == "uint8"
+    found = extract_distribution(calibrated.distribution, logits_of, thoughts.hidden, labels, signal.samples, key, zigzag=zigzag)
     return _blank(found, calibrated.manifest, work.plan.is_context[thoughts.tokens])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from signal_store.distribution_codec import DistributionCodec
 from signal_store.layout import id_dtype, sampled_path
+from signal_store.zigzag import to_zigzag
 from teacher_cache.extract.rows import Extracted, numpy_of
 
 LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -24,9 +25,11 @@ def extract_distribution(
     labels_N: Tensor,
     draws: int,
     key: tuple[int, int],
+    *,
+    zigzag: bool = False,
 ) -> Extracted:
     """Codes of N rows. `logits_of` gives float32 logits of a slice of rows; `draws` ids a row are drawn at each temperature, by a
-    generator of `key`."""
+    generator of `key`; `zigzag`: how the cache holds its tail codes."""
     block = max(1, ENCODE_BYTES.get(hidden_ND.device.type, 2**26) // (4 * codec.vocab_size))
     step = max(1, LOGITS_BYTES.get(hidden_ND.device.type, 2**26) // (4 * codec.vocab_size))
     uniform = np.random.Generator(np.random.Philox(key=np.asarray(key, dtype=np.uint64)))
@@ -43,13 +46,14 @@ def extract_distribution(
             parts.append(codes)
             saturated += int(count)
     tail_type = "int8" if codec.tail_bits == 8 else "int16"
+    tail = numpy_of(torch.cat([p.tail_codes for p in parts]), tail_type)
     rows = {
         "distribution/scalars": numpy_of(torch.cat([p.scalars for p in parts]), "float16"),
         "distribution/head_ids": numpy_of(torch.cat([p.head_ids for p in parts]), id_dtype(codec.vocab_size)),
         "distribution/head_codes": numpy_of(
             torch.cat([p.head_codes for p in parts]), "uint8" if codec.head_bits == 8 else "uint16"
         ),
-        "distribution/tail_codes": numpy_of(torch.cat([p.tail_codes for p in parts]), tail_type),
+        "distribution/tail_codes": to_zigzag(tail.astype(np.int8, copy=False)) if zigzag else tail,
         **{sampled_path(temperature): numpy_of(torch.cat(ids), id_dtype(codec.vocab_size)) for temperature, ids in drawn.items()},
     }
     codes_per_row = codec.head + codec.rank

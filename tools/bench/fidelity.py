@@ -37,6 +37,7 @@ from signal_store.distribution_codec import DistributionCodec, DistributionCodes
 from signal_store.layout import distribution_arrays
 from signal_store.shard_writer import encode_chunk
 from signal_store.signals import DistributionSignal
+from signal_store.zigzag import to_zigzag
 from teacher_cache.tail_basis import TailFit
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
@@ -86,7 +87,8 @@ def code_bytes(codes: DistributionCodes, signal: DistributionSignal, rank: int, 
     total = 0
     names = {"scalars": codes.scalars, "head_ids": codes.head_ids, "head_codes": codes.head_codes, "tail_codes": codes.tail_codes}
     for spec in distribution_arrays(signal, rank, 65_536, vocab_size):
-        rows = names[spec.path.split("/")[1]].numpy().astype(spec.dtype, copy=False)
+        rows = names[name := spec.path.split("/")[1]].numpy()
+        rows = to_zigzag(rows) if name == "tail_codes" and spec.dtype == "uint8" else rows.astype(spec.dtype, copy=False)
         total += len(encode_chunk(rows, spec)[0])
     return total / len(codes)
 

@@ -52,7 +52,7 @@ def _codes(cache: Cache, start: int, stop: int) -> "DistributionCodes":
         if path not in cache.capacity_rows:
             return torch.zeros(len(scalars), 0, dtype=torch.int32)
         array = cache.read(path, start, stop)
-        return torch.from_numpy(array.astype(np.int32) if array.dtype.kind == "u" else array)
+        return torch.from_numpy(array if array.dtype.kind != "u" or name == "tail_codes" else array.astype(np.int32))
 
     return DistributionCodes(part("head_ids"), part("head_codes"), part("tail_codes"), torch.from_numpy(scalars))
 

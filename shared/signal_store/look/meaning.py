@@ -14,7 +14,7 @@ MEANING: tuple[tuple[str, str, str], ...] = (
     (r"segments/finished", "ends as its document does", "flag"),
     (r"distribution/head_ids", "the likeliest tokens, ascending", "id"),
     (r"distribution/head_codes", "distance below the row's largest log-probability, square-root code", "code"),
-    (r"distribution/tail_codes", "coordinates of the final hidden state", "code"),
+    (r"distribution/tail_codes", "coordinates of the final hidden state; unsigned: zigzag", "code"),
     (r"distribution/scalars", "log-probabilities, entropy, log of head mass over tail mass by temperature", "nat"),
     (r"distribution/sampled_ids_(.+)", "tokens drawn at a temperature", "id"),
     (r"hidden/.+/values|replay/.+/values", "coordinates in units of the row's scale", "code"),

@@ -14,6 +14,7 @@ from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
 from signal_store.look.decoded import place_among
 from signal_store.look.extras import pyplot
+from signal_store.zigzag import from_zigzag
 
 if TYPE_CHECKING:
     from signal_store.segment import Segment
@@ -132,7 +133,9 @@ def plot_tail_spectrum(cache: Cache, axes: Any = None) -> Any:
     if not cache.manifest.calibration.tail_rank:
         raise MismatchError("the cache has no tail", expected="signals.distribution with rank above 0", found=0, where=cache.uri)
     basis, step = (cache.read(f"calibration/distribution/{name}").astype(np.float32) for name in ("tail_basis", "tail_step"))
-    (codes,) = _used_rows(cache, "distribution/tail_codes")
+    (stored,) = _used_rows(cache, "distribution/tail_codes")
+    zigzag = cache.array("distribution/tail_codes").dtype == np.uint8
+    codes = from_zigzag(stored.astype(np.uint8)).astype(np.float32) if zigzag else stored
     moved = np.sqrt((basis**2).mean(0)) * step * np.sqrt((codes**2).mean(0))
     share = np.cumsum(moved**2) / (moved**2).sum()
     axes = axes_of(axes, (6, 3.6))
