@@ -26,6 +26,8 @@ from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import SPLITS
 
 TOKENS_PER_CHANNEL = 16
+LEAST_TOKENS_PER_CHANNEL = 8
+"""With fewer, a fit says little of text that it has not seen."""
 HEADLESS_TOKENS = 2048
 HELD_OUT_EVERY = 4
 CHECKED_TOKENS = 64
@@ -117,7 +119,10 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
             codec, coverage = headless_codec(torch.cat(heard.logits), signal)
         else:
             head = teacher.head.to("cpu")
-            codec, fidelity = choose_codec(TailFit.of(fit_nD, head, signal), head, signal, held_nD)
+            try:
+                codec, fidelity = choose_codec(TailFit.of(fit_nD, head, signal), head, signal, held_nD)
+            except InputError as error:
+                raise _little_text(body["num_tokens"], teacher.identity.hidden_size, planned) or error from error
             coverage = fidelity.head_mass
             body["fidelity"] = {"scaled_kl_nats": fidelity.scaled_kl_nats, "angle_degrees": fidelity.angle_degrees}
         arrays |= codec.to_arrays()
@@ -144,6 +149,20 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     if signals.evidence is not None:
         body["evidence_layers"] = _evidence_layers(signals.evidence, teacher)
     return body, arrays
+
+
+def _little_text(tokens: int, width: int, planned: Plan) -> InputError | None:
+    """What is the matter where no codec is within the bounds and calibration read this little; None where it read enough."""
+    least = LEAST_TOKENS_PER_CHANNEL * width
+    if tokens >= least:
+        return None
+    there = sum(source.num_tokens for source in planned.sources)
+    return InputError(
+        "too little text to fit the distribution's codec on",
+        expected=f"{least:,} tokens or more in calibration",
+        found=f"{tokens:,}, of {there:,} in all sources",
+        remedy="Give the sources more text" + ("" if there < least else ", or raise calibration.tokens_per_source") + ".",
+    )
 
 
 @dataclass(frozen=True, slots=True)
