@@ -156,7 +156,10 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     arrays: Arrays = {"check/hidden": checked_values(check.hidden, check.logits).numpy()}
     body["num_tokens"] = sum(len(h) for h in heard.final)
     if signals.distribution is not None:
-        codec, facts = _distribution(signals.distribution, heard, shared.held_out_share, teacher)
+        try:
+            codec, facts = _distribution(signals.distribution, heard, shared.held_out_share, teacher)
+        except InputError as error:
+            raise _little_text(body["num_tokens"], teacher.identity.hidden_size, planned) or error from error
         arrays |= codec.to_arrays()
         body |= facts
     body["hidden"] = []
@@ -202,6 +205,20 @@ def _distribution(
         "coverage": list(coverage),
         "fidelity": found,
     }
+
+
+def _little_text(tokens: int, width: int, planned: Plan) -> InputError | None:
+    """What is the matter where no codec is within the bounds and calibration read this little; None where it read enough."""
+    least = FIT_TOKENS_PER_CHANNEL[0] * width
+    if tokens >= least:
+        return None
+    there = sum(source.num_tokens for source in planned.sources)
+    return InputError(
+        "too little text to fit the distribution's codec on",
+        expected=f"{least:,} tokens or more in calibration",
+        found=f"{tokens:,}, of {there:,} in all sources",
+        remedy="Give the sources more text" + ("" if there < least else ", or raise calibration.tokens_per_source") + ".",
+    )
 
 
 @dataclass(frozen=True, slots=True)

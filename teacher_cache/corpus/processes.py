@@ -73,7 +73,7 @@ class Cutting:
         if self._pool is None:
             method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
             context = multiprocessing.get_context(method)
-            context.set_forkserver_preload([_cut.__module__])  # imported once, for all
+            context.set_forkserver_preload(["__main__", _cut.__module__])  # imported once, for all
             self._pool = ProcessPoolExecutor(self._processes, context, _begin, (self._cutter.elsewhere(),))
         return self._pool
 

@@ -1,15 +1,19 @@
 """What grows with a cache and what does not, for synthetic plans of 10⁶ to 10¹⁰ tokens: opening, memory, objects, ledger.
 
-Each plan is sealed for real but for its shards: manifest, packed records of every shard, metadata. Opening must be flat. Also the
-memory of `plan` on real text, by token.
+Each plan is sealed for real but for its shards: manifest, packed records of every shard, metadata. Opening must be flat. Also how
+many tokens of text, code and chats `plan` makes in a second, in one process and in several, and what 10¹⁰ tokens would take.
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
+import statistics
 import tempfile
 import time
+from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +42,15 @@ from signal_store.manifest import (
 from signal_store.seal_record import Seal, constant_spec, group_of, units_group
 from signal_store.shard_writer import write_unit_array
 from signal_store.signals import DistributionSignal, EveryNth, HiddenSignal, Signals
+from stdlib_corpus import modules
+from teacher_cache.corpus import processes
+from teacher_cache.plan import plan
+from teacher_cache.recipe import CacheRecipe
+from teacher_cache.workers import Worker
 
 UNIT_TOKENS = 65_536
 SEGMENTS_PER_UNIT = 160
+TEACHER = Path(__file__).parents[1] / "demo_teacher"
 
 
 def synthetic_manifest(tokens: int) -> Manifest:
@@ -143,10 +153,106 @@ def seconds_to_open(root: Path) -> tuple[float, float]:
     return min(opened), min(located)
 
 
+def write_corpora(folder: Path, size: int) -> dict[str, dict[str, Any]]:
+    """Sources of about `size` characters each, of the standard library: as plain text, as code with keywords, as chats of four
+    turns."""
+    texts = [module.text for module in islice(modules(), 2_000)]
+    texts = texts[: 1 + int(np.searchsorted(np.cumsum([len(text) for text in texts]), size))]
+    plain, chats = folder / "plain.jsonl", folder / "chats.jsonl"
+    plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    cuts = [text[at : at + 1600] for text in texts for at in range(0, len(text) - 1600, 1600)]
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [[{"role": role, "content": cut[400 * n : 400 * (n + 1)]} for n, role in enumerate(roles)] for cut in cuts]
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return {
+        "plain text": {"jsonl": plain},
+        "code": {"jsonl": plain, "lexer": "python"},
+        "chats": {"jsonl": chats, "messages": "messages"},
+    }
+
+
+def plan_rate(folder: Path, source: dict[str, Any], workers: int) -> tuple[int, float, float]:
+    """Tokens of a plan, its seconds, and this process's seconds on a core; processes beside this one are warm."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process: so they compare
+    made_from = {"name": "bench", "on_bad_row": "skip", **source}
+    teacher = {"model": str(TEACHER), "dtype": "float32"}
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        content = {"cache": f"{name}/cache.zarr", "teacher": teacher, "context": 256, "sources": [made_from]}
+        recipe = CacheRecipe.model_validate(content)
+        started, busy = time.perf_counter(), time.process_time()
+        planned = plan(recipe, Worker(processes=workers))
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    return sum(unit["tokens"] for unit in planned.units), seconds, busy
+
+
+def plan_rates(size: int, rounds: int, most: int) -> list[dict[str, Any]]:
+    """By kind of text and number of processes, the median of rounds taken in turns."""
+    processes.ALONE_SECONDS = 0.0
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind, source in write_corpora(folder, size).items():
+            plan_rate(folder, {**source, "max_documents": 8}, most)
+            measured: dict[int, list[tuple[int, float, float]]] = {workers: [] for workers in (1, most)}
+            for _ in range(rounds):
+                for workers, found in measured.items():
+                    found.append(plan_rate(folder, source, workers))
+            for workers, found in measured.items():
+                tokens, rate = found[0][0], statistics.median(tokens / seconds for tokens, seconds, _ in found)
+                row = {"text": kind, "processes": workers, "tokens": tokens, "tokens_per_second": round(rate)}
+                row |= {"lowest": round(min(t / s for t, s, _ in found)), "highest": round(max(t / s for t, s, _ in found))}
+                if workers == 1:
+                    row["tokens_per_core_second"] = round(statistics.median(t / busy for t, _, busy in found))
+                rows.append({**row, "hours_for_1e10_tokens": round(1e10 / rate / 3600, 1)})
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for."""
+    words = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    flags = {name: any(word.startswith(name) for word in words) for name in ("avx2", "avx512", "amx")}
+    return {
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "cpu_flags": ", ".join(name if there else f"no {name}" for name, there in flags.items()),
+        "date": date.today().isoformat(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def plan_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="tokens that plan makes in a second")
+    for column in ("text", "processes", "tokens/s", "lowest to highest", "a core alone", "hours for 1e10"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        spread = f"{row['lowest']:,} to {row['highest']:,}"
+        core = f"{row['tokens_per_core_second']:,}" if "tokens_per_core_second" in row else ""
+        rate, hours = f"{row['tokens_per_second']:,}", f"{row['hours_for_1e10_tokens']:,.1f}"
+        table.add_row(row["text"], str(row["processes"]), rate, spread, core, hours)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--only", choices=("open", "plan"))
+    parser.add_argument("--characters", type=int, default=4_000_000, help="of each kind of text")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="compared with one")
     args = parser.parse_args()
+    file = args.out / "growth.json"
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    if args.only != "open":
+        before = machine()
+        summary["plan"] = {**before, "rows": plan_rates(args.characters, args.rounds, args.processes)}
+        Console(width=140).print(plan_table(summary["plan"]["rows"]))
+    if args.only != "plan":
+        summary |= opening()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def opening() -> dict[str, Any]:
+    """What opening takes, by tokens."""
     rows: list[dict[str, Any]] = []
     table = Table(title="a cache grows")
     for column in (
@@ -180,9 +286,7 @@ def main() -> None:
         table.add_row(*cells, f"{size / 2**20:.1f}")
     Console(width=140).print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    summary = {"machine": platform.machine(), "rows": rows, "peak_bytes": peak}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "growth.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return {"machine": platform.machine(), "rows": rows, "peak_bytes": peak}
 
 
 if __name__ == "__main__":
