@@ -44,7 +44,7 @@ def num_layers(model: PreTrainedModel) -> int:
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of transformer blocks: of the text decoder's lists that are as long as the config says, the one with the most weights."""
+    """The list of transformer blocks: of the text decoder's lists as long as the config says, the one with the most weights."""
     body, count = text_decoder(model), num_layers(model)
     found = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
