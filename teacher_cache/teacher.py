@@ -321,7 +321,7 @@ def _gradients_of_activations(model: PreTrainedModel) -> Iterator[None]:
     """The frozen model builds a graph from its embeddings on; its weights take no part."""
 
     def begin_graph(_module: Any, _args: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_()
+        return output.requires_grad_().clone()  # of which a family may do with in place what it likes
 
     handle = model.get_input_embeddings().register_forward_hook(begin_graph)
     try:

@@ -21,6 +21,12 @@ def model_body(model: PreTrainedModel) -> nn.Module:
     return inside[0]
 
 
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of the body that reads text, of a model that reads other things too; else the body."""
+    found = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else None
+    return found if isinstance(found, nn.Module) and found is not model else model_body(model)
+
+
 def unsupported(model: PreTrainedModel, what: str, found: object) -> InputError:
     """The error for a family that is not built as others are; `what` says which part."""
     return InputError(
@@ -38,8 +44,8 @@ def num_layers(model: PreTrainedModel) -> int:
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of transformer blocks: of the body's lists that are as long as the config says, the one with the most weights."""
-    body, count = model_body(model), num_layers(model)
+    """The list of transformer blocks: of the text decoder's lists as long as the config says, the one with the most weights."""
+    body, count = text_decoder(model), num_layers(model)
     found = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
         raise unsupported(model, f"no list of {count} blocks", f"none in {type(body).__name__}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model_taps.blocks import model_body, unsupported
+from model_taps.blocks import model_body, text_decoder, unsupported
 from signal_store.bf16_units import bf16_units
 from signal_store.distribution_codec import apply_softcap
 
@@ -107,7 +107,7 @@ _FINAL_NORMS = (
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last block and the output head; InputError if none is found by its customary names."""
-    body = model_body(model)
+    body = text_decoder(model)
     for owner in (body, getattr(body, "decoder", None), getattr(body, "model", None), getattr(body, "transformer", None)):
         for name in _FINAL_NORMS:
             found = getattr(owner, name, None)

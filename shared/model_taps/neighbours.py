@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from model_taps.blocks import model_body
 from model_taps.head import accepts, final_hidden
 from model_taps.packing import Forward, position_ids
-from signal_store.errors import InputError
+from signal_store.errors import InputError, SignalStoreError, memory_error
 
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 BRIEF = 9
@@ -75,6 +75,13 @@ def probe(
     try:
         with torch.no_grad():
             return _Probe(model, vocab_size, length, width, most_tokens or 2 * width, what).found(allowed)
+    except SignalStoreError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        if memory_error(error) is not None:
+            raise
+        found = f"{type(error).__name__}: {str(error)[:300]}"
+        raise InputError(f"the {what} cannot run {length} tokens", found=found, where=model.config.model_type) from error
     finally:
         model.train(was_training)
 
