@@ -140,7 +140,7 @@ def estimate(
     for name, (low, high) in sorted(found.bytes_per_token.items()):
         typer.echo(f"{name:<14}{span(low, high, 'bytes/token')}")
     typer.echo(f"total         {span(found.total_bytes[0] / 2**20, found.total_bytes[1] / 2**20, 'MiB')}")
-    typer.echo(f"teacher       {found.teacher_flops:.3g} FLOP")
+    typer.echo(f"teacher       {found.teacher_flops:.3g} FLOP, and {found.calibration_flops:.3g} of calibration")
     if found.tokens_per_second is not None and found.hours is not None and found.worker_bytes is not None:
         typer.echo(f"objects       {found.objects:,}")
         typer.echo(f"this machine  {found.tokens_per_second:,.0f} tokens/s, {duration(3600 * found.hours)} alone")

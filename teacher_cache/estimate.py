@@ -25,6 +25,8 @@ from signal_store.objects import Objects, objects_at
 from signal_store.progress import progress_bar
 from signal_store.shard_writer import encode_chunk
 from teacher_cache.calibrate import Calibrated, batches_of, calibrate
+from teacher_cache.calibration_cost import fit_flops, search_flops
+from teacher_cache.calibration_fit import budget
 from teacher_cache.extract.batch import UnitWork, extract_batch, plan_rows
 from teacher_cache.plan import Plan, plan, settled
 from teacher_cache.positions import capacities_of
@@ -52,6 +54,8 @@ class Estimate:
     bytes_per_token: dict[str, tuple[float, float]]
     total_bytes: tuple[int, int]
     teacher_flops: float
+    calibration_flops: float
+    """Of its matrix products, the teacher's forward passes among them."""
     encoded_segments: int
     tokens_per_second: float | None
     hours: float | None
@@ -120,7 +124,8 @@ def _encoded(recipe: CacheRecipe, worker: Worker) -> Estimate:
         objects=shards + 2 * len(units) + 5 * len(manifest.specs) * 2 + 16,
         bytes_per_token={name: (size / total_tokens, size / total_tokens) for name, size in sizes.items()},
         total_bytes=(total, total),
-        teacher_flops=_flops(recipe, total_tokens),
+        teacher_flops=forward_flops(recipe, total_tokens),
+        calibration_flops=_calibration_flops(recipe, calibrated.plan),
         encoded_segments=segments,
         tokens_per_second=rate,
         hours=total_tokens / rate / 3600,
@@ -188,8 +193,9 @@ def _tokenizer_bytes(objects: Objects) -> int:
     return sum(objects.size(key) or 0 for key in objects.list("ledger/tokenizer"))
 
 
-def _flops(recipe: CacheRecipe, tokens: int) -> float:
-    """Of the forward passes: 2 for each weight that a token meets, the output head too, and 4·L·context·D/2 for attention."""
+def forward_flops(recipe: CacheRecipe, tokens: int) -> float:
+    """Of the teacher's forward passes: 2 for each weight that a token meets, the output head too, and 4·L·context·D/2 for
+    attention."""
     config = _teacher_config(recipe)
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -202,6 +208,20 @@ def _flops(recipe: CacheRecipe, tokens: int) -> float:
     ffn = 3 * width * (experts * moe if moe else inner)
     per_token = 2 * (layers * (attention + ffn) + width * config.vocab_size) + 2 * layers * recipe.context * heads * head_dim
     return float(per_token) * tokens
+
+
+def _calibration_flops(recipe: CacheRecipe, planned: Plan) -> float:
+    """Forward passes of the calibration's share, and the search of the distribution's codec."""
+    config, signal = _teacher_config(recipe), recipe.signals.distribution
+    width = config.hidden_size
+    shared = budget(recipe.calibration.tokens_per_source, [source.num_tokens for source in planned.sources], width)
+    tokens = sum(shared.by_source)
+    if signal is None or signal.rank == 0:
+        return forward_flops(recipe, tokens)
+    held = round(tokens * shared.held_out_share)
+    heads, temperatures = len(signal.head_sizes(planned.vocab_size)), len(signal.temperatures)
+    search = search_flops(width, planned.vocab_size, held, heads, temperatures)
+    return forward_flops(recipe, tokens) + fit_flops(width, planned.vocab_size, tokens - held) + search
 
 
 def _teacher_config(recipe: CacheRecipe) -> PretrainedConfig:
@@ -268,7 +288,8 @@ def _quick(recipe: CacheRecipe, worker: Worker) -> Estimate:
             round(tokens * sum(low for low, _ in ranges.values())),
             round(tokens * sum(high for _, high in ranges.values())),
         ),
-        teacher_flops=_flops(recipe, tokens),
+        teacher_flops=forward_flops(recipe, tokens),
+        calibration_flops=_calibration_flops(recipe, planned),
         encoded_segments=0,
         tokens_per_second=None,
         hours=None,

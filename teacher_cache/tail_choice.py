@@ -122,7 +122,7 @@ class _Option:
 def _pilot(fit: TailFit, head: OutputHead, signal: DistributionSignal, held_out_nD: Tensor) -> list[_Option]:
     """Every head size, fewest bytes first."""
     rows_nD = held_out_nD[:: max(1, len(held_out_nD) // PILOT_TOKENS)][:PILOT_TOKENS]
-    guess = _first_guess(fit, signal)
+    guess = step_of_error(fit, signal.bounds[0])
     steps = [guess * factor for factor in PILOT_FACTORS]
     signals = [signal.model_copy(update={"head": size}) for size in signal.head_sizes(len(head.weight))]
     codecs = [fit.codec_of_step(step, own, head.softcap) for own in signals for step in steps]
@@ -138,15 +138,13 @@ def _pilot(fit: TailFit, head: OutputHead, signal: DistributionSignal, held_out_
     return sorted(options, key=lambda option: option.stored_bytes)
 
 
-def _first_guess(fit: TailFit, signal: DistributionSignal) -> float:
-    """The step whose squared error of the logits, halved, is the bound of T²·KL: KL's second order, if all of the mass were
-    tail."""
-    wanted = 2 * signal.bounds[0]
+def step_of_error(fit: TailFit, half_squared_error: float) -> float:
+    """The step that makes half this squared error of the logits: KL's second order at T²·KL, if all of the mass were tail."""
     low, high = _coarsest(fit) * FINEST, _coarsest(fit)
     for _ in range(30):
         middle = math.sqrt(low * high)
         error = float(torch.minimum(fit.energy, torch.tensor(middle**2 / 12, dtype=torch.float64)).sum())
-        low, high = (middle, high) if error < wanted else (low, middle)
+        low, high = (middle, high) if error < 2 * half_squared_error else (low, middle)
     return low
 
 

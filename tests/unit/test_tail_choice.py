@@ -165,3 +165,18 @@ def test_one_budget_for_all_sources() -> None:
 def test_fidelity_compares_with_its_bounds() -> None:
     found = Fidelity((0.01, 0.02), (0.5, 0.1), (), (), ())
     assert found.excess(0.04, 0.25) == (0.5, 2.0)
+
+
+def test_the_counted_products_are_those_that_run(head: OutputHead, hidden: Tensor) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from teacher_cache.calibration_cost import fit_flops, search_flops
+
+    with FlopCounterMode(display=False) as counted:
+        fit = TailFit.of(hidden[:1800], head, DistributionSignal())
+    cubes = 20.0 * WIDTH**3  # decompositions are not counted by torch
+    assert counted.get_total_flops() == pytest.approx(fit_flops(WIDTH, VOCAB, 1800) - cubes, rel=0.1)
+    signal = DistributionSignal(head=16, max_scaled_kl_nats=3e-2, max_angle_degrees=3.0)
+    with FlopCounterMode(display=False) as counted:
+        choose_codec(fit, head, signal, hidden[1800:2600])
+    assert counted.get_total_flops() == pytest.approx(search_flops(WIDTH, VOCAB, 800), rel=0.35)  # of one or two rounds less

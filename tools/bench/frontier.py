@@ -1,0 +1,361 @@
+"""Bytes against fidelity on one teacher: our codec at every head and step, its named qualities, DistillKit's two settings, and
+pure heads with true masses; on the same held-out tokens, in one run.
+
+Bytes are as written (one chunk of every array, as fill compresses it; DistillKit's as zstd Parquet or raw, whichever is smaller).
+Angles are between gradients of forward KL with respect to the output head of a student that knows how frequent tokens are: full
+vocabulary against cached, over parts of 1,024 tokens; DistillKit's with its own losses. Beside them, what reverse water-filling
+of the measured spectrum says the tail must take at the same error. Rows that are in the JSON already are not measured again.
+"""
+
+import argparse
+import json
+import math
+import platform
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model_taps.head import OutputHead, final_hidden, output_head
+from model_taps.loading import load_model, load_tokenizer
+from peers_distillkit import BUDGET, MISSING, RECOMMENDED, DistillKit, parquet_bytes
+from signal_store.command_line import guarded, keep_freed_memory
+from signal_store.distribution_codec import DistributionCodec
+from signal_store.progress import progress_bar
+from signal_store.signals import HEAD_SIZES, QUALITIES, DistributionSignal
+from teacher_cache.tail_basis import TailFit, logit_chunks
+from teacher_cache.tail_choice import choose_codec, encode_rows, step_of_error, stored_bytes, tail_codes
+from teacher_cache.tail_fidelity import PART_TOKENS, fold, measure
+
+TEMPERATURES = (1.0, 2.0, 3.0)
+ERRORS = (0.64, 0.32, 0.16, 0.08, 0.04, 0.02, 0.01, 0.005)
+"""Half the squared error of the logits that the steps of the grid make."""
+PURE_HEADS = (16, 32, 64, 128)
+GOALS = {"standard": (1 / 2, {1.0: 1 / 5, 2.0: 1 / 20, 3.0: 1 / 20}), "lean": (1 / 3, {1.0: 1 / 2})}
+"""Of DistillKit's recommended setting: the share of its bytes, and of its angle at a temperature."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one setting. Angles and T²·KL (NaN where a method gives no distribution) by temperature."""
+
+    method: str
+    setting: str
+    bytes_per_token: float
+    angle_degrees: dict[str, float]
+    angle_error: dict[str, float]
+    scaled_kl_nats: dict[str, float]
+    parts: dict[str, float]
+
+
+@torch.inference_mode()
+def states(teacher: str, corpus: Path, wanted: dict[str, int], context: int) -> dict[str, Tensor]:
+    """By split, what the head reads at the first tokens of documents in a seeded order, [n, D] float32."""
+    model, tokenizer = load_model(teacher, what="teacher", dtype=torch.float32), load_tokenizer(teacher)
+    found = {}
+    for split, tokens in wanted.items():
+        texts = [json.loads(line)["text"] for line in (corpus / f"{split}.jsonl").open(encoding="utf-8")]
+        random.Random(0).shuffle(texts)
+        parts: list[Tensor] = []
+        with progress_bar() as progress:
+            bar = progress.add_task(f"teacher, {split}", total=tokens, unit="tokens")
+            for text in texts:
+                ids = tokenizer(text).input_ids[:context]
+                if len(ids) >= 16 and sum(map(len, parts)) < tokens:
+                    parts.append(final_hidden(model, torch.tensor([ids]), None)[0])
+                    progress.advance(bar, len(ids))
+        found[split] = torch.cat(parts)[:tokens].contiguous()
+    head = output_head(model)
+    found["weight"] = head.weight.detach().clone()
+    return found
+
+
+def ours(
+    name: str, setting: str, codecs: list[DistributionCodec], signals: list[DistributionSignal], head: OutputHead, held_nD: Tensor
+) -> list[Row]:
+    """Of codecs with the same head."""
+    codes = encode_rows(codecs[0], head, held_nD)
+    rows = []
+    for codec, signal, found in zip(codecs, signals, measure(codecs, head, held_nD), strict=True):
+        parts = {array: stored_bytes(codes, codec, signal, (array,)) for array in ("scalars", "head_ids", "head_codes")}
+        parts["tail_codes"] = stored_bytes(tail_codes(codec, held_nD), codec, signal, ("tail",)) if codec.rank else 0.0
+        step = float(codec.tail_step.median()) if codec.rank else math.nan
+        rows.append(
+            Row(
+                name,
+                setting.format(step=step, rank=codec.rank, head=codec.head),
+                sum(parts.values()),
+                {f"{t:g}": a for t, a in zip(codec.temperatures, found.angle_degrees, strict=True)},
+                {f"{t:g}": a for t, a in zip(codec.temperatures, found.angle_error, strict=False)},
+                {f"{t:g}": a for t, a in zip(codec.temperatures, found.scaled_kl_nats, strict=True)},
+                parts,
+            )
+        )
+    return rows
+
+
+@torch.no_grad()
+def distillkit(peer: DistillKit, setting: dict[str, Any], name: str, head: OutputHead, held_nD: Tensor) -> list[Row]:
+    """One of its settings, in both modes of the missing mass, with its own loss."""
+    vocab = len(head.weight)
+    codec = peer.codec(vocab, setting, normalize_t=name.endswith("normalize_t"))
+    packed = [codec.compress(head.logits(chunk).log_softmax(1)) for chunk in logit_chunks(held_nD, head)]
+    joined = {key: torch.cat([p[key] for p in packed]) for key in packed[0]}
+    size = min(parquet_bytes(joined), sum(t.shape[1] * t.element_size() for t in joined.values()))
+    ids, logprobs = codec.decompress_to_sparse(joined)
+    signs = torch.randint(2, (vocab,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float()
+    angles: dict[str, dict[str, list[float]]] = {mode: {f"{t:g}": [] for t in TEMPERATURES} for mode in MISSING}
+    for part in torch.arange(len(held_nD)).tensor_split(max(1, len(held_nD) // PART_TOKENS)):
+        for t in TEMPERATURES:
+            unigram = sum((head.logits(c) / t).softmax(1).sum(0) for c in logit_chunks(held_nD[part], head)) / len(part)
+            student = t * torch.as_tensor(unigram).log()
+            true = torch.zeros(0)
+            theirs = dict.fromkeys(MISSING, torch.zeros(0))
+            for rows in part.split(64):
+                hidden = held_nD[rows]
+                p = (head.logits(hidden) / t).softmax(1)
+                true = true + fold((unigram - p) * signs).T @ hidden if len(true) else fold((unigram - p) * signs).T @ hidden
+                for mode in MISSING:
+                    gradient = peer.gradient("forward_kl", student.repeat(len(rows), 1), ids[rows], logprobs[rows].float(), t, mode)
+                    assert gradient is not None
+                    folded = fold(gradient.float() * signs).T @ hidden
+                    theirs[mode] = theirs[mode] + folded if len(theirs[mode]) else folded
+            for mode in MISSING:
+                angles[mode][f"{t:g}"].append(angle(true, theirs[mode]))
+    return [
+        Row(
+            "DistillKit",
+            f"{name}, {mode}",
+            size,
+            {t: float(np.mean(values)) for t, values in found.items()},
+            {t: float(np.std(values, ddof=1) / math.sqrt(len(values))) for t, values in found.items() if len(values) > 1},
+            dict.fromkeys(found, math.nan),
+            {},
+        )
+        for mode, found in angles.items()
+    ]
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """Degrees between two tensors, by atan2, which keeps small angles."""
+    u, v = a.flatten().double() / a.double().norm(), b.flatten().double() / b.double().norm()
+    return float(torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm())))
+
+
+def rate_bound(energy: Tensor, squared_error: float) -> float:
+    """Bytes a token that a Gaussian source of these variances takes at least at a squared error: reverse water-filling."""
+    low, high = 0.0, float(energy.max())
+    for _ in range(60):
+        level = (low + high) / 2
+        low, high = (level, high) if float(energy.clamp(max=level).sum()) < squared_error else (low, level)
+    return float((energy / max(level, 1e-30)).clamp(min=1).log2().sum()) / 2 / 8
+
+
+def rates(fit: TailFit, held_nD: Tensor, signal: DistributionSignal) -> list[dict[str, float]]:
+    """The tail alone, step by step: bytes as written, the codes' entropy, and the bound at the same error."""
+    rows = []
+    coordinates = (held_nD.double() - fit.mean) @ fit.whiten
+    energy = coordinates.var(0)
+    for error in ERRORS:
+        codec = fit.codec_of_step(step_of_error(fit, error), signal, None)
+        codes = tail_codes(codec, held_nD)
+        decoded = codes.tail_codes.double() * codec.tail_step
+        rest = torch.zeros(len(held_nD), len(fit.mean) - codec.rank, dtype=torch.float64)
+        squared = float((torch.cat([decoded, rest], 1) - coordinates).square().sum(1).mean())
+        entropy = sum(_entropy(column) for column in codes.tail_codes.numpy().T) / 8
+        written = stored_bytes(codes, codec, signal, ("tail",))
+        rows.append({"half_error": squared / 2, "written": written, "entropy": entropy, "bound": rate_bound(energy, squared)})
+    return rows
+
+
+def _entropy(codes: Any) -> float:
+    counts = np.unique(codes, return_counts=True)[1]
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def goals(rows: list[Row]) -> dict[str, Any]:
+    """Each named quality against DistillKit's recommended setting at its best mode, normalised or not: shares of bytes and of
+    angles, and whether the goal is met."""
+    peers = [row for row in rows if row.method == "DistillKit" and row.setting.startswith("recommended")]
+    if not peers:
+        return {}
+    size = min(row.bytes_per_token for row in peers)
+    best = {t: min(row.angle_degrees[f"{t:g}"] for row in peers) for t in TEMPERATURES}
+    found: dict[str, Any] = {}
+    for row in (row for row in rows if row.method == "quality"):
+        shares = {f"{t:g}": row.angle_degrees[f"{t:g}"] / best[t] for t in TEMPERATURES}
+        own: dict[str, Any] = {"bytes": row.bytes_per_token / size, "angles": shares}
+        if (name := row.setting.split(",")[0]) in GOALS:
+            bytes_share, angle_shares = GOALS[name]
+            own["met"] = own["bytes"] <= bytes_share and all(shares[f"{t:g}"] <= share for t, share in angle_shares.items())
+        found[name] = own
+    return found
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table(title="bytes a token, T²·KL in nats, and angle in degrees of forward KL's gradient")
+    for column in ("method", "setting", "bytes", *(f"T={t:g}: T²·KL, angle" for t in TEMPERATURES)):
+        table.add_column(column, justify="left" if column in ("method", "setting") else "right")
+    for row in sorted(rows, key=lambda row: (row.method, row.bytes_per_token)):
+        cells = [f"{row.scaled_kl_nats[f'{t:g}']:.2g}  {row.angle_degrees[f'{t:g}']:.2g}°" for t in TEMPERATURES]
+        table.add_row(row.method, row.setting, f"{row.bytes_per_token:.1f}", *cells)
+    Console(width=140).print(table)
+
+
+def plot(rows: list[Row], tail: list[dict[str, float]], title: str, path: Path) -> None:
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TEMPERATURES) + 1, figsize=(20, 5))
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        name = f"DistillKit, {row.setting.rsplit(', ', 1)[1]}" if row.method == "DistillKit" else row.method
+        methods.setdefault(name, []).append(row)
+    for axis, t in zip(axes, TEMPERATURES, strict=False):
+        for name, own in methods.items():
+            own = sorted(own, key=lambda row: row.bytes_per_token)
+            loose = name == "quality" or name.startswith("DistillKit")
+            style = (
+                {"marker": "*", "markersize": 14, "color": "black", "zorder": 5}
+                if name == "quality"
+                else {"marker": "o", "markersize": 4}
+            )
+            x, y = [row.bytes_per_token for row in own], [row.angle_degrees[f"{t:g}"] for row in own]
+            axis.plot(x, y, linestyle="none" if loose else "-", label=name, **style)
+            for row in own if name == "quality" else ():
+                axis.annotate(
+                    row.setting.split(",")[0],
+                    (row.bytes_per_token, row.angle_degrees[f"{t:g}"]),
+                    (5, 5),
+                    textcoords="offset points",
+                )
+        axis.set(
+            title=f"T = {t:g}", xlabel="bytes per token", ylabel="angle to the full gradient, degrees", xscale="log", yscale="log"
+        )
+        axis.set_xticks([50, 100, 200, 400], ["50", "100", "200", "400"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    for name in ("written", "entropy", "bound"):
+        axes[-1].plot([row[name] for row in tail], [row["half_error"] for row in tail], marker="o", markersize=4, label=name)
+    axes[-1].set(title="the tail alone", xlabel="bytes per token", ylabel="half the squared error of the logits", yscale="log")
+    axes[-1].legend()
+    axes[-1].grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+@dataclass
+class Results:
+    """Rows by key, kept in a file as they come."""
+
+    path: Path
+    rows: dict[str, list[Row]]
+
+    @classmethod
+    def at(cls, path: Path) -> "Results":
+        """What a file holds, or nothing yet."""
+        content = json.loads(path.read_text())["rows"] if path.exists() else {}
+        return cls(path, {key: [Row(**row) for row in rows] for key, rows in content.items()})
+
+    def get(self, key: str, make: Callable[[], list[Row]]) -> None:
+        """Make these rows unless they are there."""
+        if key not in self.rows:
+            self.rows[key] = make()
+            self.path.write_text(json.dumps({"rows": {k: [asdict(r) for r in v] for k, v in self.rows.items()}}) + "\n")
+
+    @property
+    def all(self) -> list[Row]:
+        """Every row, in the order of its making."""
+        return [row for rows in self.rows.values() for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--teacher", default="runs/real_model/model")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("runs/real_model/corpus"), help="folder of train.jsonl and validation.jsonl"
+    )
+    parser.add_argument("--distillkit", type=Path, help="checkout of DistillKit")
+    parser.add_argument("--fit-tokens", type=int, default=9216)
+    parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--name", default="frontier")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    keep_freed_memory()
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = args.out / f"{args.name}-states.safetensors"
+    if not kept.exists():
+        save_file(states(args.teacher, args.corpus, {"train": args.fit_tokens, "validation": args.tokens}, args.context), kept)
+    found = load_file(kept)
+    head = OutputHead(found["weight"], None, 1.0, None)
+    held_nD = found["validation"][: args.tokens]
+    signal = DistributionSignal(temperatures=TEMPERATURES)
+    fit = TailFit.of(found["train"], head, signal)
+    results = Results.at(args.out / f"{args.name}-rows.json")
+    if args.distillkit is not None:
+        peer = DistillKit(args.distillkit)
+        for name, setting in (("recommended", RECOMMENDED), ("budget", BUDGET), ("recommended, normalize_t", RECOMMENDED)):
+            results.get(f"distillkit {name}", lambda name=name, setting=setting: distillkit(peer, setting, name, head, held_nD))  # type: ignore[misc]
+    for quality in QUALITIES:
+        results.get(f"quality {quality} {QUALITIES[quality]}", lambda q=quality: _quality(q, fit, head, held_nD))  # type: ignore[misc]
+    for size in HEAD_SIZES:
+        own = signal.model_copy(update={"head": size})
+        codecs = [fit.codec_of_step(step_of_error(fit, error), own, head.softcap) for error in ERRORS]
+        results.get(
+            f"head {size}",
+            lambda s=size, c=codecs, o=own: ours(
+                f"head {s} + tail", "step {step:.3f}, rank {rank}", c, [o] * len(c), head, held_nD
+            ),  # type: ignore[misc]
+        )
+    for size in PURE_HEADS:
+        pure = signal.model_copy(update={"head": size, "rank": 0})
+        codec = fit.codec(0, 1.0, pure, head.softcap)
+        results.get(f"pure {size}", lambda c=codec, p=pure: ours("head + true masses", "head {head}", [c], [p], head, held_nD))  # type: ignore[misc]
+    tail = rates(fit, held_nD, signal)
+    energy = (fit.energy / fit.energy.sum()).cumsum(0)
+    summary = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "teacher": Path(args.teacher).name,
+        "vocab_size": len(head.weight),
+        "width": len(fit.mean),
+        "tokens": len(held_nD),
+        "fit_tokens": len(found["train"]),
+        "energy_of_directions": {str(r): float(energy[r - 1]) for r in (16, 64, 128, 256, 512) if r <= len(energy)},
+        "goals": goals(results.all),
+        "tail": tail,
+        "rows": [asdict(row) for row in results.all],
+    }
+    print_table(results.all)
+    print(json.dumps(summary["goals"], indent=1))
+    (args.out / f"{args.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(
+        results.all,
+        tail,
+        f"{args.name}: {len(held_nD):,} held-out tokens, width {len(fit.mean)}, vocabulary {len(head.weight):,}",
+        args.out / f"{args.name}.png",
+    )
+
+
+def _quality(quality: str, fit: TailFit, head: OutputHead, held_nD: Tensor) -> list[Row]:
+    """What calibration would choose, searched on the first half of the tokens, measured on all."""
+    asked = DistributionSignal.model_validate({"quality": quality})
+    choice = choose_codec(fit, head, asked, held_nD[: max(PART_TOKENS, len(held_nD) // 2)])
+    own = asked.model_copy(update={"head": choice.codec.head})
+    return ours("quality", f"{quality}, head {{head}}, step {{step:.3f}}", [choice.codec], [own], head, held_nD)
+
+
+if __name__ == "__main__":
+    guarded(main)
