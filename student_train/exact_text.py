@@ -77,7 +77,7 @@ class ExactText:
         return Beginning([*ids[:own], *ids[first:last]], own, text, (first, last) != (first_wanted, wanted))
 
     def written(self, beginning: Beginning, ids: Sequence[int]) -> tuple[str, bool]:
-        """(the text of `ids` behind a beginning up to the first place that is no character, whether anything was cut off there)."""
+        """(the text of `ids` behind a beginning, up to the first place that is no character; whether that cut something off)."""
         prompt = beginning.ids[beginning.own :]
         whole = [*prompt, *ids]
         text = ""

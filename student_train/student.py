@@ -3,10 +3,12 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from model_taps.adapters import Adapter, adapter_of
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from model_taps.neighbours import probe
 from signal_store.cache import Cache
@@ -19,9 +21,10 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
     """The model in float32, ready to train, and its tokenizer."""
     quiet()
     tokenizer = _tokenizer(section, cache)
-    if section.checkpoint is not None:
+    adapter = None if section.checkpoint is None or section.lora is None else adapter_of(section.checkpoint)
+    if section.checkpoint is not None:  # adapters that are not trained on are merged, and all of the student is trained
         model = load_model(
-            section.checkpoint,
+            section.checkpoint if adapter is None else adapter.base,
             what="student",
             dtype=torch.float32,
             attn_implementation=section.attn_implementation,
@@ -39,7 +42,11 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
     _check(model, cache)
     if section.lora is not None:
         torch.manual_seed(section.seed)
-        _add_adapters(model, section.lora)
+        if adapter is None:
+            _add_adapters(model, section.lora)
+        else:
+            _go_on_with(model, adapter, section.lora)
+        _name_base(model, section.checkpoint if adapter is None else adapter.base)
     return model.train(), tokenizer
 
 
@@ -59,6 +66,32 @@ def _add_adapters(model: PreTrainedModel, section: LoraSection) -> None:
             r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=targets, task_type="CAUSAL_LM"
         )
     )
+
+
+def _go_on_with(model: PreTrainedModel, adapter: Adapter, section: LoraSection) -> None:
+    """The checkpoint's own adapters, which train on. InputError where the section asks for others."""
+    asked: dict[str, Any] = {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout, "peft_type": "LORA"}
+    if not isinstance(section.target_modules, str):
+        asked["target_modules"] = sorted(section.target_modules)
+    held: dict[str, Any] = {key: adapter.config.get(key) for key in asked}
+    if isinstance(held.get("target_modules"), list):
+        held["target_modules"] = sorted(held["target_modules"])
+    if differ := {key for key in asked if held[key] != asked[key]}:
+        raise InputError(
+            "the checkpoint's adapters are others than student.lora asks for",
+            expected={key: held[key] for key in sorted(differ)},
+            found={key: asked[key] for key in sorted(differ)},
+            where=adapter.name,
+            remedy="Ask for the same, to train them on; or leave student.lora out, to train all of the merged student.",
+        )
+    model.load_adapter(adapter.name, is_trainable=True)
+
+
+def _name_base(model: PreTrainedModel, base: str | None) -> None:
+    """An exported adapter's base is found wherever it is read from: a folder by its absolute path."""
+    assert base is not None, "adapters are trained on a checkpoint"
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def _config(section: StudentSection, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:

@@ -25,6 +25,7 @@ from teacher_cache.corpus.roles import Tagger, make_tagger, no_words
 from teacher_cache.corpus.rows import Row
 from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, PlannedSegment
 from teacher_cache.corpus.sources import Skips, SourceReader
+from teacher_cache.corpus.template import template_of
 from teacher_cache.positions import capacities_of
 from teacher_cache.recipe import CacheRecipe, Source
 from teacher_cache.unit_plan import UnitPlan
@@ -208,12 +209,9 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
 def _prepare(tallies: Sequence[Tally], tokenizer: PreTrainedTokenizerFast) -> None:
     """All that may be missing, for every source before anything is tokenised."""
     for tally in tallies:
-        if tally.source.messages is not None and not tokenizer.chat_template:
-            raise InputError(
-                "the tokenizer has no chat template",
-                expected="one, for a source with messages",
-                where=f"source {tally.source.name}",
-            )
+        source = tally.source
+        if source.messages is not None:
+            template_of(tokenizer, source.chat_template, tools=source.tools is not None, where=f"source {source.name}")
         if tally.source.tagger is not None:
             tally.words, tally.tagger = make_tagger(tally.source.tagger)
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from model_taps.adapters import adapter_of, digest_of_both, merged
 from signal_store.canonical import digest
 from signal_store.errors import InputError, NotFoundError
 
@@ -41,15 +42,20 @@ def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
 
 
 def load_config(name: str, *, what: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a model; NotFoundError in one line if there is none."""
+    """The config of a model, of an adapter's that of its base; NotFoundError in one line if there is none."""
+    if (adapter := adapter_of(name, revision)) is not None:
+        return load_config(adapter.base, what=f"{what}'s base", revision=adapter.base_revision, trust_remote_code=trust_remote_code)
     config: PretrainedConfig = _from_pretrained(AutoConfig, name, what, revision=revision, trust_remote_code=trust_remote_code)
     return config
 
 
 def load_model(name: str, *, what: str, **options: Any) -> PreTrainedModel:
-    """A causal LM in evaluation mode; `options` go to `from_pretrained`. InputError where the checkpoint lacks weights, which would
-    be random."""
+    """A causal LM in evaluation mode, an adapter merged into its base; `options` go to `from_pretrained`. InputError where the
+    checkpoint lacks weights, which would be random."""
     quiet()
+    if (adapter := adapter_of(name, options.get("revision"))) is not None:
+        base = load_model(adapter.base, what=f"{what}'s base", **{**options, "revision": adapter.base_revision})
+        return merged(base, adapter, weights_digest(base))
     model: PreTrainedModel
     model, info = _from_pretrained(AutoModelForCausalLM, name, what, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
@@ -70,8 +76,11 @@ def quiet() -> None:
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """A fast tokenizer (offsets are needed); InputError for a slow one, NotFoundError for a folder without one."""
+    """A fast tokenizer (offsets are needed); InputError for a slow one, NotFoundError for a folder without one, whose base has none
+    either, if it is an adapter's."""
     if Path(name).is_dir() and not has_tokenizer(name):
+        if (adapter := adapter_of(name, revision)) is not None:
+            return load_tokenizer(adapter.base, revision=adapter.base_revision, trust_remote_code=trust_remote_code)
         raise NotFoundError("the folder has no tokenizer", expected="tokenizer.json, or the files that its family has", where=name)
     tokenizer = _from_pretrained(AutoTokenizer, name, "tokenizer", revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
@@ -101,7 +110,10 @@ def config_digest(config: PretrainedConfig) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers, in order of name."""
+    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers, in order of name; of a merged adapter, over the
+    digests of its base and itself."""
+    if (both := digest_of_both(model)) is not None:
+        return both
     state = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
