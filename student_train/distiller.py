@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model_taps.attention import captured_layers, refuse_silent_rows, tap_attention_rows
+from model_taps.blocks import model_body
 from model_taps.head import final_hidden, output_head
 from model_taps.slices import refuse_silent_taps, tap_states
 from student_train.batch import CodedBatch
@@ -121,7 +122,8 @@ class Distiller(nn.Module):
         if self.objective.balance is None:
             return self._hidden(batch), None
         positions = batch.position_ids if batch.packed else None
-        found = self.student.base_model(batch.input_ids, position_ids=positions, use_cache=False, output_router_logits=True)
+        body = model_body(self.student)
+        found = body(batch.input_ids, position_ids=positions, use_cache=False, output_router_logits=True)
         return found.last_hidden_state.flatten(0, 1), self.objective.balance(found.router_logits, batch.real)
 
     def _measured(self, batch: CodedBatch) -> Sums:
