@@ -31,7 +31,7 @@ from peers_distillkit import BUDGET, MISSING, RECOMMENDED, DistillKit, parquet_b
 from signal_store.command_line import guarded, keep_freed_memory
 from signal_store.distribution_codec import DistributionCodec
 from signal_store.progress import progress_bar
-from signal_store.signals import HEAD_SIZES, QUALITIES, DistributionSignal
+from signal_store.signals import QUALITIES, DistributionSignal
 from teacher_cache.tail_basis import TailFit, logit_chunks
 from teacher_cache.tail_choice import choose_codec, encode_rows, step_of_error, stored_bytes, tail_codes
 from teacher_cache.tail_fidelity import PART_TOKENS, fold, measure
@@ -39,7 +39,7 @@ from teacher_cache.tail_fidelity import PART_TOKENS, fold, measure
 TEMPERATURES = (1.0, 2.0, 3.0)
 ERRORS = (0.64, 0.32, 0.16, 0.08, 0.04, 0.02, 0.01, 0.005)
 """Half the squared error of the logits that the steps of the grid make."""
-PURE_HEADS = (16, 32, 64, 128)
+HEADS, PURE_HEADS = (8, 16, 32, 64), (16, 32, 64, 128)
 GOALS = {"standard": (1 / 2, {1.0: 1 / 5, 2.0: 1 / 20, 3.0: 1 / 20}), "lean": (1 / 3, {1.0: 1 / 2})}
 """Of DistillKit's recommended setting: the share of its bytes, and of its angle at a temperature."""
 
@@ -311,7 +311,7 @@ def main() -> None:
             results.get(f"distillkit {name}", lambda name=name, setting=setting: distillkit(peer, setting, name, head, held_nD))  # type: ignore[misc]
     for quality in QUALITIES:
         results.get(f"quality {quality} {QUALITIES[quality]}", lambda q=quality: _quality(q, fit, head, held_nD))  # type: ignore[misc]
-    for size in HEAD_SIZES:
+    for size in HEADS:
         own = signal.model_copy(update={"head": size})
         codecs = [fit.codec_of_step(step_of_error(fit, error), own, head.softcap) for error in ERRORS]
         results.get(
