@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model_taps.attention import captured_layers, refuse_silent_rows, tap_attention_rows
+from model_taps.attention import captured_layers, enable_row_capture, refuse_silent_rows, tap_attention_rows
 from model_taps.blocks import model_body
 from model_taps.head import final_hidden, output_head
 from model_taps.slices import refuse_silent_taps, tap_states
@@ -46,9 +46,8 @@ class Distiller(nn.Module):
         self.codecs = Codecs(None)
         self.head_pairs: HeadPairs = {}
         self._open_taps = contextlib.ExitStack()
-        wanted = {layer for layers in objective.student_rows.values() for layer in layers}
-        if wanted:
-            refuse_silent_rows(student, captured_layers(student, student.config.get_text_config(decoder=True).vocab_size), wanted)
+        if objective.student_rows:
+            enable_row_capture(student)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -76,6 +75,13 @@ class Distiller(nn.Module):
         except BaseException:
             self.close_taps()
             raise
+
+    def refuse_silent_rows(self) -> None:
+        """InputError where a term reads attention rows of a block that gives none."""
+        wanted = {layer for layers in self.objective.student_rows.values() for layer in layers}
+        if wanted:
+            vocab_size = self.student.config.get_text_config(decoder=True).vocab_size
+            refuse_silent_rows(self.student, captured_layers(self.student, vocab_size), wanted)
 
     def close_taps(self) -> None:
         """After the backward pass."""

@@ -169,7 +169,7 @@ def packs_rows(student: PreTrainedModel, cache: Cache, stream: StreamSection) ->
     found = probe(
         student,
         cache.manifest.tokenizer.vocab_size,
-        cache.manifest.plan.context,
+        min(cache.manifest.plan.context, stream.row_tokens),  # the stream refuses what is longer
         what="student",
         width=stream.row_tokens,
         most_tokens=stream.row_tokens * (stream.micro_rows or stream.rows_per_step),

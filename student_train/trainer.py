@@ -82,6 +82,7 @@ class Trainer:
         with self._probing():
             refuse_look_ahead(student, vocab_size, "student")
             refuse_another_head(student, vocab_size, "student")
+            self.distiller.refuse_silent_rows()
             refuse_lost_losses(student, vocab_size, self.objective.balance)
             packed = self._cut(packs_rows(student, self.cache, recipe.stream))
         ranks = accelerator.process_index, accelerator.num_processes

@@ -67,10 +67,12 @@ class TaggerSection(Section):
 
 
 def _as_list(value: object) -> object:
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError("at least one place is needed")
     return [value] if isinstance(value, str | Path) else value
 
 
-Places = Annotated[tuple[LocalPath, ...], Field(min_length=1), BeforeValidator(_as_list)]
+Places = Annotated[tuple[LocalPath, ...], BeforeValidator(_as_list)]
 """One file, folder or pattern of files, or several."""
 
 

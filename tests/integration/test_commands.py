@@ -98,7 +98,7 @@ def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
     [
         ("contxt=8", ["unknown key contxt", "perhaps context"]),
         ("sources.0.jsonl=/nowhere/x.jsonl", ["no such file", "/nowhere/x.jsonl"]),
-        ("sources.0.jsonl=s3://bucket/x.jsonl", ["sources.0.jsonl: must be on this machine"]),
+        ("sources.0.jsonl=s3://bucket/x.jsonl", ["sources.0.jsonl.0: must be on this machine"]),
         ("sources.0.text=body", ["no such column", "body", "text"]),
         ("teacher.model=/nowhere/model", ["no such", "/nowhere/model"]),
         ("sources.0.jsonl=EMPTY", ["no text", "source train"]),

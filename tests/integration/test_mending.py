@@ -51,7 +51,7 @@ def grown(twice: tuple[CacheRecipe, Path], tmp_path: Path) -> tuple[CacheRecipe,
     """A copy of it, to be spoiled."""
     recipe, file = twice
     root, texts = shutil.copytree(recipe.cache, tmp_path / "cache.zarr"), shutil.copy(file, tmp_path / "texts.jsonl")
-    source = recipe.sources[0].model_copy(update={"jsonl": Path(texts)})
+    source = recipe.sources[0].model_copy(update={"jsonl": (Path(texts),)})
     return recipe.model_copy(update={"cache": str(root), "sources": (source,)}), Path(texts)
 
 

@@ -16,6 +16,7 @@ from signal_store.ledger import PLAN
 from signal_store.objects import objects_at
 from student_train.recipe import RunRecipe
 from student_train.run import run
+from teacher_cache import calibration_fit
 from teacher_cache.build import build
 from teacher_cache.corpus import processes
 from teacher_cache.extend import extend
@@ -150,12 +151,17 @@ def test_token_ids_beyond_their_number(tmp_path: Path, recipe_for: RecipeMaker) 
     assert '"validation_loss"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_too_little_text_to_calibrate_on_is_named(tmp_path: Path, recipe_for: RecipeMaker) -> None:
+def test_too_little_text_to_calibrate_on_is_named(tmp_path: Path, recipe_for: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = write_jsonl(tmp_path / "tiny.jsonl", ["hello"])
     recipe: CacheRecipe = recipe_for(
         tmp_path / "cache.zarr", sources=[{"name": "tiny", "jsonl": tiny}], signals={"distribution": {}}
     )
-    with pytest.raises(InputError, match="too little text") as caught:
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="too little text") as caught:
+        patched.setattr(calibration_fit, "choose_codec", no_codec)
         build(recipe)
     assert "256 tokens or more" in str(caught.value)
     assert "Give the sources more text." in str(caught.value)
+
+
+def no_codec(*_arguments: object) -> None:
+    raise InputError("no rank meets the bounds of signals.distribution")
