@@ -182,6 +182,16 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     return body, arrays
 
 
+def held_out(lengths: Sequence[int], share: float) -> list[bool]:
+    """Which segments the codec is measured on: spread evenly, about this share of the tokens."""
+    found, seen, taken = [], 0, 0
+    for length in lengths:
+        seen += length
+        found.append(taken + length / 2 < share * seen)
+        taken += length if found[-1] else 0
+    return found
+
+
 def _distribution(
     signal: DistributionSignal, heard: "_Heard", held_out_share: float, teacher: Teacher
 ) -> tuple[DistributionCodec, dict[str, Any]]:
@@ -191,7 +201,7 @@ def _distribution(
     if teacher.head is None:
         codec, coverage = headless_codec(torch.cat(heard.logits), signal)
         return codec, {"head": codec.head, "tail_rank": 0, "coverage": list(coverage)}
-    held = [int((i + 1) * held_out_share) > int(i * held_out_share) for i in range(len(heard.final))]
+    held = held_out([len(h) for h in heard.final], held_out_share)
     fit_nD = torch.cat([h for h, out in zip(heard.final, held, strict=True) if not out])
     held_nD = torch.cat([h for h, out in zip(heard.final, held, strict=True) if out] or heard.final)
     choice = choose_codec(TailFit.of(fit_nD, teacher.head, signal), teacher.head, signal, held_nD)

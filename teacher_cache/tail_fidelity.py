@@ -43,7 +43,7 @@ class Fidelity:
 
 def measure(codecs: Sequence[DistributionCodec], head: OutputHead, hidden_nD: Tensor) -> list[Fidelity]:
     """Cached against true distributions, one answer a codec. The codecs have the same temperatures."""
-    number = max(1, len(hidden_nD) // PART_TOKENS)
+    number = max(1, round(len(hidden_nD) / PART_TOKENS))
     parts = [_measure_part(codecs, head, part) for part in hidden_nD.tensor_split(number)]
     return [_mean([part[i] for part in parts]) for i in range(len(codecs))]
 

@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 Quality = Literal["lean", "standard", "exact"]
 
-QUALITIES: dict[Quality, tuple[float, float]] = {"lean": (0.6, 8.0), "standard": (0.3, 3.6), "exact": (6e-3, 0.5)}
+QUALITIES: dict[Quality, tuple[float, float]] = {"lean": (0.65, 12.0), "standard": (0.27, 5.0), "exact": (6e-3, 0.5)}
 """By name: the bounds of T²·KL in nats and of the gradient's angle in degrees, at every cached temperature."""
 HEAD_SIZES = (8, 12, 16, 24, 32)
 """Heads that `head: auto` chooses from."""

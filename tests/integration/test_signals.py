@@ -15,17 +15,23 @@ from model_taps.head import OutputHead, final_norm, output_head
 from model_taps.loading import load_model
 from model_taps.slices import TAPS, tap_states
 from signal_store.cache import Cache, open_cache
+from signal_store.distribution_codec import DistributionCodes
 from signal_store.errors import MismatchError
 from signal_store.layout import id_dtype
+from signal_store.ledger import CALIBRATION, read_document
+from signal_store.objects import objects_at
 from signal_store.segment import Segment
-from signal_store.signals import DistributionSignal
+from signal_store.signals import HEAD_SIZES, QUALITIES, DistributionSignal
 from student_train.codecs import Codecs
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import StreamSection
+from student_train.stream.reader import Needs
 from student_train.stream.rows import Stream
 from teacher_cache.build import build
+from teacher_cache.calibrate import manifest_of
 from teacher_cache.extract.distribution import extract_distribution
+from teacher_cache.plan import plan, settled
 from teacher_cache.tail_basis import TailFit
 from teacher_cache.tail_choice import choose_codec
 from tests.tiny import CONTEXT, HEADS, LAYERS, WIDTH, make_model
@@ -297,3 +303,31 @@ def test_large_vocabularies_and_softcapped_untied_heads() -> None:
         assert rows[path].dtype == np.uint32
         assert rows[path].max() > 131_072
     assert np.array_equal(rows["distribution/head_ids"], head.logits(hidden[:64]).topk(16).indices.sort(1).values.numpy())
+
+
+def test_a_quality_settles_the_head_and_a_calibration_of_before_keeps_its_codes(tmp_path: Path, recipe_for: RecipeMaker) -> None:
+    recipe = recipe_for(tmp_path / "cache.zarr", signals={"distribution": {"quality": "standard"}})
+    cache = build(recipe)
+    assert build(recipe).manifest.cache_id == cache.manifest.cache_id  # what was asked for and what was settled are one recipe
+    signal = cache.manifest.signals.distribution
+    assert signal is not None
+    assert signal.head in HEAD_SIZES
+    assert signal.bounds == QUALITIES["standard"]
+    stored = cache.read("distribution/tail_codes")
+    assert stored.dtype == np.uint8
+    body = read_document(objects_at(str(tmp_path / "cache.zarr")), CALIBRATION).body
+    assert max(body["fidelity"]["scaled_kl_nats"]) <= signal.max_scaled_kl_nats
+    segment, codecs = cache[0], Codecs.of(cache, Needs(distribution=True, hidden=(), attention=()), torch.device("cpu"))
+    model = load_model(cache.manifest.teacher.name, what="teacher", dtype=torch.float32)
+    with torch.no_grad():
+        logp = model(ids_of(segment), use_cache=False).logits[0, :, : cache.manifest.tokenizer.vocab_size].log_softmax(-1)
+    rows = slice(segment.token_start, segment.token_start + len(segment))
+    parts = [torch.from_numpy(cache.read(f"distribution/{n}")[rows]) for n in ("head_ids", "head_codes", "tail_codes", "scalars")]
+    codes = DistributionCodes(parts[0].to(torch.int32), *parts[1:])
+    assert codecs.distribution is not None
+    kl = (logp.exp() * (logp - codecs.distribution.logprobs(codes, 1.0))).sum(1).mean()
+    assert float(kl) <= 2 * signal.max_scaled_kl_nats
+    planned = plan(recipe)
+    before = {name: value for name, value in body.items() if name != "tail_zigzag"}
+    dtypes = {spec.path: (spec.dtype, spec.shuffle) for spec in manifest_of(settled(recipe), planned, before).specs}
+    assert dtypes["distribution/tail_codes"] == ("int8", "noshuffle")

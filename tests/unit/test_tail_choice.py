@@ -11,7 +11,7 @@ from model_taps.head import OutputHead
 from signal_store.distribution_codec import DistributionCodec
 from signal_store.errors import InputError
 from signal_store.signals import QUALITIES, DistributionSignal
-from teacher_cache.calibration_fit import budget
+from teacher_cache.calibration_fit import budget, held_out
 from teacher_cache.tail_basis import TailFit
 from teacher_cache.tail_choice import choose_codec, encode_rows, interpolate
 from teacher_cache.tail_fidelity import SKETCH, Fidelity, fold, measure
@@ -160,6 +160,16 @@ def test_one_budget_for_all_sources() -> None:
     assert sum(uneven.by_source) == pytest.approx(16 * 256 + 4096, abs=3)
     assert budget(500, [300, 9000], 256).by_source == (300, 500)
     assert sum(budget(None, [100, 100], 256).by_source) == 200
+
+
+@pytest.mark.parametrize("share", [1 / 4, 1 / 3, 1 / 2])
+def test_held_out_segments_are_a_share_of_the_tokens(share: float) -> None:
+    lengths = [int(n) for n in torch.randint(10, 600, (60,), generator=torch.Generator().manual_seed(3))]
+    held = held_out(lengths, share)
+    assert sum(n for n, out in zip(lengths, held, strict=True) if out) == pytest.approx(share * sum(lengths), abs=300)
+    assert any(held[:8])
+    assert any(held[-8:])
+    assert held_out([5], share) == [False]
 
 
 def test_fidelity_compares_with_its_bounds() -> None:

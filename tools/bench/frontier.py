@@ -114,7 +114,7 @@ def distillkit(peer: DistillKit, setting: dict[str, Any], name: str, head: Outpu
     ids, logprobs = codec.decompress_to_sparse(joined)
     signs = torch.randint(2, (vocab,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float()
     angles: dict[str, dict[str, list[float]]] = {mode: {f"{t:g}": [] for t in TEMPERATURES} for mode in MISSING}
-    for part in torch.arange(len(held_nD)).tensor_split(max(1, len(held_nD) // PART_TOKENS)):
+    for part in torch.arange(len(held_nD)).tensor_split(max(1, round(len(held_nD) / PART_TOKENS))):
         for t in TEMPERATURES:
             unigram = sum((head.logits(c) / t).softmax(1).sum(0) for c in logit_chunks(held_nD[part], head)) / len(part)
             student = t * torch.as_tensor(unigram).log()

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from model_taps.head import OutputHead, final_hidden, output_head
 from model_taps.loading import load_model
 from peers_distillkit import RECOMMENDED, DistillKit
+from signal_store.bf16_units import has_bf16_units
 from signal_store.cache import Cache, open_cache
 from signal_store.command_line import guarded, keep_freed_memory
 from signal_store.progress import progress_bar
@@ -142,7 +143,7 @@ def train(room: Room, seed: int, loss: Loss, look: Callable[[int, PreTrainedMode
             look(step, student)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, steps, config)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_units()):
             value = loss(student, batch, thought)
         value.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
