@@ -46,7 +46,7 @@ GOALS = {"standard": (1 / 2, {1.0: 1 / 5, 2.0: 1 / 20, 3.0: 1 / 20}), "lean": (1
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one setting. Angles and T²·KL (NaN where a method gives no distribution) by temperature."""
+    """One method at one setting. Angles and T²·KL (none where a method gives no distribution) by temperature."""
 
     method: str
     setting: str
@@ -138,7 +138,7 @@ def distillkit(peer: DistillKit, setting: dict[str, Any], name: str, head: Outpu
             size,
             {t: float(np.mean(values)) for t, values in found.items()},
             {t: float(np.std(values, ddof=1) / math.sqrt(len(values))) for t, values in found.items() if len(values) > 1},
-            dict.fromkeys(found, math.nan),
+            {},
             {},
         )
         for mode, found in angles.items()
@@ -207,7 +207,7 @@ def print_table(rows: list[Row]) -> None:
     for column in ("method", "setting", "bytes", *(f"T={t:g}: T²·KL, angle" for t in TEMPERATURES)):
         table.add_column(column, justify="left" if column in ("method", "setting") else "right")
     for row in sorted(rows, key=lambda row: (row.method, row.bytes_per_token)):
-        cells = [f"{row.scaled_kl_nats[f'{t:g}']:.2g}  {row.angle_degrees[f'{t:g}']:.2g}°" for t in TEMPERATURES]
+        cells = [f"{row.scaled_kl_nats.get(f'{t:g}', math.nan):.2g}  {row.angle_degrees[f'{t:g}']:.2g}°" for t in TEMPERATURES]
         table.add_row(row.method, row.setting, f"{row.bytes_per_token:.1f}", *cells)
     Console(width=140).print(table)
 
