@@ -38,6 +38,8 @@ class Adapter:
 def adapter_of(name: str, revision: str | None = None) -> Adapter | None:
     """The adapter in a folder or under a hub name, or None where it is a model. NotFoundError where its base is not to be found;
     InputError where it names none, or where a model lies beside it."""
+    if not Path(name).is_dir() and is_path(name):
+        return None  # no such folder: whoever loads the model says so
     path = find_adapter_config_file(name, revision=revision)
     if path is None:
         return None
@@ -55,12 +57,17 @@ def adapter_of(name: str, revision: str | None = None) -> Adapter | None:
     return Adapter(name, revision, _resolved(base, Path(path).parent), config.get("revision"), config)
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is a folder's, there or not, and no hub's."""
+    return Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
 def _resolved(base: str, folder: Path) -> str:
     """A relative path counts from here, as transformers reads it, or from the adapter's folder."""
     found = next((place for place in (Path(base), folder / base) if place.is_dir()), None)
     if found is not None:
         return str(found.resolve())
-    if Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
+    if is_path(base):
         raise NotFoundError("the adapter's base is not there", expected=base, where=folder / CONFIG, remedy="Write its path there.")
     return base
 

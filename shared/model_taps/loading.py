@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from model_taps.adapters import adapter_of, digest_of_both, merged
+from model_taps.adapters import adapter_of, digest_of_both, is_path, merged
 from signal_store.canonical import digest
 from signal_store.errors import InputError, NotFoundError
 
@@ -28,9 +28,7 @@ TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "spiece*", "tekken*", "*
 
 
 def _from_pretrained(auto: Any, name: str, what: str, **options: Any) -> Any:
-    folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if (looks_local or folder.exists()) and not folder.is_dir():
+    if is_path(name) and not Path(name).is_dir():
         raise NotFoundError(f"no such {what} folder", expected="a folder with config.json", found=name)
     try:
         return auto.from_pretrained(name, **options)

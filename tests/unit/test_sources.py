@@ -86,7 +86,7 @@ def test_a_list_a_folder_and_a_pattern(tmp_path: Path, tokenizer: PreTrainedToke
         assert all(word in str(caught.value) for word in [*words, "source s"])
     with pytest.raises(InputError, match="holds no such file"):
         read(Source(name="s", parquet=folder), tokenizer)
-    with pytest.raises(ValidationError, match="at least 1"):
+    with pytest.raises(ValidationError, match="at least one"):
         Source(name="s", jsonl=[])
 
 
