@@ -157,6 +157,8 @@ def make_environment(environment: str, base: str, which: str, index: str | None)
     words = ["--resolution", "lowest-direct" if which == "lowest" else "highest", "--only-binary", ":all:"]
     environ = {**os.environ, "UV_CACHE_DIR": str(FOLDER / "uv-cache")}
     done = run([uv(), "pip", "install", "--quiet", "--python", python, *words, *needed.values()], env=environ)
+    if done.returncode == 0:  # the project itself: its records name its version
+        done = run([uv(), "pip", "install", "--quiet", "--python", python, "--no-deps", "--editable", "."], env=environ)
     if done.returncode:
         raise RuntimeError(done.stderr)
     stamp.touch()

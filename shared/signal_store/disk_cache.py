@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
 
 from signal_store.errors import InputError
 from signal_store.read_store import ReadStore

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, BinaryIO, Self, cast
 
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
 
 from signal_store.errors import InputError, NotFoundError, SignalStoreError, StorageError
 from signal_store.read_store import ReadStore

@@ -16,7 +16,9 @@ from signal_store.cache import open_cache
 from teacher_cache.build import build
 from tests.conftest import RecipeMaker
 from tests.golden.test_golden import FOLDER
+from tests.tiny import needs_torch
 
+pytestmark = [pytest.mark.storage, needs_torch]
 ROOT = FOLDER.parents[1]
 
 OPEN = """

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.buffer import default_buffer_prototype
 
 from signal_store import sealed_store
 from signal_store.cache import Cache, SealedPart, open_cache
@@ -22,6 +23,7 @@ from signal_store.seal_record import ABSENT
 from signal_store.sealed_store import SealedStore
 from signal_store.shard_writer import CRC_BYTES, crc32c
 
+pytestmark = pytest.mark.storage
 PATH = "distribution/tail_codes"
 KEY = f"{PATH}/c/0/0"
 PROTOTYPE = default_buffer_prototype()
