@@ -154,6 +154,8 @@ def generate(
         student, cache, out, samples=samples, new_tokens=new_tokens, temperature=temperature, seed=seed, unfinished=unfinished
     )
     typer.echo("  ".join(f"{name}: {count}" for name, count in found.items()))
+    if found["special"]:
+        typer.echo("some texts hold special tokens: give their source `special_tokens: tokens`", err=True)
 
 
 @app.command("show-weights")

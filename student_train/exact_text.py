@@ -56,6 +56,14 @@ class ExactText:
         puts = self.tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
         return list(takewhile(self._special.__contains__, puts))
 
+    def has_marks(self, ids: Sequence[int]) -> bool:
+        """Whether special tokens are among these, behind what the tokenizer puts before every text."""
+        return any(token in self._special for token in ids[self._own(ids) :])
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a text spells a special token."""
+        return any(token in text for token in self.tokenizer.all_special_tokens)
+
     def begin(self, ids: Sequence[int], byte_end: Sequence[int], length: int, room: int) -> Beginning | None:
         """Of a segment (`ids`, and `byte_end` as `tokens/byte_end`) the first `length` tokens, or the last `room` of those; None
         where they hold no character that can be had exactly."""

@@ -37,7 +37,8 @@ def generate(
     unfinished: bool = False,
 ) -> dict[str, int]:
     """Write `out`, JSON lines of prompt and completion; how many texts were `written`, how many were `unfinished`, `shifted` (cut
-    at a whole character, not where it was asked for) and `refused` (empty, or no text: bytes that are not characters).
+    at a whole character, not where it was asked for), `refused` (empty, no text but bytes that are not characters, or a chat's
+    later window) and how many hold `special` tokens: their source needs `special_tokens: tokens`.
 
     Prompts: of train segments drawn by the seed, the rows before the first that counts, or the first quarter. A completion that
     does not end by itself within `new_tokens` is left out, and counted, unless `unfinished`.
@@ -68,6 +69,7 @@ def generate(
                     counts["refused"] += 1
                     continue
                 counts["shifted"] += prompt.shifted or cut_off
+                counts["special"] += texts.spells_special(prompt.text + text)
                 lines.append(json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False) + "\n")
             progress.advance(bar, len(some))
     if not lines:
@@ -105,14 +107,18 @@ def _prompts(
         segment = cache[number]
         rows = slice(segment.token_start, segment.token_start + len(segment))
         counts = np.flatnonzero(cache.read("tokens/loss_mask", rows.start, rows.stop))
-        asked = int(counts[0]) + 1 if len(counts) and counts[0] else 0
-        length = asked or max(LEAST_TOKENS, round(BEGINNING * len(segment)))
+        first = segment.context_only  # what stands before is of another place of the document
+        if texts.has_marks(segment.input_ids[:first].tolist()):
+            refused += 1  # a chat's later window: its system turn, and then the middle of a turn
+            continue
+        asked = int(counts[0]) + 1 if len(counts) and counts[0] > first else 0
+        length = asked or first + max(LEAST_TOKENS, round(BEGINNING * (len(segment) - first)))
         byte_end = cache.read("tokens/byte_end", rows.start, rows.stop)
         # of a long prompt the end, where the question is
         beginning = texts.begin(segment.input_ids.tolist(), byte_end.tolist(), length, room)
         refused += beginning is None
         found += [] if beginning is None else [beginning]
-    return found, {"unfinished": 0, "shifted": 0, "refused": refused}
+    return found, {"unfinished": 0, "shifted": 0, "refused": refused, "special": 0}
 
 
 @torch.no_grad()

@@ -39,10 +39,13 @@ def training_device() -> torch.device:
     return torch.device(found.type, rank) if found.type == "cuda" else found
 
 
-def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """Of `auto`, `float32` or `bfloat16`, what to train in on this device."""
+def choose_precision(wanted: str, device: torch.device, begun: str | None = None) -> Precision:
+    """Of `auto`, `float32` or `bfloat16`, what to train in on this device; of `auto`, a run goes on in what it was `begun` in, if
+    that is native here."""
     if wanted != "auto":
         return Precision(getattr(torch, wanted), "the recipe names it")
+    if begun is not None and getattr(torch, begun, None) in native_dtypes(device):
+        return Precision(getattr(torch, begun), "auto: the run began in it")
     shown = native_dtypes(device).get(torch.bfloat16)
     if shown is None:
         return Precision(torch.float32, f"auto: {lacking(torch.bfloat16, device)}")

@@ -80,7 +80,7 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     both = (
         [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
     )
-    precision = choose_precision(recipe.precision, training_device())
+    precision = choose_precision(recipe.precision, training_device(), start.begun.precision)
     accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
     if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
         print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)

@@ -45,6 +45,14 @@ class Begun:
         found = self.about.get("packed")
         return found if isinstance(found, bool) else None
 
+    @property
+    def precision(self) -> str | None:
+        """What it was begun in; None where there is no run."""
+        if not self.about:
+            return None
+        taken = self.about.get("precision", {}).get("taken")
+        return str(taken or self.about.get("recipe", {}).get("precision", "float32"))
+
     def recipe(self) -> RunRecipe | None:
         """Its recipe with today's defaults; None where there is none, or it is of another version."""
         try:
@@ -58,10 +66,12 @@ class Begun:
         if not self.about:
             return {}
         asked = identity(recipe) | {"cache_id": cache_id, "rules_digest": rules_digest(recipe)}
+        if "rules_digest" not in self.about:  # a record of before it was written down
+            del asked["rules_digest"]
         held = self.recipe()
         if held is None:
             return {"recipe": ("another version's", "this version's")}
-        known = {"cache_id": self.about.get("cache_id"), "rules_digest": self.about.get("rules_digest")}
+        known = {name: self.about[name] for name in ("cache_id", "rules_digest") if name in self.about}
         return differences(identity(held) | known, asked)
 
     def run_id(self, recipe: RunRecipe, cache_id: str) -> str:

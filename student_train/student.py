@@ -26,6 +26,7 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
         model = load_model(
             section.checkpoint if adapter is None else adapter.base,
             what="student",
+            revision=None if adapter is None else adapter.base_revision,
             dtype=torch.float32,
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,

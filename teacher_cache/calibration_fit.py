@@ -90,7 +90,7 @@ def picks(planned: Plan, objects: Objects, by_source: Sequence[int]) -> list[Pic
     picked: list[list[int]] = [[] for _ in units]
     for source in range(len(planned.sources)):
         places = [(u, int(s)) for u, unit in enumerate(units) for s in np.flatnonzero(unit.source == source)]
-        total = sum(int(units[u].length[s]) for u, s in places)
+        total = sum(int(units[u].length[s] - units[u].context_only[s]) for u, s in places)
         count = min(len(places), max(1, round(len(places) * by_source[source] / max(1, total))))
         for i in np.linspace(0, len(places) - 1, count).round().astype(int) if places else ():
             u, s = places[i]
@@ -249,11 +249,12 @@ def _listen(chosen: list[Pick], teacher: Teacher, listening: Listening) -> _Hear
             rows = attention_rows(pick.unit, 0, None).position if listening.row_layers else None
             for batch in pick.batches:
                 thoughts = think(teacher, pick.unit, batch, listening, rows)
-                heard.final.append(thoughts.hidden.float().cpu())
+                own = torch.from_numpy(~pick.unit.is_context[thoughts.tokens])  # rows that are context only are never stored
+                heard.final.append(thoughts.hidden.float().cpu()[own])
                 if thoughts.logits is not None:
-                    heard.logits.append(thoughts.logits.cpu())
+                    heard.logits.append(thoughts.logits.cpu()[own])
                 for state in listening.states:
-                    heard.states[state].append(thoughts.states[state].float().cpu())
+                    heard.states[state].append(thoughts.states[state].float().cpu()[own])
                 for layer in listening.row_layers:
                     heard.entropy[layer].append(_row_entropy(thoughts.rows[layer], thoughts.row_lengths).cpu())
                 progress.advance(bar)

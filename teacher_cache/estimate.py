@@ -118,17 +118,18 @@ def _encoded(recipe: CacheRecipe, worker: Worker) -> Estimate:
     total_tokens = sum(source.num_tokens for source in calibrated.plan.sources)
     total = round(sum(sizes.values()))
     rate = tokens / (max(seconds, encode_seconds) or 1.0)
+    run_tokens = sum(u["tokens"] for u in units)  # what is context only is run too
     return Estimate(
         tokens=total_tokens,
         units=len(units),
         objects=shards + 2 * len(units) + 5 * len(manifest.specs) * 2 + 16,
         bytes_per_token={name: (size / total_tokens, size / total_tokens) for name, size in sizes.items()},
         total_bytes=(total, total),
-        teacher_flops=forward_flops(recipe, total_tokens),
+        teacher_flops=forward_flops(recipe, run_tokens),
         calibration_flops=_calibration_flops(recipe, calibrated.plan),
         encoded_segments=segments,
         tokens_per_second=rate,
-        hours=total_tokens / rate / 3600,
+        hours=run_tokens / rate / 3600,
         worker_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         free_bytes=_free(objects),
     )
@@ -199,8 +200,8 @@ def forward_flops(recipe: CacheRecipe, tokens: int) -> float:
     config = _teacher_config(recipe)
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or width // heads
+    heads = getattr(config, "num_attention_heads", None) or 0  # none without attention
+    head_dim = getattr(config, "head_dim", None) or (width // heads if heads else 0)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     attention = width * head_dim * (2 * heads + 2 * kv_heads)
     experts = getattr(config, "num_experts_per_tok", None) or 1
@@ -263,7 +264,7 @@ def _quick(recipe: CacheRecipe, worker: Worker) -> Estimate:
         ranges["distribution"] = (low + 0.5 * drawn, high + 4 * drawn)
     per_segment = needs.segments * config.num_hidden_layers / tokens
     if signals.stats is not None:
-        ranges["stats"] = (0.0, per_segment * (8 * config.num_attention_heads + 6))
+        ranges["stats"] = (0.0, per_segment * (8 * (getattr(config, "num_attention_heads", None) or 0) + 6))
     if signals.replay is not None:
         paths = signals.replay.steps + 1 + (len(signals.replay.layers or signals.replay.depths) if signals.replay.gradient else 0)
         row = 2 * config.hidden_size * paths * needs.replay_rows / tokens
@@ -288,7 +289,7 @@ def _quick(recipe: CacheRecipe, worker: Worker) -> Estimate:
             round(tokens * sum(low for low, _ in ranges.values())),
             round(tokens * sum(high for _, high in ranges.values())),
         ),
-        teacher_flops=forward_flops(recipe, tokens),
+        teacher_flops=forward_flops(recipe, sum(unit["tokens"] for unit in planned.units)),
         calibration_flops=_calibration_flops(recipe, planned),
         encoded_segments=0,
         tokens_per_second=None,

@@ -82,7 +82,7 @@ def _new_texts(recipe: CacheRecipe, planned: Plan) -> Iterator[Tally]:
         old = [identity for identity in planned.sources if identity.name == source.name]
         reader = texts_after(source, old, tokenizer, recipe)
         tally = Tally.of(reader, number, after=old)
-        if not tally.is_full and reader.has_more():
+        if not tally.is_full and (not old or reader.has_more()):  # of a new source, nothing is read before all is checked
             yield tally
             number += 1
 

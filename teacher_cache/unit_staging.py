@@ -54,6 +54,7 @@ class Tally:
     num_empty_documents: int = 0
     num_segments: int = 0
     num_tokens: int = 0
+    num_unfit_documents: int = 0
     num_labels: int = 0
     counts: bool = False
     """Whether any of its rows counts in a loss."""
@@ -125,6 +126,7 @@ class Tally:
             task=self.source.task,
             chats=self.chats,
             special_tokens_as_text=self.special_tokens_as_text,
+            num_unfit_documents=self.num_unfit_documents,
             num_skipped_rows=self.skips.count,
             skipped_rows=tuple(self.skips.listed),
         )
@@ -202,7 +204,8 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
     if "local_files_only" in tokenizer.init_kwargs:
         tokenizer.init_kwargs["local_files_only"] = False
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        several = isinstance(tokenizer.chat_template, dict)  # as files of their own they would lie in a folder
+        tokenizer.save_pretrained(folder, save_jinja_files=not several)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
@@ -217,10 +220,10 @@ def _prepare(tallies: Sequence[Tally], tokenizer: PreTrainedTokenizerFast) -> No
 
 
 def _tell_skips(tally: Tally, console: Console) -> None:
-    skips = tally.skips
-    if skips.count:
-        shown = f", the first {len(skips.lines)} of them" if skips.count > len(skips.lines) else ""
-        lines = [f"source {tally.source.name}: {skips.count:,} rows skipped{shown}:", *(f"  {line}" for line in skips.lines)]
+    skips, count = tally.skips, tally.skips.count + tally.num_unfit_documents
+    if count:
+        shown = f", the first {len(skips.lines)} of them" if count > len(skips.lines) else ""
+        lines = [f"source {tally.source.name}: {count:,} rows or texts left out{shown}:", *(f"  {line}" for line in skips.lines)]
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -295,11 +298,16 @@ def _segments(cutting: Cutting, tallies: Sequence[Tally]) -> Iterator[tuple[Tall
                 break
             if isinstance(outcome, BadRow):
                 _skip(tally, outcome)
-                continue
+                if outcome.text is None:
+                    continue
             if tally.has_its_documents:  # where rows to skip were expected: the text is another, as its digest will show
                 tally.known_skips = 0
                 break
+            assert outcome.text is not None
             tally.see(outcome.text)
+            if isinstance(outcome, BadRow):  # it counts as a document, for it is one whenever the source is read again
+                tally.num_unfit_documents += 1
+                continue
             tally.num_empty_documents += outcome.is_empty
             for segment in outcome.segments:
                 tally.see_segment(segment)
@@ -311,7 +319,10 @@ def _segments(cutting: Cutting, tallies: Sequence[Tally]) -> Iterator[tuple[Tall
 def _skip(tally: Tally, row: BadRow) -> None:
     if tally.source.on_bad_row == "stop":
         raise row.error
-    tally.skips.add(row.number, row.error)
+    if row.text is None:
+        tally.skips.add(row.number, row.error)
+    else:
+        tally.skips.tell(row.number, row.error)
 
 
 def _jobs(tallies: Sequence[Tally]) -> Iterator[Job]:

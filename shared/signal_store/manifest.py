@@ -90,6 +90,8 @@ class SourceIdentity(Section):
     chats: ChatCounts | None = None
     special_tokens_as_text: int = 0
     """Special tokens that its texts spell, and that were read as text."""
+    num_unfit_documents: int = 0
+    """Documents that were left out because they do not fit the context; listed with the skipped rows, and counted here alone."""
     num_skipped_rows: int = 0
     skipped_rows: tuple[SkippedRow, ...] = ()
 

@@ -45,10 +45,11 @@ class CutDocument:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that gives no document, and why."""
+    """A row that gives no document, and why; or a document of it, `text`, that does not fit the context."""
 
     number: int
     error: InputError
+    text: Document | None = None
 
 
 Outcome = CutDocument | BadRow
@@ -87,13 +88,14 @@ class Cutter:
     def _segments(self, row: Row, document: Document, tokenized: Iterator[TokenizedDocument], job: Job) -> Outcome:
         if not document.text:
             return CutDocument(document, ())
+        whole = next(tokenized)  # an error here is no row's: a lexer that is not there, a tokenizer that cannot
         refuse_long = job.source.long_chats == "refuse"
         try:
-            segments = cut(next(tokenized), self.recipe.context, self.recipe.overlap, job.number, 0, refuse_long=refuse_long)
+            segments = cut(whole, self.recipe.context, self.recipe.overlap, job.number, 0, refuse_long=refuse_long)
             return CutDocument(document, tuple(segments))
         except InputError as error:
             error.where = row.where
-            return BadRow(row.number, error)
+            return BadRow(row.number, error, document)
 
     def _tagger(self, source: Source) -> Tagger:
         if source.name not in self.words:

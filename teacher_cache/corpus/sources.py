@@ -44,6 +44,10 @@ class Skips:
             self.known -= 1
             return
         self.count += 1
+        self.tell(row, error)
+
+    def tell(self, row: int, error: InputError) -> None:
+        """List what is left out, if there is room."""
         if len(self.listed) < MOST_LISTED:
             self.listed.append(SkippedRow(row=row, reason=error.what))
             self.lines.append(str(error).removeprefix(f"[{error.kind}] "))
@@ -68,6 +72,12 @@ class SourceReader:
 
     def documents(self) -> Iterator[Document]:
         """Documents one by one; whoever stops leaves the others where they are."""
+        for row in self._made():
+            assert isinstance(row.content, Document)
+            yield row.content
+
+    def _made(self) -> Iterator[Row]:
+        """Rows whose content is a document."""
         for row in self.rows():
             try:
                 made = documents_of(row, self.source, self.tokenizer)
@@ -78,16 +88,14 @@ class SourceReader:
                 continue
             self._ready.extendleft(replace(row, content=document) for document in reversed(made))
             for _ in made:
-                document = self._ready.popleft().content
-                assert isinstance(document, Document)
-                yield document
+                yield self._ready.popleft()
 
     def has_more(self) -> bool:
         """Whether there is another document, which stays where it is."""
-        document = next(self.documents(), None)
-        if document is None:
+        row = next(self._made(), None)
+        if row is None:
             return False
-        self._ready.appendleft(Row(0, f"source {self.source.name}", document, len(document.text)))
+        self._ready.appendleft(row)
         return True
 
 
