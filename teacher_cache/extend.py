@@ -95,10 +95,10 @@ def plan_extension(recipe: CacheRecipe, objects: Objects, planned: Plan, tallies
         )
     with attempt_folder(objects, "plan") as (attempt, prefix):
         body = extension_body(recipe, objects, prefix, planned, tallies, processes)
-        if not body["units"]:
-            raise InputError("nothing to extend with", expected="new documents with text", found="empty ones", where=recipe.cache)
         known = {source.name for source in planned.sources}
         refuse_useless([tally for tally in tallies if tally.source.name not in known])
+        if not body["units"]:
+            raise InputError("nothing to extend with", expected="new documents with text", found="empty ones", where=recipe.cache)
         document, _ = commit(objects, extension_key(len(planned.extensions) + 1), body, attempt)
     objects.delete_tree(prefix)
     if document.digest != digest(body):

@@ -223,7 +223,9 @@ def _tell_skips(tally: Tally, console: Console) -> None:
     skips, count = tally.skips, tally.skips.count + tally.num_unfit_documents
     if count:
         shown = f", the first {len(skips.lines)} of them" if count > len(skips.lines) else ""
-        lines = [f"source {tally.source.name}: {count:,} rows or texts left out{shown}:", *(f"  {line}" for line in skips.lines)]
+        said = [f"{skips.count:,} rows skipped"] if skips.count else []
+        said += [f"{tally.num_unfit_documents:,} texts left out that do not fit"] if tally.num_unfit_documents else []
+        lines = [f"source {tally.source.name}: {', '.join(said)}{shown}:", *(f"  {line}" for line in skips.lines)]
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -87,6 +87,15 @@ def test_what_a_student_writes_is_whole_characters(tokenizer: PreTrainedTokenize
     assert cuts > 10
 
 
+def test_marks_within_a_windows_beginning_are_seen(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts, plain = ExactText(tokenizer), tokenizer.backend_tokenizer.encode("the cache", add_special_tokens=True).ids
+    assert not texts.has_marks([])
+    assert not texts.has_marks(plain)
+    assert texts.has_marks([*plain, int(tokenizer.eos_token_id)])
+    assert texts.spells_special(f"a{tokenizer.eos_token}b")
+    assert not texts.spells_special("a b")
+
+
 def test_what_is_no_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ExactText(tokenizer)
 

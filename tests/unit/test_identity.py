@@ -119,6 +119,16 @@ def test_auto_takes_what_the_device_has_units_for(monkeypatch: pytest.MonkeyPatc
     assert choose_precision("auto", device).bf16
     assert choose_precision("auto", device).reason == "auto: this CPU has amx_bf16"
     assert choose_precision("float32", device).name == "float32"
+    old = Begun({"recipe": {"steps": 3}})  # of before there was `auto`: float32 was the default
+    assert choose_precision("auto", device, old.precision).name == "float32"
+    del native[torch.bfloat16]
+    assert choose_precision("auto", device, "bfloat16").name == "float32"
+
+
+def test_a_record_of_before_rules_were_written_down_is_the_same_run() -> None:
+    recipe = RunRecipe.model_validate({**recipe_of().model_dump(mode="json"), "losses": {"tla": {}, "importance": {}}})
+    begun = Begun({"recipe": recipe.model_dump(mode="json"), "cache_id": "c", "recipe_digest": "r"})
+    refuse_another_run(begun, recipe, "c")
 
 
 def test_an_emulated_precision_is_said_with_both_rates() -> None:

@@ -200,7 +200,7 @@ def test_a_reader_gives_the_rest_where_documents_stopped(tmp_path: Path, tokeniz
     reader = SourceReader(Source(name="s", jsonl=write_jsonl(tmp_path / "a.jsonl", ["a", "b", "c"])), tokenizer)
     assert next(reader.documents()).text == "a"
     assert reader.has_more()
-    assert [row.number for row in reader.rows()] == [0, 3]  # b, which was looked at, is a document by now
+    assert [row.number for row in reader.rows()] == [2, 3]  # b, which was looked at, is a document by now
     assert not reader.has_more()
 
 
