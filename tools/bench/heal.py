@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_taps.loading import load_model, load_tokenizer
+from model_taps.native_dtype import name_of, native_dtypes
 from signal_store.command_line import guarded, keep_freed_memory
 from student_train.recipe import RunRecipe
 from student_train.run import run
@@ -83,7 +84,7 @@ def make_cache(args: argparse.Namespace) -> CacheRecipe:
     recipe = CacheRecipe.model_validate(
         {
             "cache": args.out / "cache.zarr",
-            "teacher": {"model": args.teacher, "dtype": "float32"},
+            "teacher": {"model": args.teacher, "dtype": args.teacher_dtype},
             "sources": sources,
             "context": args.row_tokens,
             "unit_tokens": 16_384,
@@ -110,7 +111,7 @@ def recipe_of(args: argparse.Namespace, way: str, seed: int, steps: int, out: Pa
             "student": {"checkpoint": str(args.out / "student")},
             "steps": steps,
             "seed": seed,
-            "precision": "float32",
+            "precision": args.precision,
             "optimizer": {
                 "learning_rate": args.learning_rate,
                 "betas": [0.9, 0.95],
@@ -187,12 +188,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--quality", default="standard")
+    parser.add_argument("--teacher-dtype", default="auto", help="of the cache")
+    parser.add_argument("--precision", default="auto", help="of the students' products")
     parser.add_argument("--out", type=Path, default=Path("runs/heal"))
     args = parser.parse_args()
     keep_freed_memory()
     args.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "native_dtypes": {name_of(dtype): why for dtype, why in native_dtypes(torch.device("cpu")).items()},
         "student": prune(args.teacher, args.out / "student", args.share),
         "minutes": args.minutes,
         "tokens_a_step": args.row_tokens * args.rows,
