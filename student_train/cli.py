@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from signal_store.command_line import check_target, run_app
+from run_kit.command_line import check_target, run_app
+from run_kit.recipe_file import load_recipe
 from signal_store.errors import InputError
-from signal_store.recipe_file import load_recipe
 from student_train.recipe import RunRecipe
 from student_train.sweep_recipe import SweepRecipe
 
@@ -25,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 def run(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train a student from a sealed cache; go on where it stopped."""
     loaded = load_recipe(recipe, overrides or [], RunRecipe)
-    from student_train.run import run as train
+    from student_train.commands.run import run as train
 
     result = train(loaded)
     typer.echo(json.dumps(result) if as_json else "  ".join(f"{key}: {_short(value)}" for key, value in result.items()))
@@ -45,13 +45,13 @@ def _short(value: object) -> str:
 def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would optimise, and refuse what its cache cannot serve, without training."""
     loaded = load_recipe(recipe, overrides or [], RunRecipe)
-    from student_train.explain import explain as look
+    from student_train.commands.explain import explain as look
 
     found = look(loaded)
     if as_json:
         typer.echo(json.dumps(found))
         return
-    from student_train.explain import text_of
+    from student_train.commands.explain import text_of
 
     typer.echo(text_of(found))
 
@@ -65,8 +65,8 @@ def sweep(
 ) -> None:
     """Train many students from one cache, and rank them; exit code 1 if a run failed."""
     loaded = load_recipe(recipe, overrides or [], SweepRecipe)
-    from student_train.sweep import markdown
-    from student_train.sweep import sweep as train
+    from student_train.commands.sweep import markdown
+    from student_train.commands.sweep import sweep as train
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs too
     report = train(loaded, jobs)
@@ -84,8 +84,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Propose an objective for this cache, student, text and machine: each choice with its reason. Nothing is applied."""
-    from student_train.plan import PlanRecipe, planned_recipe
-    from student_train.plan import plan as look
+    from student_train.commands.plan import PlanRecipe, planned_recipe
+    from student_train.commands.plan import plan as look
 
     loaded = load_recipe(recipe, overrides or [], PlanRecipe)
     if write is not None:
@@ -119,7 +119,7 @@ def fidelity(
 ) -> None:
     """Say how much of its teacher a student has kept, on held-out text: agreement, overlap, KL, entropy gap, calibration, CKA by
     depth."""
-    from student_train.fidelity_report import fidelity_report
+    from student_train.commands.fidelity import fidelity_report
 
     found = fidelity_report(student, tuple(cache), max_tokens, bf16=bf16)
     if as_json:
@@ -145,7 +145,7 @@ def generate(
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Keep texts that were cut off.")] = False,
 ) -> None:
     """Let a student write, for its teacher to score: the next round's text."""
-    from student_train.generate import generate as write
+    from student_train.commands.generate import generate as write
 
     check_target(out)
     if out.exists():
@@ -192,7 +192,7 @@ def plot_shares(
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("gradient_shares.png"),
 ) -> None:
     """Draw each term's share of the gradient over the steps of a run."""
-    from student_train.gradient_shares import save_shares
+    from student_train.evaluate.gradient_shares import save_shares
 
     save_shares(run, out)
     typer.echo(str(out))
@@ -207,7 +207,7 @@ def report(
     ] = False,
 ) -> None:
     """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
-    from student_train.look.report import report as write
+    from student_train.view.report import report as write
 
     check_target(html)
     html.write_text(write(runs, students=students), encoding="utf-8", errors="replace")
@@ -229,7 +229,7 @@ def _doctor(
         if as_json:
             raise InputError("--json stands after the verb", expected="doctor spikes RUN --json", where="doctor")
         return
-    from model_taps.environment import checks, say
+    from run_kit.environment import checks, say
 
     say(checks(folder), as_json=as_json)
 
@@ -244,9 +244,9 @@ def spikes(
     """Name the samples behind the jumps of a run's loss, escapes shown."""
     from dataclasses import asdict
 
-    from signal_store.look.summary import printable
-    from student_train.spikes import finite
-    from student_train.spikes import spikes as look
+    from signal_view.summary import printable
+    from student_train.commands.spikes import finite
+    from student_train.commands.spikes import spikes as look
 
     found = look(run, most, suspects)
     if as_json:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from signal_store.recipe_file import LocalPath, ModelName
+from run_kit.recipe_file import LocalPath, ModelName
 from signal_store.signals import Section, Seed
 from student_train.losses.config import KINDS, PRESETS, Kind, Losses, Term
 

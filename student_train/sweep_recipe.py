@@ -5,8 +5,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from run_kit.recipe_file import LocalPath, apply_override, validate
 from signal_store.canonical import digest
-from signal_store.recipe_file import LocalPath, apply_override, validate
 from signal_store.signals import Section, Seed
 from student_train.recipe import RunRecipe, flat
 

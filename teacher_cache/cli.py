@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from signal_store.command_line import check_target, run_app
+from run_kit.command_line import check_target, run_app
+from run_kit.recipe_file import load_recipe
 from signal_store.errors import InputError
-from signal_store.manifest import SourceIdentity
-from signal_store.recipe_file import load_recipe
+from signal_store.format.manifest import SourceIdentity
 from teacher_cache.recipe import CacheRecipe
 
 if TYPE_CHECKING:
     from signal_store.cache import Cache
-    from teacher_cache.workers import Worker
+    from teacher_cache.builder.workers import Worker
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -39,10 +39,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 def _worker(text: str | None, processes: int | None) -> "Worker":
-    from teacher_cache.workers import Worker, usable_processors
+    from run_kit.cores import usable_cores
+    from teacher_cache.builder.workers import Worker
 
     worker = Worker.from_environment() if text is None else Worker.parse(text)
-    return replace(worker, processes=processes or usable_processors())
+    return replace(worker, processes=processes or usable_cores())
 
 
 def _say(facts: dict[str, object], as_json: bool) -> None:
@@ -53,8 +54,8 @@ def _say(facts: dict[str, object], as_json: bool) -> None:
 def build(recipe: RecipeArgument, overrides: Overrides = None, processes: ProcessesOption = None, as_json: AsJson = False) -> None:
     """Plan, calibrate, fill and seal; go on where it stopped."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
-    from teacher_cache.build import build as run
-    from teacher_cache.status import find_status
+    from teacher_cache.commands.build import build as run
+    from teacher_cache.commands.status import find_status
 
     before = find_status(loaded.cache)
     cache = run(loaded, _worker(None, processes))
@@ -70,7 +71,7 @@ def build(recipe: RecipeArgument, overrides: Overrides = None, processes: Proces
 def plan(recipe: RecipeArgument, overrides: Overrides = None, processes: ProcessesOption = None, as_json: AsJson = False) -> None:
     """Tokenize, cut segments, fix positions and units."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
-    from teacher_cache.plan import plan as run
+    from teacher_cache.builder.plan import plan as run
 
     made = run(loaded, _worker("0/1", processes))
     facts: dict[str, object] = {"plan": made.digest, "units": made.num_units, "tokens": tokens_by_name(made.sources)}
@@ -84,7 +85,7 @@ def calibrate(
 ) -> None:
     """Run the teacher on a few thousand tokens; freeze basis, rank, heads, steps and the manifest."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
-    from teacher_cache.calibrate import calibrate as run
+    from teacher_cache.builder.calibrate import calibrate as run
 
     manifest = run(loaded, _worker("0/1", processes)).manifest
     _say({"cache_id": manifest.cache_id, "tail_rank": manifest.calibration.tail_rank, "forward": manifest.plan.forward}, as_json)
@@ -100,7 +101,7 @@ def fill(
 ) -> None:
     """Run the teacher over every unit that has no record yet; any number of workers may."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
-    from teacher_cache.fill import fill as run
+    from teacher_cache.builder.fill import fill as run
 
     done = run(loaded, _worker(worker, processes))
     _say({"cache_id": done.manifest.cache_id, "units": done.plan.num_units}, as_json)
@@ -109,7 +110,7 @@ def fill(
 @app.command()
 def seal(cache: CacheAddress, as_json: AsJson = False) -> None:
     """Publish, pack the records, write metadata and the seal."""
-    from teacher_cache.seal import seal as run
+    from teacher_cache.builder.seal import seal as run
 
     made = run(cache)
     _say({"cache_id": made.cache_id, "generation": made.generation, "content": made.content_digest}, as_json)
@@ -125,8 +126,8 @@ def estimate(
 ) -> None:
     """Say what the cache will cost: bytes, objects, FLOPs, hours, memory. Plan and calibration are kept."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
-    from teacher_cache.estimate import estimate as run
-    from teacher_cache.status import duration
+    from teacher_cache.commands.estimate import estimate as run
+    from teacher_cache.commands.status import duration
 
     found = run(loaded, quick=quick, worker=_worker("0/1", processes))
     if as_json:
@@ -159,7 +160,7 @@ def extend(
 ) -> None:
     """Append new documents to a sealed cache as its next generation."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
-    from teacher_cache.extend import extend as run
+    from teacher_cache.commands.extend import extend as run
 
     cache = run(loaded, _worker(worker, processes))
     _say({"cache_id": cache.manifest.cache_id, "generation": cache.seal.generation, "units": cache.seal.num_units}, as_json)
@@ -168,7 +169,7 @@ def extend(
 @app.command()
 def verify(cache: CacheAddress, as_json: AsJson = False) -> None:
     """Re-read everything and name each object that is not what was committed; exit code 1 if there is one."""
-    from teacher_cache.verify import verify as run
+    from teacher_cache.commands.verify import verify as run
 
     found = run(cache)
     if not as_json:
@@ -188,7 +189,7 @@ def verify(cache: CacheAddress, as_json: AsJson = False) -> None:
 def repair(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Mend what `verify` finds: compute damaged units anew, restore the rest."""
     loaded = load_recipe(recipe, overrides or [], CacheRecipe)
-    from teacher_cache.repair import repair as run
+    from teacher_cache.commands.repair import repair as run
 
     done = run(loaded)
     facts: dict[str, object] = {
@@ -207,7 +208,7 @@ def taps(
     as_json: AsJson = False,
 ) -> None:
     """Print where each tap of each block lies in a model, and what does not exist there."""
-    from teacher_cache.taps import tap_rows
+    from teacher_cache.commands.taps import tap_rows
 
     rows = tap_rows(model, weights=weights)
     if as_json:
@@ -233,7 +234,7 @@ def inspect(
     if html is not None and segment is not None:
         raise InputError("a page shows samples of its own", expected="--html or --segment", found="both", where="inspect")
     if html is not None:
-        from teacher_cache.inspect_page import inspect_page
+        from teacher_cache.commands.inspect_page import inspect_page
 
         check_target(html)
         html.write_text(inspect_page(cache), encoding="utf-8", errors="replace")
@@ -261,7 +262,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    from signal_store.look.summary import summarise, text_of
+    from signal_view.summary import summarise, text_of
 
     typer.echo(text_of(summarise(opened)))
 
@@ -269,9 +270,10 @@ def inspect(
 def _inspect_segment(cache: "Cache", number: int, token: int | None, as_json: bool) -> None:
     from rich.console import Console
 
-    from teacher_cache.inspect_segment import segment_facts, segment_of, segment_text, token_facts, token_table
+    from signal_view import CacheView
+    from teacher_cache.commands.inspect_segment import segment_facts, segment_of, segment_text, token_facts, token_table
 
-    segment = segment_of(cache, number)
+    segment = segment_of(CacheView.of(cache), number)
     if as_json:
         typer.echo(json.dumps(segment_facts(segment) if token is None else token_facts(segment, token), ensure_ascii=False))
         return
@@ -285,8 +287,8 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how far a cache is, from any machine that sees it: units done, rate, time left, each worker, the last error."""
-    from teacher_cache.status import shown
-    from teacher_cache.status import status as look
+    from teacher_cache.commands.status import shown
+    from teacher_cache.commands.status import status as look
 
     if as_json and watch is not None:
         raise InputError("--watch draws on the terminal", expected="--json or --watch", found="both", where="status")
@@ -323,11 +325,11 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: versions, extras, processors, attention, memory, disk; exit code 1 if something will fail."""
-    from model_taps.environment import checks, say
+    from run_kit.environment import checks, say
 
     found = checks(folder, model)
     if model is not None and not any(check.name == "model" and check.state == "bad" for check in found):
-        from teacher_cache.model_check import signal_checks
+        from teacher_cache.commands.model_check import signal_checks
 
         found += signal_checks(model)
     say(found, as_json=as_json)

@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from signal_store.manifest import Split, Task
-from signal_store.recipe_file import LocalPath, ModelName
+from run_kit.recipe_file import LocalPath, ModelName
+from signal_store.format.manifest import Split, Task
 from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from signal_store.cache import Cache, open_cache
+from signal_view import CacheView, open_cache
 from teacher_cache.recipe import CacheRecipe
 from tests.tiny import (
     CODE,
@@ -29,7 +29,7 @@ from tests.tiny import (
 )
 
 if HAS_TORCH:
-    from teacher_cache.build import build
+    from teacher_cache.commands.build import build
 
 settings.register_profile("unhurried", deadline=None)  # wall-clock is never asserted
 settings.load_profile("unhurried")
@@ -108,13 +108,13 @@ def recipe_for(teacher_folder: Path, texts: dict[str, Path]) -> RecipeMaker:
 
 
 @pytest.fixture(scope="session")
-def cache(once: Once, recipe_for: RecipeMaker) -> Cache:
+def cache(once: Once, recipe_for: RecipeMaker) -> CacheView:
     """A sealed cache with every signal."""
     return open_cache(once("cache", lambda folder: build(recipe_for(folder / "cache.zarr"))) / "cache.zarr")
 
 
 @pytest.fixture(scope="session")
-def exact_cache(once: Once, recipe_for: RecipeMaker) -> Cache:
+def exact_cache(once: Once, recipe_for: RecipeMaker) -> CacheView:
     """A sealed cache whose tail is the whole hidden state in 16 bits."""
     signals = {"distribution": {"head": 8, "rank": WIDTH, "tail_bits": 16}, "hidden": {}, "attention": {"heads": HEADS}}
     return open_cache(once("exact", lambda folder: build(recipe_for(folder / "cache.zarr", signals=signals))) / "cache.zarr")
@@ -136,7 +136,7 @@ EVERY_SIGNAL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def knowing_cache(once: Once, recipe_for: RecipeMaker, texts: dict[str, Path]) -> Cache:
+def knowing_cache(once: Once, recipe_for: RecipeMaker, texts: dict[str, Path]) -> CacheView:
     """A sealed cache with everything that any term reads, as exact as it can be stored."""
 
     def make(folder: Path) -> None:

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from model_taps.loading import load_tokenizer
 from model_taps.machine import MachineClass
+from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import Cache, open_cache
-from signal_store.command_line import guarded, keep_freed_memory
 from signal_store.errors import MismatchError, NotFoundError
 from stdlib_corpus import Split, modules
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from model_taps.head import OutputHead, final_hidden, output_head
 from model_taps.loading import load_model
 from signal_store.cache import Cache
-from signal_store.distribution_codec import DistributionCodec, DistributionCodes
-from student_train.codecs import Codecs
-from student_train.stream.collate import collate
-from student_train.stream.reader import Needs, load_units
+from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
+from student_train.data.codecs import Codecs
+from student_train.data.collate import collate
+from student_train.data.reader import Needs, load_units
 
 CHUNK = 512
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from model_taps.loading import load_tokenizer
-from signal_store.command_line import guarded, keep_freed_memory
+from run_kit.command_line import guarded, keep_freed_memory
 from stdlib_corpus import Module, Split, modules
-from teacher_cache.build import build
+from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from model_taps.head import head_error
 from model_taps.loading import load_model, load_tokenizer, quiet
 from prose_corpus import write_corpus
-from signal_store.command_line import guarded
+from run_kit.command_line import guarded
 from signal_store.errors import NotFoundError, SignalStoreError
 
 ROOT = Path(__file__).resolve().parent.parent

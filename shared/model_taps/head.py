@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model_taps.blocks import model_body, text_decoder, unsupported
-from signal_store.bf16_units import bf16_units
-from signal_store.distribution_codec import apply_softcap
+from signal_store.codecs.bf16_units import bf16_units
+from signal_store.codecs.distribution import apply_softcap
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,7 @@ import signal_store
 cache = signal_store.open_cache("cache.zarr")
 """
 
-from signal_store.allocator import keep_freed_memory
 from signal_store.cache import Cache, open_cache
-from signal_store.disk_cache import DiskCacheOptions
 from signal_store.errors import (
     CorruptError,
     IncompleteError,
@@ -17,6 +15,7 @@ from signal_store.errors import (
     SignalStoreError,
     StorageError,
 )
+from signal_store.io.disk_cache import DiskCacheOptions
 from signal_store.segment import Segment
 
 __all__ = [
@@ -31,6 +30,5 @@ __all__ = [
     "Segment",
     "SignalStoreError",
     "StorageError",
-    "keep_freed_memory",
     "open_cache",
 ]

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, overload
+from typing import Any, Self, get_args, overload
 
 import numpy as np
 import zarr
@@ -12,21 +12,18 @@ from numpy.typing import NDArray
 from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from signal_store.arrays import ArraySpec, hierarchy_metadata
 from signal_store.canonical import sha256
-from signal_store.disk_cache import DiskCachedStore, DiskCacheOptions
 from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError, NotFoundError
-from signal_store.ledger import CALIBRATION, MANIFEST, PLAN, UNITS, find_document, read_document, seal_key, tokenizer_key
-from signal_store.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
-from signal_store.objects import Objects, objects_at
-from signal_store.seal_record import Seal, units_group
-from signal_store.sealed_store import PackedRecords, SealedStore
+from signal_store.format.arrays import ArraySpec, hierarchy_metadata
+from signal_store.format.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
+from signal_store.io.disk_cache import DiskCachedStore, DiskCacheOptions
+from signal_store.io.objects import Objects, objects_at
+from signal_store.io.sealed_store import PackedRecords, SealedStore
+from signal_store.io.shard_reader import decode_shards
+from signal_store.ledger.documents import CALIBRATION, MANIFEST, PLAN, UNITS, find_document, read_document, seal_key, tokenizer_key
+from signal_store.ledger.seal import Seal, units_group
 from signal_store.segment import Segment
 from signal_store.signals import Signals
-from signal_store.unit_rows import decode_shards
-
-if TYPE_CHECKING:
-    from signal_store.look.search import Match
 
 NO_TOKEN = 2**32 - 1
 
@@ -124,7 +121,7 @@ def sealed_metadata(manifest: Manifest, seal: Seal) -> dict[str, bytes]:
 
 class Cache:
     """A sealed cache, alone or with overlays. `len(cache)` segments; `cache[i]` one of them; `cache.array(path)` a zarr array whose
-    reads are checked."""
+    reads are checked. `signal_view.CacheView` is one whose segments decode."""
 
     def __init__(self, parts: Sequence[SealedPart]) -> None:
         """One part holds the text, the others are overlays; MismatchError where they do not belong together or share a signal."""
@@ -145,9 +142,21 @@ class Cache:
         self.seal = self.base.seal
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
+    @classmethod
+    def open(
+        cls,
+        uri: str | Path | Sequence[str | Path],
+        *,
+        generation: int | None = None,
+        disk_cache: DiskCacheOptions | None = None,
+    ) -> Self:
+        """See `open_cache`."""
+        several = [uri] if isinstance(uri, str | Path) else list(uri)
+        return cls([SealedPart(objects_at(one), generation, disk_cache) for one in several])
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens it anew, at the same generation."""
-        return _reopened, ([(part.uri, part.seal.generation, part.disk_cache) for part in self.parts],)
+        return _reopened, (type(self), [(part.uri, part.seal.generation, part.disk_cache) for part in self.parts])
 
     def _part(self, path: str) -> SealedPart:
         for part in self.parts:
@@ -237,12 +246,22 @@ class Cache:
     @overload
     def __getitem__(self, index: int) -> Segment: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Segment]: ...
-    def __getitem__(self, index: int | slice) -> Segment | list[Segment]:
+    def __getitem__(self, index: slice) -> Sequence[Segment]: ...
+    def __getitem__(self, index: int | slice) -> Segment | Sequence[Segment]:
         """One segment, or those of a slice."""
         if isinstance(index, slice):
             return [self._segment(number) for number in range(*index.indices(len(self)))]
         return self._segment(index)
+
+    def row_of_segment(self, path: str, index: int) -> NDArray[Any]:
+        """A segment's row of an array with one row a segment, such as `segments/length` or `stats/ffn/values`."""
+        unit, place = self.place_of(index)
+        axis = (self.array(path).metadata.dimension_names or ("",))[0]  # type: ignore[union-attr]
+        if axis != "segment":
+            raise MismatchError("an array that has not one row a segment", expected="segment first", found=axis, where=path)
+        row = unit * self.capacity_rows[path] + place
+        found: NDArray[Any] = self.read(path, row, row + 1)[0]
+        return found
 
     def _segment(self, index: int) -> Segment:
         unit, place = self.place_of(index)
@@ -261,29 +280,10 @@ class Cache:
             input_ids=self.read("tokens/input_ids", row["token_start"], stop),
             loss_mask=self.read("tokens/loss_mask", row["token_start"], stop),
             next_token=None if row["next_token"] == NO_TOKEN else row["next_token"],
-            cache=self,
         )
 
     def __iter__(self) -> Iterator[Segment]:
         return (self[index] for index in range(len(self)))
-
-    def search(self, pattern: str, *, split: Split | None = None, limit: int | None = None) -> "Iterator[Match]":
-        """Places whose text matches a regular expression, segment after segment; InputError if it is none."""
-        from signal_store.look.search import search
-
-        return search(self, pattern, split=split, limit=limit)
-
-    def sample(self, seed: int = 0, *, split: Split | None = None) -> Segment:
-        """A segment drawn evenly among all, or those of a split; the same seed draws the same."""
-        from signal_store.look.search import sample
-
-        return sample(self, seed, split=split)
-
-    def to_xarray(self) -> Any:
-        """xarray DataTree of the whole cache, decoded where it is looked at (extra `inspect`); nothing is read before."""
-        from signal_store.look.lazy import to_xarray
-
-        return to_xarray(self)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's own files by name, as `save_pretrained` wrote them; CorruptError if one was altered."""
@@ -302,11 +302,6 @@ class Cache:
         facts = f"teacher={m.teacher.name!r} tokens={self.num_tokens:,} units={self.seal.num_units} signals=[{signals}]"
         return f"<Cache {self.uri!r} {facts}>"
 
-    def _repr_html_(self) -> str:
-        from signal_store.look.summary import html_of, summarise
-
-        return html_of(summarise(self))
-
 
 def open_cache(
     uri: str | Path | Sequence[str | Path], *, generation: int | None = None, disk_cache: DiskCacheOptions | None = None
@@ -316,12 +311,11 @@ def open_cache(
     `generation` opens an older seal; `disk_cache` keeps a copy of what a remote store gives. Nothing but a few small objects is
     read, however large the cache. NotFoundError, IncompleteError, MismatchError or CorruptError.
     """
-    several = [uri] if isinstance(uri, str | Path) else list(uri)
-    return Cache([SealedPart(objects_at(one), generation, disk_cache) for one in several])
+    return Cache.open(uri, generation=generation, disk_cache=disk_cache)
 
 
-def _reopened(parts: Sequence[tuple[str, int, DiskCacheOptions | None]]) -> Cache:
-    return Cache([SealedPart(objects_at(uri), generation, disk_cache) for uri, generation, disk_cache in parts])
+def _reopened(kind: type[Cache], parts: Sequence[tuple[str, int, DiskCacheOptions | None]]) -> Cache:
+    return kind([SealedPart(objects_at(uri), generation, disk_cache) for uri, generation, disk_cache in parts])
 
 
 def _refuse_other_plan(base: SealedPart, part: SealedPart) -> None:

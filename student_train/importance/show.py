@@ -9,11 +9,11 @@ from rich.text import Text
 
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
-from signal_store.layout import SCALARS
-from signal_store.look.coloured import tokens_html
-from signal_store.look.plots import axes_of, label_tokens
-from signal_store.look.tokens import token_texts
-from signal_store.roles import LEVELS
+from signal_store.format.layout import SCALARS
+from signal_store.format.roles import LEVELS
+from signal_view.coloured import tokens_html
+from signal_view.plots import axes_of, label_tokens
+from signal_view.tokens import token_texts
 from student_train.importance.rules import LEAST, MOST, Rules
 from student_train.importance.weigher import Weigher, surface
 

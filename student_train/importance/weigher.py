@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.roles import LEVELS
+from signal_store.format.roles import LEVELS
 from student_train.importance.rules import LEAST, MOST, Corners, Rules
 
 Array = NDArray[np.float32]

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.attention_rows import attention_kl, decoded_rows
 from student_train.losses.config import ApcTerm
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import stored_rows
 from student_train.losses.term import Reads, Seen, StateTerm
-from student_train.stream.reader import Needs
 
 
 class Apc(StateTerm):

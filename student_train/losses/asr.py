@@ -10,12 +10,12 @@ from model_taps.blocks import layer_at_depth, mean_abs_activation, num_layers
 from model_taps.segment_statistics import ffn_statistics
 from model_taps.slices import State
 from signal_store.cache import Cache
-from signal_store.layout import FFN_STATISTICS
-from student_train.batch import CodedBatch
+from signal_store.format.layout import FFN_STATISTICS
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.config import AsrTerm
 from student_train.losses.rows import own_tokens, segment_of_token
 from student_train.losses.term import Reads, Seen, StateTerm, not_cached
-from student_train.stream.reader import Needs
 
 HOYER = FFN_STATISTICS.index("hoyer_sparsity")
 

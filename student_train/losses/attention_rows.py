@@ -10,8 +10,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from signal_store.attention_codec import decode_attention
-from student_train.batch import AttentionCodes, CodedBatch
+from signal_store.codecs.attention import decode_attention
+from student_train.data.batch import AttentionCodes, CodedBatch
 
 EPSILON = 1e-8
 HeadPairs = dict[int, list[tuple[int, int]]]

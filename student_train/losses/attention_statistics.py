@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from model_taps.attention_statistics import attention_statistics
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.config import AttentionStatisticsTerm
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import RowsOf, segment_of_query, statistics_rows
 from student_train.losses.term import Reads, Seen, StateTerm, not_cached
-from student_train.stream.reader import Needs
 
 DECILES = tuple(n / 10 for n in range(1, 10))
 

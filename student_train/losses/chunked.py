@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_taps.head import OutputHead
-from signal_store.distribution_codec import PADDED_LOGIT, DistributionCodec, DistributionCodes, KnownMasses
+from signal_store.codecs.distribution import PADDED_LOGIT, DistributionCodec, DistributionCodes, KnownMasses
 from student_train.losses.divergences import Softened, divergence_of
 
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from signal_store.recipe_file import LocalPath
+from run_kit.recipe_file import LocalPath
 from signal_store.signals import Section
 from student_train.losses.schedule import Weight, WeightField
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from model_taps.coverage import summary_coverage
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch, CoverageCodes
+from student_train.data.batch import CodedBatch, CoverageCodes
+from student_train.data.reader import Needs
 from student_train.losses.config import CoverageTerm
 from student_train.losses.rows import segment_of_row
 from student_train.losses.term import Reads, Seen, StateTerm, not_cached
-from student_train.stream.reader import Needs
 
 
 class Coverage(StateTerm):

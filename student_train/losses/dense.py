@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_taps.head import OutputHead
-from signal_store.distribution_codec import PADDED_LOGIT, apply_softcap
+from signal_store.codecs.distribution import PADDED_LOGIT, apply_softcap
 from student_train.losses.chunked import IGNORE, OutputTargets, OutputTerm
 from student_train.losses.divergences import LOG_FLOOR
 

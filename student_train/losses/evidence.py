@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from model_taps.evidence import evidence_shares, shares_of
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.config import EvidenceTerm
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import AnswerRows, segment_of_query
 from student_train.losses.term import Reads, Seen, StateTerm, not_cached
-from student_train.stream.reader import Needs
 
 TINY = 1e-8
 

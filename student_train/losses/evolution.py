@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from signal_store.attention_codec import MAX_ERROR
 from signal_store.cache import Cache
+from signal_store.codecs.attention import MAX_ERROR
 from signal_store.errors import MismatchError
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.attention_rows import TeacherRows, decoded_rows
 from student_train.losses.config import AttentionEvolutionTerm
 from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import stored_rows
 from student_train.losses.term import Reads, Seen
-from student_train.stream.reader import Needs
 
 STEPS = 4
 

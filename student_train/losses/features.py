@@ -11,10 +11,10 @@ from model_taps.slices import State
 from model_taps.spread import Groups, evenly
 from signal_store.cache import Cache
 from signal_store.signals import Tap
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.pairing import depth_weights, state_pairs
 from student_train.losses.term import Reads, Seen, StateTerm
-from student_train.stream.reader import Needs
 
 MIN_TOKENS = 8
 """Fewer say too little of a set."""

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from signal_store.cache import Cache
-from signal_store.layout import SCALARS
-from signal_store.roles import TOKEN_TYPES
+from signal_store.format.layout import SCALARS
+from signal_store.format.roles import TOKEN_TYPES
+from student_train.data.reader import Needs
 from student_train.losses.config import GateTerm
 from student_train.losses.level import TokenLosses
 from student_train.losses.rows import segment_of_query, segment_of_token, stored_rows
 from student_train.losses.smoothness import moved, places_of
 from student_train.losses.term import Reads, Seen
-from student_train.stream.reader import Needs
 
 FEATURES = (
     "teacher_entropy",

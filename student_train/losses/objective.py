@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError, SignalStoreError
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.importance.rules import load_rules
 from student_train.importance.weigher import Weigher
 from student_train.losses.apc import Apc
@@ -36,7 +37,6 @@ from student_train.losses.router_balance import RouterBalance, with_balance
 from student_train.losses.rows import RowsOf
 from student_train.losses.smoothness import Smoothness
 from student_train.losses.term import StateTerm, not_cached
-from student_train.stream.reader import Needs
 
 MIN_HEAD_MASS = 0.9
 """Least mean mass of the head at which a cache without a tail serves a temperature."""

@@ -18,12 +18,12 @@ from model_taps.blocks import num_layers
 from model_taps.head import final_norm
 from model_taps.slices import State
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.config import ReplayTerm
 from student_train.losses.features import make_projection
 from student_train.losses.level import Level, TokenLosses
 from student_train.losses.term import Reads, Seen, not_cached
-from student_train.stream.reader import Needs
 
 TINY = 1e-12
 LEAST_RISE_NATS = 1.0

@@ -9,7 +9,7 @@ from torch import Tensor
 from model_taps.attention import RowQuery
 from model_taps.attention_statistics import STATISTICS_EVERY
 from model_taps.spread import evenly
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
 
 RowsOf = Callable[[CodedBatch], RowQuery]
 """Where rows of one kind are; terms that name the same share them."""

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
-from student_train.batch import CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
 from student_train.losses.config import SmoothnessTerm
 from student_train.losses.features import teacher_states
 from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import LayerPair, state_pairs
 from student_train.losses.rows import segment_of_row
 from student_train.losses.term import Reads, Seen
-from student_train.stream.reader import Needs
 
 TINY = 1e-12
 

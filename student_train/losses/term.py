@@ -18,11 +18,11 @@ from model_taps.head import OutputHead
 from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
-from student_train.batch import CodedBatch
-from student_train.codecs import Codecs
+from student_train.data.batch import CodedBatch
+from student_train.data.codecs import Codecs
+from student_train.data.reader import TOKENS_ONLY, Needs
 from student_train.losses.attention_rows import HeadPairs
 from student_train.losses.rows import RowsOf
-from student_train.stream.reader import TOKENS_ONLY, Needs
 
 
 @dataclass(frozen=True, slots=True)

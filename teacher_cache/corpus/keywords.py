@@ -16,7 +16,7 @@ from pygments.token import Comment, Keyword, Literal, Name, Operator, Punctuatio
 from pygments.util import ClassNotFound
 
 from signal_store.errors import InputError
-from signal_store.roles import DEPENDENCY, POS, SEMANTIC
+from signal_store.format.roles import DEPENDENCY, POS, SEMANTIC
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def _plain(text: str) -> str:
 
 
 def code_kinds(text: str, lexer: str) -> Iterator[tuple[int, int, str]]:
-    """(start, stop, role in code as `signal_store.roles.CODE` names it) of every piece of a program."""
+    """(start, stop, role in code as `signal_store.format.roles.CODE` names it) of every piece of a program."""
     for start, kind, value in _lexer(lexer).get_tokens_unprocessed(_plain(text)):
         yield start, start + len(value), "whitespace" if value.isspace() else _role_of(kind)
 

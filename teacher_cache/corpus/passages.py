@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.roles import CODE, LEVELS, POS
+from signal_store.format.roles import CODE, LEVELS, POS
 from signal_store.signals import MOST_COVERAGE_WORDS
 from teacher_cache.corpus.document import Document
 

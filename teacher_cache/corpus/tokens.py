@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from signal_store.roles import LEVELS
+from signal_store.format.roles import LEVELS
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import keyword_spans, prose_keywords
 from teacher_cache.corpus.passages import key_words, sentences

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from signal_store.cache import open_cache
-from teacher_cache.verify import verify
+from teacher_cache.commands.verify import verify
 from tests.golden.archive import VERSIONS, digests, unpack
 
 FOLDER = Path(__file__).parent

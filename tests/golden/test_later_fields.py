@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from signal_store.cache import open_cache
-from teacher_cache.build import build
+from teacher_cache.commands.build import build
 from tests.conftest import RecipeMaker
 from tests.golden.test_golden import FOLDER
 from tests.tiny import needs_torch
@@ -32,10 +32,10 @@ print(json.dumps({"cache_id": cache.manifest.cache_id, "segments": len(cache)}))
 
 BUILD = """
 import json, sys
-from signal_store.recipe_file import load_recipe
-from teacher_cache.build import build
+from run_kit.recipe_file import load_recipe
+from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.verify import verify
+from teacher_cache.commands.verify import verify
 recipe = load_recipe(sys.argv[1], (), CacheRecipe)
 assert recipe.sources[0].came_later == 7
 assert recipe.signals.distribution.came_later == 7
@@ -50,7 +50,7 @@ def later_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("later")
     for name in ("shared", "teacher_cache"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("shared/signal_store/signals.py", "shared/signal_store/manifest.py", "teacher_cache/recipe.py"):
+    for name in ("shared/signal_store/signals.py", "shared/signal_store/format/manifest.py", "teacher_cache/recipe.py"):
         path = root / name
         lines = path.read_text().splitlines()
         sections = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and _is_section(n)]

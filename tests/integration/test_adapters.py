@@ -16,12 +16,12 @@ from model_taps.adapters import adapter_of
 from model_taps.loading import load_config, load_model, load_tokenizer, weights_digest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, NotFoundError
-from student_train.fidelity_report import fidelity_report
+from student_train.commands.fidelity import fidelity_report
+from student_train.commands.run import run
 from student_train.recipe import RunRecipe, StudentSection
-from student_train.run import run
-from student_train.student import build_student
+from student_train.student.build import build_student
 from teacher_cache.recipe import TeacherSection
-from teacher_cache.teacher import load_teacher
+from teacher_cache.teacher.forward import load_teacher
 from tests.integration.test_parallel import recipe_of
 from tests.tiny import make_model
 

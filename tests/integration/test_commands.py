@@ -21,12 +21,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
+from run_kit.command_line import guarded
+from run_kit.recipe_file import validate
 from signal_store.cache import Cache
-from signal_store.command_line import guarded
 from signal_store.errors import InputError
-from signal_store.ledger import read_document
-from signal_store.local_objects import LocalObjects
-from signal_store.recipe_file import validate
+from signal_store.io.local import LocalObjects
+from signal_store.ledger.documents import read_document
 from student_train.recipe import RunRecipe
 from teacher_cache.recipe import CacheRecipe
 from tests.processes import say_into
@@ -245,7 +245,7 @@ def test_home_is_where_the_tilde_is(
 def test_what_the_cache_lacks_is_refused_at_start(
     tmp_path: Path, run_recipe: dict[str, Any], recipe_for: Callable[..., Any]
 ) -> None:
-    from teacher_cache.build import build
+    from teacher_cache.commands.build import build
 
     poor = build(recipe_for(tmp_path / "poor.zarr", signals={"distribution": {"rank": 0, "head": 2}}))
     written = write(tmp_path, {**run_recipe, "cache": poor.uri})

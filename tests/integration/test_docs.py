@@ -21,7 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from signal_store.errors import SignalStoreError
-from signal_store.look.extras import pyplot
+from signal_view.extras import pyplot
 from student_train.cli import app as student_app
 from student_train.losses.config import KIND_OF, Losses
 from teacher_cache.cli import app as teacher_app

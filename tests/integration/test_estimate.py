@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from signal_store.errors import StorageError
-from signal_store.local_objects import LocalObjects
-from teacher_cache.build import build
+from signal_store.io.local import LocalObjects
 from teacher_cache.cli import app
-from teacher_cache.estimate import estimate
+from teacher_cache.commands.build import build
+from teacher_cache.commands.estimate import estimate
 from tests.tiny import make_model
 
 RecipeMaker = Callable[..., Any]
@@ -49,7 +49,7 @@ def test_quick_gives_a_range_that_holds_the_truth(recipe_for: RecipeMaker, tmp_p
     assert low < 3 * 36 < high * 1.01
     assert found.hours is None
     assert found.total_bytes[0] < found.total_bytes[1]
-    monkeypatch.setattr("teacher_cache.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("teacher_cache.commands.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match=r"cannot hold this cache; expected [0-9,]+ bytes free; found 1,000"):
         estimate(recipe, quick=True)
 

@@ -8,16 +8,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from run_kit.recipe_file import load_recipe
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError
-from signal_store.recipe_file import load_recipe
 from student_train.cli import app
-from student_train.fidelity_report import fidelity_report
-from student_train.generate import generate
+from student_train.commands.fidelity import fidelity_report
+from student_train.commands.generate import generate
+from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from student_train.run import run
-from teacher_cache.build import build
-from teacher_cache.extend import extend
+from teacher_cache.commands.build import build
+from teacher_cache.commands.extend import extend
 from tests.conftest import RecipeMaker
 from tests.tiny import CONTEXT, make_model
 

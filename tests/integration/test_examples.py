@@ -9,15 +9,15 @@ from statistics import fmean
 
 import pytest
 
-from signal_store.recipe_file import load_recipe
+from run_kit.recipe_file import load_recipe
+from student_train.commands.run import run
 from student_train.importance.rules import load_rules
 from student_train.importance.show import token_weights
 from student_train.losses.config import KINDS, Term
 from student_train.losses.objective import resolve
 from student_train.recipe import RunRecipe
-from student_train.run import run
-from student_train.student import build_student
-from teacher_cache.build import build
+from student_train.student.build import build_student
+from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
 
 ROOT = Path(__file__).parents[2]

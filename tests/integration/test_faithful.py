@@ -11,18 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from model_taps.head import OutputHead, final_hidden, output_head
 from model_taps.loading import load_model
 from model_taps.slices import tap_states
-from signal_store.attention_codec import MAX_ERROR, decode_attention
 from signal_store.cache import Cache
-from student_train.codecs import Codecs
-from student_train.distiller import Distiller
+from signal_store.codecs.attention import MAX_ERROR, decode_attention
+from student_train.data.codecs import Codecs
+from student_train.data.reader import Needs
+from student_train.data.rows import Stream
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import Losses
 from student_train.losses.dense import dense_divergence
 from student_train.losses.objective import resolve
 from student_train.recipe import StreamSection
-from student_train.stream.reader import Needs
-from student_train.stream.rows import Stream
-from teacher_cache.build import build
+from student_train.train.distiller import Distiller
+from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
 from tests.tiny import CONTEXT, FAMILIES, HEADS, WIDTH, make_model
 

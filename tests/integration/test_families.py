@@ -14,11 +14,12 @@ from model_taps.neighbours import relative_difference
 from model_taps.slices import tap_states
 from model_taps.tiny_config import architectures, tiny_config, tiny_model
 from signal_store.errors import InputError
+from signal_view import CacheView
+from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from student_train.run import run
-from teacher_cache.build import build
 from teacher_cache.cli import app
-from teacher_cache.model_check import BYTES, saved
+from teacher_cache.commands.build import build
+from teacher_cache.commands.model_check import BYTES, saved
 from tests.conftest import RecipeMaker
 from tests.tiny import COMMON, FAMILIES, make_model, make_tokenizer, write_jsonl
 from tests.unit.test_neighbours import LONG_ROPE
@@ -65,7 +66,7 @@ def test_a_short_text_beside_a_long_one_is_what_it_is_alone(forward: str, recipe
     assert (plan.forward, plan.split_length) == (forward, 32)
     lengths = {len(segment.input_ids) > 32 for segment in cache}
     assert lengths == {False, True}
-    for segment in cache:
+    for segment in CacheView.of(cache):
         ids = torch.from_numpy(segment.input_ids.astype(np.int64))[None]
         with torch.no_grad(), tap_states(model, [("block_output", num_layers(model))]) as states:
             model(ids, use_cache=False)

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signal_store.cache import Cache
-from signal_store.roles import TOKEN_TYPES
+from signal_store.format.roles import TOKEN_TYPES
+from student_train.commands.run import run
 from student_train.losses.config import GateTerm
 from student_train.losses.gate import FEATURES, Gate, repeated
 from student_train.losses.level import TokenLosses
 from student_train.recipe import RunRecipe
-from student_train.run import run
 from tests.integration.test_terms import alone
 from tests.tiny import CONTEXT, make_model
 

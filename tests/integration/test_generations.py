@@ -12,17 +12,17 @@ import pytest
 
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, InputError, MismatchError
-from signal_store.local_objects import LocalObjects
+from signal_store.io.local import LocalObjects
+from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from student_train.run import run
-from teacher_cache.build import build
-from teacher_cache.extend import extend
-from teacher_cache.fill import fill
+from teacher_cache.builder.fill import fill
+from teacher_cache.builder.seal import seal
+from teacher_cache.builder.workers import Worker
+from teacher_cache.commands.build import build
+from teacher_cache.commands.extend import extend
+from teacher_cache.commands.repair import repair
+from teacher_cache.commands.verify import verify
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.repair import repair
-from teacher_cache.seal import seal
-from teacher_cache.verify import verify
-from teacher_cache.workers import Worker
 from tests.processes import fresh
 from tests.tiny import CODE, needs_torch, write_jsonl
 
@@ -150,7 +150,7 @@ def test_a_unit_that_comes_out_otherwise_gets_a_new_revision(
     old = open_cache(root)
     scalars = old.read("distribution/scalars")
     (root / "distribution/scalars/c/1/0").write_bytes(b"spoiled")
-    from teacher_cache.extract import batch
+    from teacher_cache.signals import batch
 
     real = batch.extract_batch
 
@@ -160,7 +160,7 @@ def test_a_unit_that_comes_out_otherwise_gets_a_new_revision(
         np.copyto(scalars, scalars.astype(np.float32) + 0.01, casting="unsafe")
         return found
 
-    monkeypatch.setattr("teacher_cache.fill.extract_batch", otherwise)
+    monkeypatch.setattr("teacher_cache.builder.fill.extract_batch", otherwise)
     assert repair(recipe_for(root)).revised_units == (1,)
     new = open_cache(root)
     assert new.seal.generation == 1
@@ -195,7 +195,9 @@ def test_workers_take_over_what_others_left(
     recipe_for: RecipeMaker, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backwards = itertools.count(10**9, -3600)
-    monkeypatch.setattr("signal_store.ledger.time.time", lambda: next(backwards))  # a clock that jumps back changes nothing
+    monkeypatch.setattr(
+        "signal_store.ledger.documents.time.time", lambda: next(backwards)
+    )  # a clock that jumps back changes nothing
     recipe = recipe_for(tmp_path / "cache.zarr")
     objects = LocalObjects(recipe.cache)
     fill(recipe, Worker(1, 2))  # the only one of two that ever ran

@@ -20,38 +20,36 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from typer.testing import CliRunner
 
-from model_taps.environment import checks
 from model_taps.native_dtype import native_dtypes
-from signal_store import open_cache
-from signal_store.cache import Cache
+from run_kit.environment import checks
 from signal_store.errors import CorruptError, InputError, MismatchError, NotFoundError
-from signal_store.layout import SCALARS
-from signal_store.look import plots
-from signal_store.look.coloured import surprise_and_entropy
-from signal_store.look.extras import pyplot
-from signal_store.look.lazy import to_xarray
-from signal_store.look.meaning import meaning
-from signal_store.look.summary import html_of, printable, signal_bytes, summarise, text_of
-from signal_store.look.tokens import TokenTexts, token_texts
+from signal_store.format.layout import SCALARS
+from signal_view import CacheView, open_cache, plots
+from signal_view.coloured import surprise_and_entropy
+from signal_view.extras import pyplot
+from signal_view.lazy import to_xarray
+from signal_view.meaning import meaning
+from signal_view.summary import html_of, printable, signal_bytes, summarise, text_of
+from signal_view.tokens import TokenTexts, token_texts
 from student_train.cli import app as student_app
+from student_train.commands.run import run
+from student_train.commands.spikes import segments_of, spike_steps, spikes
 from student_train.importance.rules import load_rules
 from student_train.importance.show import plot_weights, token_weights, weights_html
-from student_train.look.plots import layerwise_cka, plot_against_teacher, plot_cka
-from student_train.look.report import report
-from student_train.look.students import before_and_after
-from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
-from student_train.run import run
-from student_train.spikes import segments_of, spike_steps, spikes
-from student_train.student import cached_tokenizer
-from teacher_cache import fill as fill_module
-from teacher_cache.build import build
+from student_train.student.build import cached_tokenizer
+from student_train.train.metrics import METRICS, read_metrics
+from student_train.view.plots import layerwise_cka, plot_against_teacher, plot_cka
+from student_train.view.report import report
+from student_train.view.students import before_and_after
+from teacher_cache.builder import fill as fill_module
+from teacher_cache.builder.plan import plan
 from teacher_cache.cli import app
-from teacher_cache.extend import extend
-from teacher_cache.inspect_page import inspect_page
-from teacher_cache.plan import plan
-from teacher_cache.status import status
-from teacher_cache.verify import verify
+from teacher_cache.commands.build import build
+from teacher_cache.commands.extend import extend
+from teacher_cache.commands.inspect_page import inspect_page
+from teacher_cache.commands.status import status
+from teacher_cache.commands.verify import verify
 from tests.browser import opened
 from tests.conftest import RecipeMaker
 from tests.tiny import COMMON, write_jsonl
@@ -66,7 +64,7 @@ HOSTILE = (
 
 
 @pytest.fixture(scope="module")
-def hostile_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> Cache:
+def hostile_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMaker) -> CacheView:
     """Sampled states, rows that keep their heaviest columns, drawn tokens; texts that would run if they were not escaped."""
     folder = tmp_path_factory.mktemp("hostile")
     texts = [f"{text} {number}" for number in range(4) for text in HOSTILE]
@@ -76,10 +74,10 @@ def hostile_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: RecipeMa
         "hidden": {"positions": {"every": 3}, "rank": 5, "layers": [2]},
         "attention": {"heads": 2, "max_columns": 4},
     }
-    return build(recipe_for(folder / "cache.zarr", sources=[source], signals=signals))
+    return CacheView.of(build(recipe_for(folder / "cache.zarr", sources=[source], signals=signals)))
 
 
-def test_pieces_are_the_text(hostile_cache: Cache) -> None:
+def test_pieces_are_the_text(hostile_cache: CacheView) -> None:
     tokenizer = cached_tokenizer(hostile_cache)
     for segment in hostile_cache:
         assert segment.text == tokenizer.decode(segment.input_ids.tolist())
@@ -109,7 +107,7 @@ def test_pieces_of_a_tokenizer_that_falls_back_to_bytes(words: list[str]) -> Non
     assert texts.piece(vocabulary["▁a"]) == " a"
 
 
-def test_the_favourites_are_the_favourites(hostile_cache: Cache, exact_cache: Cache) -> None:
+def test_the_favourites_are_the_favourites(hostile_cache: CacheView, exact_cache: CacheView) -> None:
     for looked in (hostile_cache[1], exact_cache.sample(3)):
         for temperature in (1.0, 3.0):
             dense = looked.logprobs(temperature)
@@ -132,7 +130,7 @@ def test_the_favourites_are_the_favourites(hostile_cache: Cache, exact_cache: Ca
 
 
 def test_a_pure_head_says_what_it_knows(recipe_for: RecipeMaker, tmp_path: Path) -> None:
-    made = build(recipe_for(tmp_path / "cache.zarr", signals={"distribution": {"rank": 0, "head": 4}}))
+    made = CacheView.of(build(recipe_for(tmp_path / "cache.zarr", signals={"distribution": {"rank": 0, "head": 4}})))
     assert made[0].top(4).probability.groupby("token").sum().max() <= 1
     with pytest.raises(MismatchError, match="single tokens"):
         made[0].logprobs()
@@ -145,7 +143,7 @@ def test_a_pure_head_says_what_it_knows(recipe_for: RecipeMaker, tmp_path: Path)
     assert "/hidden" not in made[0].to_xarray().groups
 
 
-def test_scalars_are_of_the_row_that_predicts(exact_cache: Cache) -> None:
+def test_scalars_are_of_the_row_that_predicts(exact_cache: CacheView) -> None:
     segment = exact_cache[2]
     rows = exact_cache.read("distribution/scalars", segment.token_start, segment.token_start + len(segment)).astype(np.float32)
     surprise, entropy = surprise_and_entropy(segment)
@@ -158,7 +156,7 @@ def test_scalars_are_of_the_row_that_predicts(exact_cache: Cache) -> None:
     np.testing.assert_allclose(segment.scalars()["head_mass@2"].values, 1 / (1 + np.exp(-rows[:, len(SCALARS) + 1])), rtol=1e-6)
 
 
-def test_attention_rows_are_what_is_stored(hostile_cache: Cache, cache: Cache) -> None:
+def test_attention_rows_are_what_is_stored(hostile_cache: CacheView, cache: CacheView) -> None:
     for looked in (hostile_cache, cache):
         layer = looked.manifest.calibration.attention[0].layer
         rows = 0
@@ -177,7 +175,7 @@ def test_attention_rows_are_what_is_stored(hostile_cache: Cache, cache: Cache) -
         assert rows
 
 
-def test_every_decoded_array_has_a_name_and_a_unit(knowing_cache: Cache, hostile_cache: Cache) -> None:
+def test_every_decoded_array_has_a_name_and_a_unit(knowing_cache: CacheView, hostile_cache: CacheView) -> None:
     for looked in (knowing_cache, hostile_cache):
         segment = next(s for s in looked if s.source.startswith("qa")) if looked is knowing_cache else looked[0]
         for tree in (segment.to_xarray(), looked.to_xarray()):
@@ -190,7 +188,7 @@ def test_every_decoded_array_has_a_name_and_a_unit(knowing_cache: Cache, hostile
 
 @settings(max_examples=15)
 @given(st.data())
-def test_a_lazy_array_is_the_stored_one(hostile_cache: Cache, data: st.DataObject) -> None:
+def test_a_lazy_array_is_the_stored_one(hostile_cache: CacheView, data: st.DataObject) -> None:
     tree = hostile_cache.to_xarray()
     path = data.draw(
         st.sampled_from(["distribution/scalars", "tokens/input_ids", "distribution/head_ids", "attention/rows/position"])
@@ -215,7 +213,7 @@ def test_a_lazy_array_is_the_stored_one(hostile_cache: Cache, data: st.DataObjec
         np.testing.assert_array_equal(lazy[rows, column].values, whole[rows][..., column])
 
 
-def test_rows_in_use_are_told_from_room(cache: Cache, hostile_cache: Cache) -> None:
+def test_rows_in_use_are_told_from_room(cache: CacheView, hostile_cache: CacheView) -> None:
     for looked in (cache, hostile_cache):
         tree = looked.to_xarray()
         assert int(tree["tokens/in_use"].sum()) == looked.num_tokens
@@ -224,7 +222,7 @@ def test_rows_in_use_are_told_from_room(cache: Cache, hostile_cache: Cache) -> N
         assert np.isfinite(tree["distribution/entropy"].values[tree["distribution/in_use"].values]).all()
 
 
-def test_a_lazy_tree_that_was_pickled_has_the_segment_s_values(hostile_cache: Cache) -> None:
+def test_a_lazy_tree_that_was_pickled_has_the_segment_s_values(hostile_cache: CacheView) -> None:
     tree, layer = pickle.loads(pickle.dumps(hostile_cache.to_xarray())), hostile_cache.manifest.calibration.attention[0].layer
     segment = next(s for s in hostile_cache if len(s.attention(layer).token))
     one = segment.hidden("block_output", 2)
@@ -239,17 +237,17 @@ def test_a_lazy_tree_that_was_pickled_has_the_segment_s_values(hostile_cache: Ca
     np.testing.assert_allclose(np.sort(entries, 0), np.sort(segment.attention(layer).values[0].T, 0)[:count], rtol=1e-6)
 
 
-def test_nothing_is_read_before_it_is_asked_for(hostile_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_before_it_is_asked_for(hostile_cache: CacheView, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = open_cache(hostile_cache.uri)
-    monkeypatch.setattr(Cache, "read", lambda *_: pytest.fail("data was read"))
-    monkeypatch.setattr(Cache, "read_unit", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(CacheView, "read", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(CacheView, "read_unit", lambda *_: pytest.fail("data was read"))
     assert "input_ids" in repr(to_xarray(fresh))
     assert len(repr(fresh)) < 400
     assert len(fresh._repr_html_()) < 100_000
     assert text_of(summarise(fresh))
 
 
-def test_text_and_html_have_the_same_sections(hostile_cache: Cache, cache: Cache) -> None:
+def test_text_and_html_have_the_same_sections(hostile_cache: CacheView, cache: CacheView) -> None:
     for looked in (hostile_cache, cache):
         summary = summarise(looked)
         text, page = text_of(summary), html_of(summary)
@@ -272,7 +270,7 @@ def test_text_and_html_have_the_same_sections(hostile_cache: Cache, cache: Cache
     assert repr(cache[0]).startswith("<Segment 0 of 'train'")
 
 
-def test_search_and_sample(cache: Cache, hostile_cache: Cache) -> None:
+def test_search_and_sample(cache: CacheView, hostile_cache: CacheView) -> None:
     found, texts = list(cache.search(r"def \w+")), token_texts(cache)
     assert len(found) > 8
     for match in found:
@@ -296,7 +294,7 @@ def test_search_and_sample(cache: Cache, hostile_cache: Cache) -> None:
         hostile_cache.sample(split="validation")
 
 
-def test_plots_are_axes(knowing_cache: Cache, hostile_cache: Cache) -> None:
+def test_plots_are_axes(knowing_cache: CacheView, hostile_cache: CacheView) -> None:
     for looked in (knowing_cache, hostile_cache):
         segment = next(s for s in looked if s.attention(looked.manifest.calibration.attention[0].layer).keyword.values.any())
         axes = plots.plot_top(segment, 4, 2.0, tokens=6)
@@ -334,7 +332,7 @@ def test_any_text_can_be_a_label(text: str) -> None:
     assert all(has(character) for character in shown)
 
 
-def test_evidence_coverage_and_roles_are_frames(knowing_cache: Cache) -> None:
+def test_evidence_coverage_and_roles_are_frames(knowing_cache: CacheView) -> None:
     question = next(s for s in knowing_cache if s.source.startswith("qa"))
     frame = question.evidence()
     assert frame.filter(like="share_").sum().to_numpy() == pytest.approx(1, abs=5e-3)
@@ -348,13 +346,13 @@ def test_evidence_coverage_and_roles_are_frames(knowing_cache: Cache) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Cache) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: CacheView) -> Path:
     out = tmp_path_factory.mktemp("run") / "first"
     run(small_run(cache, out, 30, 4, optimizer={"learning_rate": 1e-2}, validation={"every": 10}, gradient_shares_every=10))
     return out
 
 
-def small_run(cache: Cache, out: Path, steps: int, rows: int, **more: Any) -> RunRecipe:
+def small_run(cache: CacheView, out: Path, steps: int, rows: int, **more: Any) -> RunRecipe:
     content = {
         "cache": cache.uri,
         "out": out,
@@ -367,7 +365,7 @@ def small_run(cache: Cache, out: Path, steps: int, rows: int, **more: Any) -> Ru
     return RunRecipe.model_validate(content)
 
 
-def test_students_beside_their_teacher(cache: Cache, finished_run: Path) -> None:
+def test_students_beside_their_teacher(cache: CacheView, finished_run: Path) -> None:
     students = before_and_after(finished_run, cache)
     segment = cache.sample(1, split="validation")
     axes = plot_against_teacher(segment, students, tokens=12)
@@ -382,7 +380,7 @@ def test_students_beside_their_teacher(cache: Cache, finished_run: Path) -> None
         plot_cka(students["after"], cache, "ffn_gate")
 
 
-def test_the_teacher_itself_has_a_diagonal(knowing_cache: Cache) -> None:
+def test_the_teacher_itself_has_a_diagonal(knowing_cache: CacheView) -> None:
     from model_taps.loading import load_model
 
     teacher = load_model(knowing_cache.manifest.teacher.name, what="teacher", dtype=torch.float32)
@@ -392,7 +390,7 @@ def test_the_teacher_itself_has_a_diagonal(knowing_cache: Cache) -> None:
         assert matrix[row].argmax() == layer - 1
 
 
-def test_a_report_compares_runs(cache: Cache, finished_run: Path, tmp_path: Path) -> None:
+def test_a_report_compares_runs(cache: CacheView, finished_run: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "second <i>"
     unfinished.mkdir()
     about = json.loads((finished_run / "run.json").read_text())
@@ -416,7 +414,7 @@ def test_a_report_compares_runs(cache: Cache, finished_run: Path, tmp_path: Path
         report([tmp_path / "nothing"])
 
 
-def test_spikes_name_the_samples_of_their_step(cache: Cache, finished_run: Path, tmp_path: Path) -> None:
+def test_spikes_name_the_samples_of_their_step(cache: CacheView, finished_run: Path, tmp_path: Path) -> None:
     assert spikes(finished_run) == []
     records = read_metrics(finished_run / METRICS)
     told = tmp_path / "spiky"
@@ -440,7 +438,7 @@ def test_spikes_name_the_samples_of_their_step(cache: Cache, finished_run: Path,
     assert "step 20" in shown
 
 
-def test_a_step_that_holds_a_segment_twice_has_its_spike_named(hostile_cache: Cache, tmp_path: Path) -> None:
+def test_a_step_that_holds_a_segment_twice_has_its_spike_named(hostile_cache: CacheView, tmp_path: Path) -> None:
     """A step longer than the cache: the stream goes on with the next epoch inside it."""
     recipe = small_run(hostile_cache, tmp_path, 10, 64)
     run(recipe)
@@ -483,7 +481,7 @@ def said_by(source: str) -> str:
     return Words(source).text.replace("↵", "").replace("⇥", "")
 
 
-def test_a_page_shows_texts_and_runs_none(hostile_cache: Cache, tmp_path: Path) -> None:
+def test_a_page_shows_texts_and_runs_none(hostile_cache: CacheView, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     called = CliRunner().invoke(app, ["inspect", hostile_cache.uri, "--html", str(target)])
     assert called.exit_code == 0, called.output
@@ -549,7 +547,7 @@ def test_status_before_while_and_after(recipe_for: RecipeMaker, tmp_path: Path, 
     assert not verify(recipe.cache).damages
 
 
-def test_inspect_shows_segments_and_tokens(cache: Cache) -> None:
+def test_inspect_shows_segments_and_tokens(cache: CacheView) -> None:
     def said(*arguments: Any) -> str:
         called = CliRunner().invoke(app, ["inspect", cache.uri, *map(str, arguments)])
         assert called.exit_code == 0, called.output
@@ -602,7 +600,7 @@ CORNERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("corner", CORNERS)
 def test_every_legal_cache_can_be_looked_at(corner: str, recipe_for: RecipeMaker, tmp_path: Path) -> None:
-    made = build(recipe_for(tmp_path / "cache.zarr", **CORNERS[corner]))
+    made = CacheView.of(build(recipe_for(tmp_path / "cache.zarr", **CORNERS[corner])))
     assert Words(inspect_page([made.uri])).tags["script"] == 1
     assert len(Words(made._repr_html_()).text) > 500
     lengths = {len(segment) for segment in made}
@@ -624,7 +622,7 @@ def test_every_legal_cache_can_be_looked_at(corner: str, recipe_for: RecipeMaker
 
 
 def test_overlays_and_generations_can_be_looked_at(
-    cache: Cache, recipe_for: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: CacheView, recipe_for: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content: dict[str, Any] = {
         "base": cache.uri,
@@ -665,7 +663,7 @@ def test_an_extension_that_is_not_sealed_is_not(recipe_for: RecipeMaker, texts: 
     assert all(found.done)
 
 
-def test_inspect_does_not_import_torch(cache: Cache) -> None:
+def test_inspect_does_not_import_torch(cache: CacheView) -> None:
     code = "import sys; from teacher_cache.cli import app; app(['inspect', sys.argv[1]], standalone_mode=False); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, cache.uri], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -699,7 +697,7 @@ def test_a_terminal_is_not_steered_by_a_text() -> None:
 NOT_NOTES = ['{"worker": "a/b"}', "[1]", "null", "7", "[" * 100_000]
 
 
-def test_an_odd_note_is_passed_over(cache: Cache, tmp_path: Path) -> None:
+def test_an_odd_note_is_passed_over(cache: CacheView, tmp_path: Path) -> None:
     folder = tmp_path / "cache.zarr"
     (folder / "ledger/workers").mkdir(parents=True)
     shutil.copy(Path(cache.uri) / "ledger/plan.json", folder / "ledger")
@@ -737,7 +735,7 @@ def test_runs_of_the_wrong_shape_are_refused(finished_run: Path, tmp_path: Path)
             (folder / name).unlink()
 
 
-def test_another_cache_in_a_run_s_place_is_refused(finished_run: Path, exact_cache: Cache, tmp_path: Path) -> None:
+def test_another_cache_in_a_run_s_place_is_refused(finished_run: Path, exact_cache: CacheView, tmp_path: Path) -> None:
     about = json.loads((finished_run / "run.json").read_text())
     (tmp_path / METRICS).write_text((finished_run / METRICS).read_text().replace('"loss": ', '"loss": 9', 1))
     shutil.copytree(finished_run / "student", tmp_path / "student")
@@ -755,7 +753,7 @@ def test_a_loss_that_is_not_finite_is_named_and_poisons_nothing() -> None:
     assert [step for step, *_ in spike_steps(losses)] == [2, 5, 20]
 
 
-def test_what_is_not_meant_is_refused(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_meant_is_refused(cache: CacheView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segment = cache[0]
     with pytest.raises(InputError, match="without a step"):
         segment.top(2, tokens=slice(None, None, 2))

@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import open_cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
-from signal_store.ledger import EXTENSIONS
-from signal_store.local_objects import LocalObjects
-from teacher_cache import extend as extending
-from teacher_cache.build import build
-from teacher_cache.extend import extend
+from signal_store.io.local import LocalObjects
+from signal_store.ledger.documents import EXTENSIONS
+from teacher_cache.commands import extend as extending
+from teacher_cache.commands.build import build
+from teacher_cache.commands.extend import extend
+from teacher_cache.commands.repair import repair
+from teacher_cache.commands.verify import verify
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.repair import repair
-from teacher_cache.verify import verify
 from tests.integration.test_generations import bodies
 from tests.tiny import CODE, make_model, make_tokenizer, needs_torch, write_jsonl
 

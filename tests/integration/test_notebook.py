@@ -9,8 +9,8 @@ import pytest
 
 from run_notebook import ROOT, executed
 from signal_store.cache import Cache
+from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from student_train.run import run
 from tests.tiny import COMMON
 
 NOTEBOOK = ROOT / "tools" / "inspect_cache.ipynb"

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError
+from student_train.commands.run import run
 from student_train.losses.objective import STATE_TERMS
 from student_train.recipe import RunRecipe
-from student_train.run import run
 from tests.processes import fresh
 from tests.tiny import COMMON
 

@@ -10,19 +10,19 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from model_taps.loading import tokenizer_digest, vocabulary_size
-from signal_store.cache import open_cache
 from signal_store.errors import InputError
-from signal_store.ledger import PLAN
-from signal_store.objects import objects_at
+from signal_store.io.objects import objects_at
+from signal_store.ledger.documents import PLAN
+from signal_view import CacheView, open_cache
+from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from student_train.run import run
-from teacher_cache import calibration_fit
-from teacher_cache.build import build
+from teacher_cache.builder import calibration_fit
+from teacher_cache.builder.plan import plan, read_plan
+from teacher_cache.builder.workers import Worker
+from teacher_cache.commands.build import build
+from teacher_cache.commands.extend import extend
 from teacher_cache.corpus import processes
-from teacher_cache.extend import extend
-from teacher_cache.plan import plan, read_plan
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.workers import Worker
 from tests.conftest import RecipeMaker
 from tests.tiny import CODE, PROSE, make_model, make_tokenizer, write_jsonl
 
@@ -57,7 +57,7 @@ def test_the_plan_is_the_same_in_any_number_of_processes(
 ) -> None:
     one = plan(recipe_for(tmp_path / "one.zarr", sources=mixed, overlap=8))
     monkeypatch.setattr(processes, "ALONE_SECONDS", 0.0)
-    monkeypatch.setattr("teacher_cache.unit_staging.MOST_ROWS", 7)
+    monkeypatch.setattr("teacher_cache.builder.unit_staging.MOST_ROWS", 7)
     two = plan(recipe_for(tmp_path / "two.zarr", sources=mixed, overlap=8), Worker(processes=2))
     assert one.digest == two.digest
     bad = next(source for source in two.sources if source.name == "bad")
@@ -137,7 +137,9 @@ def test_token_ids_beyond_their_number(tmp_path: Path, recipe_for: RecipeMaker) 
     make_model("llama", 402, scale=8.0).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     teacher = {"model": str(tmp_path / "teacher"), "dtype": "float32", "device": "cpu"}
-    made = build(recipe_for(tmp_path / "cache.zarr", teacher=teacher, signals={"distribution": {"rank": 8}, "hidden": {}}))
+    made = CacheView.of(
+        build(recipe_for(tmp_path / "cache.zarr", teacher=teacher, signals={"distribution": {"rank": 8}, "hidden": {}}))
+    )
     assert made.manifest.tokenizer.vocab_size == 402
     assert made.manifest.tokenizer.digest == tokenizer_digest(tokenizer)
     segment = open_cache(made.uri)[0]

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from signal_store.attention_codec import encode_attention
 from signal_store.cache import Cache
-from student_train.batch import AttentionCodes, CodedBatch, HiddenCodes
-from student_train.codecs import Codecs
-from student_train.distiller import Distiller
+from signal_store.codecs.attention import encode_attention
+from student_train.data.batch import AttentionCodes, CodedBatch, HiddenCodes
+from student_train.data.codecs import Codecs
+from student_train.data.rows import Stream
 from student_train.losses.config import Losses
 from student_train.losses.objective import Objective, resolve
 from student_train.recipe import StreamSection
-from student_train.stream.rows import Stream
+from student_train.train.distiller import Distiller
 from tests.tiny import CONTEXT, make_model
 
 STEPS = 40

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from signal_store import remote_objects
 from signal_store.cache import Cache, open_cache
-from signal_store.disk_cache import DiskCacheOptions
 from signal_store.errors import CorruptError, NotFoundError, StorageError
-from signal_store.objects import objects_at
-from teacher_cache.verify import verify
+from signal_store.io import remote as remote_objects
+from signal_store.io.disk_cache import DiskCacheOptions
+from signal_store.io.objects import objects_at
+from teacher_cache.commands.verify import verify
 from tests.servers import Faults, s3_server, web_server
 from tests.tiny import HAS_TORCH
 
 if HAS_TORCH:
-    from teacher_cache.build import build
-    from teacher_cache.fill import fill
+    from teacher_cache.builder.fill import fill
+    from teacher_cache.commands.build import build
 
 pytestmark = pytest.mark.storage
 

@@ -15,25 +15,25 @@ from model_taps.head import OutputHead, final_norm, output_head
 from model_taps.loading import load_model
 from model_taps.slices import TAPS, tap_states
 from signal_store.cache import Cache, open_cache
-from signal_store.distribution_codec import DistributionCodes
+from signal_store.codecs.distribution import DistributionCodes
 from signal_store.errors import MismatchError
-from signal_store.layout import id_dtype
-from signal_store.ledger import CALIBRATION, read_document
-from signal_store.objects import objects_at
+from signal_store.format.layout import id_dtype
+from signal_store.io.objects import objects_at
+from signal_store.ledger.documents import CALIBRATION, read_document
 from signal_store.segment import Segment
 from signal_store.signals import HEAD_SIZES, QUALITIES, DistributionSignal
-from student_train.codecs import Codecs
+from student_train.data.codecs import Codecs
+from student_train.data.reader import Needs
+from student_train.data.rows import Stream
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import StreamSection
-from student_train.stream.reader import Needs
-from student_train.stream.rows import Stream
-from teacher_cache.build import build
-from teacher_cache.calibrate import manifest_of
-from teacher_cache.extract.distribution import extract_distribution
-from teacher_cache.plan import plan, settled
-from teacher_cache.tail_basis import TailFit
-from teacher_cache.tail_choice import choose_codec
+from teacher_cache.builder.calibrate import manifest_of
+from teacher_cache.builder.plan import plan, settled
+from teacher_cache.builder.tail_basis import TailFit
+from teacher_cache.builder.tail_choice import choose_codec
+from teacher_cache.commands.build import build
+from teacher_cache.signals.distribution import extract_distribution
 from tests.tiny import CONTEXT, HEADS, LAYERS, WIDTH, make_model
 
 RecipeMaker = Callable[..., Any]

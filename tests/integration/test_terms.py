@@ -9,14 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from model_taps.loading import load_model
 from signal_store.cache import Cache
-from student_train.batch import CodedBatch
-from student_train.codecs import Codecs
-from student_train.distiller import Distiller
+from student_train.data.batch import CodedBatch
+from student_train.data.codecs import Codecs
+from student_train.data.collate import collate
+from student_train.data.rows import Stream
 from student_train.losses.config import Losses
 from student_train.losses.objective import STATE_TERMS, Objective, resolve
 from student_train.recipe import StreamSection
-from student_train.stream.collate import collate
-from student_train.stream.rows import Stream
+from student_train.train.distiller import Distiller
 from tests.tiny import COMMON, CONTEXT, make_model
 
 ZERO = {

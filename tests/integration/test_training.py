@@ -10,11 +10,11 @@ import pytest
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
-from student_train import trainer
-from student_train.claim import Claim
-from student_train.gradient_shares import save_shares, shares_of
+from student_train.commands.run import run
+from student_train.evaluate.gradient_shares import save_shares, shares_of
 from student_train.recipe import RunRecipe
-from student_train.run import run
+from student_train.train import loop as trainer
+from student_train.train.claim import Claim
 from tests.integration.test_parallel import losses, recipe_of
 
 

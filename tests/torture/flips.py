@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from run_kit.command_line import guarded
 from signal_store.cache import open_cache
-from signal_store.command_line import guarded
 from signal_store.errors import SignalStoreError
-from teacher_cache.build import build
-from teacher_cache.verify import verify
+from teacher_cache.commands.build import build
+from teacher_cache.commands.verify import verify
 from tests.torture.material import make_material, recipe_at
 
 KINDS = ("bit", "bit", "bit", "bit", "bit", "bit", "truncated", "deleted", "swapped", "duplicated")

@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from run_kit.command_line import guarded
 from signal_store.cache import newest_generation, open_cache
-from signal_store.command_line import guarded
-from signal_store.local_objects import LocalObjects
-from teacher_cache import fill as fill_module
-from teacher_cache.build import build
-from teacher_cache.extract.batch import extract_batch
-from teacher_cache.fill import fill
+from signal_store.io.local import LocalObjects
+from teacher_cache.builder import fill as fill_module
+from teacher_cache.builder.fill import fill
+from teacher_cache.builder.seal import seal
+from teacher_cache.builder.workers import Worker
+from teacher_cache.commands.build import build
+from teacher_cache.commands.verify import verify
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.seal import seal
-from teacher_cache.verify import verify
-from teacher_cache.workers import Worker
+from teacher_cache.signals.batch import extract_batch
 from tests.torture.material import contents, make_material, recipe_at
 
 MARK = 0

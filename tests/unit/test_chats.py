@@ -11,16 +11,16 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
-from signal_store.manifest import SourceIdentity
-from signal_store.objects import objects_at
+from signal_store.format.manifest import SourceIdentity
+from signal_store.io.objects import objects_at
+from teacher_cache.builder.plan import plan
+from teacher_cache.builder.unit_staging import Tally
 from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, cut, loss_mask_of
 from teacher_cache.corpus.sources import documents
 from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
-from teacher_cache.plan import plan
 from teacher_cache.recipe import Source
-from teacher_cache.unit_staging import Tally
 from tests.tiny import make_tokenizer
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -12,16 +12,16 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import default_buffer_prototype
 
-from signal_store import sealed_store
 from signal_store.cache import Cache, SealedPart, open_cache
-from signal_store.disk_cache import DiskCachedStore, DiskCacheOptions
 from signal_store.errors import CorruptError
-from signal_store.objects import objects_at
-from signal_store.read_store import ReadStore
-from signal_store.remote_objects import RetryingStore
-from signal_store.seal_record import ABSENT
-from signal_store.sealed_store import SealedStore
-from signal_store.shard_writer import CRC_BYTES, crc32c
+from signal_store.io import sealed_store
+from signal_store.io.disk_cache import DiskCachedStore, DiskCacheOptions
+from signal_store.io.objects import objects_at
+from signal_store.io.read_store import ReadStore
+from signal_store.io.remote import RetryingStore
+from signal_store.io.sealed_store import SealedStore
+from signal_store.io.shard_writer import CRC_BYTES, crc32c
+from signal_store.ledger.seal import ABSENT
 
 pytestmark = pytest.mark.storage
 PATH = "distribution/tail_codes"

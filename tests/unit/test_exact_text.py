@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from student_train.exact_text import ExactText
+from student_train.student.exact_text import ExactText
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
 from tests.tiny import make_tokenizer

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from run_kit.cores import usable_cores
+from run_kit.executor import Job, LocalExecutor
 from signal_store.errors import InputError
-from student_train.executor import Job, LocalExecutor
-from student_train.run_record import usable_cores
-from student_train.sweep import sweep
+from student_train.commands.sweep import sweep
 from student_train.sweep_recipe import SweepRecipe
 
 SHOW = "import os, sys; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['OMP_NUM_THREADS'], file=sys.stderr)"

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError, NotFoundError
-from signal_store.roles import LEVELS, POS
+from signal_store.format.roles import LEVELS, POS
 from student_train.importance.overhead import Overhead
 from student_train.importance.rules import Corners, load_rules
 from student_train.importance.show import coloured, save_surface, token_weights
 from student_train.importance.weigher import Weigher, surface
 from student_train.losses.config import ImportanceSection
-from teacher_cache.build import build
+from teacher_cache.commands.build import build
+from teacher_cache.commands.extend import extend
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.roles import Word, make_tagger, token_roles
-from teacher_cache.extend import extend
 from teacher_cache.recipe import TaggerSection
 from tests.tiny import CODE, PROSE, write_jsonl
 

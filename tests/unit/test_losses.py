@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from model_taps.head import OutputHead
-from signal_store.attention_codec import MAX_ERROR, decode_attention, encode_attention
-from signal_store.bf16_units import two_halves
-from signal_store.distribution_codec import DistributionCodec, DistributionCodes
+from signal_store.codecs.attention import MAX_ERROR, decode_attention, encode_attention
+from signal_store.codecs.bf16_units import two_halves
+from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
 from student_train.losses import chunked
 from student_train.losses.attention_rows import TeacherRows, attention_kl, match_heads
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from model_taps.coverage import coverage, log_misses
 from model_taps.evidence import evidence_shares
 from model_taps.spread import evenly
-from signal_store.roles import CODE, POS
+from signal_store.format.roles import CODE, POS
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.passages import key_words, sentences
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from student_train.engine.planner import CacheFacts, DataFacts, EvaluationFacts, Facts, HardwareFacts, StudentFacts, propose
 from student_train.losses.config import Losses
-from student_train.planner import CacheFacts, DataFacts, EvaluationFacts, Facts, HardwareFacts, StudentFacts, propose
 
 FACTS = Facts(
     cache=CacheFacts({1.0: 0.95, 2.0: 0.7, 3.0: 0.4}, 64, 2.0, 9.0, has_tags=True),

@@ -31,7 +31,7 @@ def zarrs_loop() -> None:
 def xarrays_lazy_index() -> None:
     """An array behind `LazilyIndexedArray` is asked for outer indexers, through `explicit_indexing_adapter`."""
     xarray = pytest.importorskip("xarray")
-    from signal_store.look.lazy_array import lazy_array
+    from signal_view.lazy_array import lazy_array
 
     def decode(start: int, stop: int) -> Any:
         return whole[start:stop]
@@ -118,21 +118,21 @@ def units_of_the_cpu() -> None:
 
 
 USES: list[tuple[str, str, bool, Callable[[], None]]] = [
-    ("zarr", "signal_store.arrays, signal_store.cache", False, zarrs_loop),
-    ("xarray", "signal_store.look.lazy_array", False, xarrays_lazy_index),
+    ("zarr", "signal_store.format.arrays, signal_store.cache", False, zarrs_loop),
+    ("xarray", "signal_view.lazy_array", False, xarrays_lazy_index),
     ("transformers", "model_taps.attention", True, attention_functions),
     (
         "transformers",
-        "model_taps.attention, model_taps.environment, teacher_cache.teacher, student_train.run",
+        "model_taps.attention, run_kit.environment, teacher_cache.teacher.forward, student_train.commands.run",
         True,
         attention_implementation,
     ),
     ("transformers", "model_taps.attention", True, eager_function_of_a_family),
     ("transformers", "teacher_cache.corpus.chat", False, rendering_with_spans),
-    ("accelerate", "student_train.sharing", True, accelerators_can_be_made_anew),
-    ("accelerate", "student_train.metrics", True, tensorboard_tracker),
-    ("torch", "signal_store.bf16_units", True, precision_of_products),
-    ("torch", "signal_store.bf16_units", True, units_of_the_cpu),
+    ("accelerate", "student_train.train.parallel", True, accelerators_can_be_made_anew),
+    ("accelerate", "student_train.train.metrics", True, tensorboard_tracker),
+    ("torch", "signal_store.codecs.bf16_units", True, precision_of_products),
+    ("torch", "signal_store.codecs.bf16_units", True, units_of_the_cpu),
 ]
 """Library, the modules of ours that use it, whether torch is needed to see, the check."""
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from model_taps import slices
 from model_taps.attention import _open, tap_attention_rows
-from signal_store.arrays import ArraySpec
-from signal_store.bf16_units import bf16_units
+from signal_store.codecs.bf16_units import bf16_units
 from signal_store.errors import MismatchError
-from signal_store.shard_writer import encode_chunk
+from signal_store.format.arrays import ArraySpec
+from signal_store.io.shard_writer import encode_chunk
 from signal_store.signals import Tap
-from student_train.distiller import Distiller
+from student_train.train.distiller import Distiller
 from tests.tiny import make_model
 
 SPEC = ArraySpec.of("v", "uint8", 64, "row")
@@ -37,7 +37,7 @@ def test_blosc_is_left_as_it_was(setting: bool | None) -> None:
 def test_importing_changes_no_setting() -> None:
     code = (
         "import numcodecs.blosc as b, torch, zarr; b.use_threads = None; before = b.use_threads, torch.backends.mkldnn.matmul.fp32_precision;"
-        "import signal_store, model_taps.attention, teacher_cache.build, student_train.run, signal_store.shard_writer;"
+        "import signal_store, model_taps.attention, teacher_cache.commands.build, student_train.commands.run, signal_store.io.shard_writer;"
         "assert (b.use_threads, torch.backends.mkldnn.matmul.fp32_precision) == before"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -12,23 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
-from signal_store import arrays
-from signal_store.arrays import FILL, ArraySpec, create_array, grid, hierarchy_metadata
 from signal_store.cache import Cache, SealedPart, open_cache
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
-from signal_store.ledger import MANIFEST, commit, parse_document, read_document, seal_key
-from signal_store.local_objects import LocalObjects
-from signal_store.objects import objects_at
-from signal_store.shard_writer import UnitArrayWriter, write_unit_array
+from signal_store.format import arrays
+from signal_store.format.arrays import FILL, ArraySpec, create_array, grid, hierarchy_metadata
+from signal_store.io.local import LocalObjects
+from signal_store.io.objects import objects_at
+from signal_store.io.shard_writer import UnitArrayWriter, write_unit_array
+from signal_store.ledger.documents import MANIFEST, commit, parse_document, read_document, seal_key
 from tests.conftest import RecipeMaker
 from tests.tiny import HAS_TORCH, needs_torch
 
 if HAS_TORCH:
     import torch
 
-    from signal_store.distribution_codec import DistributionCodec, top_k
-    from teacher_cache.build import build
-    from teacher_cache.fill import fill
+    from signal_store.codecs.distribution import DistributionCodec, top_k
+    from teacher_cache.builder.fill import fill
+    from teacher_cache.commands.build import build
 
 pytestmark = pytest.mark.storage
 
@@ -128,7 +128,7 @@ def test_a_full_or_forbidden_disk_is_one_line(tmp_path: Path, monkeypatch: pytes
     def fails(_fd: int) -> None:
         raise OSError(number, "as the kernel says")
 
-    monkeypatch.setattr("signal_store.local_objects.os.fsync", fails)
+    monkeypatch.setattr("signal_store.io.local.os.fsync", fails)
     with pytest.raises(StorageError, match=words):
         LocalObjects(tmp_path).put("a", b"1")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -253,7 +253,7 @@ def test_an_interrupt_after_the_commit_loses_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_cache.fill.commit", commit_then_stop)
+        patched.setattr("teacher_cache.builder.fill.commit", commit_then_stop)
         with pytest.raises(KeyboardInterrupt):
             fill(recipe)
     cache = build(recipe)

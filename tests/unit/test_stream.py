@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError
-from student_train.batch import CodedBatch, LaneCursor
+from student_train.data.batch import CodedBatch, LaneCursor
+from student_train.data.lanes import Row
+from student_train.data.loader import load
+from student_train.data.order import key_of, permuted, shuffled
+from student_train.data.reader import Needs
+from student_train.data.rows import Cursor, Stream
 from student_train.recipe import StreamSection
-from student_train.stream.lanes import Row
-from student_train.stream.loader import load
-from student_train.stream.order import key_of, permuted, shuffled
-from student_train.stream.reader import Needs
-from student_train.stream.rows import Cursor, Stream
-from teacher_cache.build import build
+from teacher_cache.commands.build import build
 from tests.tiny import CODE, CONTEXT, PROSE, write_jsonl
 
 ALL = Needs(distribution=True, hidden=tuple(("block_output", n) for n in (1, 2, 3)), attention=(4,))

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from signal_store.arrays import FILL
-from signal_store.distribution_codec import _signed
-from signal_store.zigzag import from_zigzag, to_zigzag
+from signal_store.codecs.distribution import _signed
+from signal_store.codecs.zigzag import from_zigzag, to_zigzag
+from signal_store.format.arrays import FILL
 
 
 def test_zigzag_is_there_and_back() -> None:

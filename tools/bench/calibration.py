@@ -18,18 +18,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from signal_store.command_line import guarded, keep_freed_memory
-from signal_store.ledger import CALIBRATION, read_document
-from signal_store.objects import objects_at
-from teacher_cache.calibrate import calibrate
-from teacher_cache.calibration_cost import fit_flops, search_flops
-from teacher_cache.calibration_fit import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
-from teacher_cache.estimate import forward_flops
-from teacher_cache.fill import fill_units
-from teacher_cache.plan import plan
+from run_kit.command_line import guarded, keep_freed_memory
+from signal_store.io.objects import objects_at
+from signal_store.ledger.documents import CALIBRATION, read_document
+from teacher_cache.builder.calibrate import calibrate
+from teacher_cache.builder.calibration_cost import fit_flops, search_flops
+from teacher_cache.builder.calibration_fit import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
+from teacher_cache.builder.fill import fill_units
+from teacher_cache.builder.plan import plan
+from teacher_cache.builder.seal import seal
+from teacher_cache.builder.workers import ALONE
+from teacher_cache.commands.estimate import forward_flops
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.seal import seal
-from teacher_cache.workers import ALONE
 
 WIDE = {"width": 4096, "vocab_size": 152_064}
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from run_kit.command_line import guarded
 from signal_store.cache import open_cache
-from signal_store.command_line import guarded
 
 ARRAYS = ("distribution/tail_codes", "distribution/head_ids", "distribution/head_codes", "distribution/scalars")
 SHUFFLES = {"none": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}

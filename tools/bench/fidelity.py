@@ -31,14 +31,14 @@ from fidelity_measure import (
 from model_taps.head import final_hidden
 from model_taps.loading import load_model
 from peers_distillkit import BUDGET, MISSING, RECOMMENDED, DistillKit, parquet_bytes
+from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import Cache, open_cache
-from signal_store.command_line import guarded, keep_freed_memory
-from signal_store.distribution_codec import DistributionCodec, DistributionCodes
-from signal_store.layout import distribution_arrays
-from signal_store.shard_writer import encode_chunk
+from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
+from signal_store.codecs.zigzag import to_zigzag
+from signal_store.format.layout import distribution_arrays
+from signal_store.io.shard_writer import encode_chunk
 from signal_store.signals import DistributionSignal
-from signal_store.zigzag import to_zigzag
-from teacher_cache.tail_basis import TailFit
+from teacher_cache.builder.tail_basis import TailFit
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
 STEP_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0)

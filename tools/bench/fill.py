@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from signal_store.command_line import guarded, keep_freed_memory
-from signal_store.local_objects import LocalObjects
+from run_kit.command_line import guarded, keep_freed_memory
+from signal_store.io.local import LocalObjects
 from stdlib_corpus import modules
-from teacher_cache.calibrate import Calibrated, batches_of, calibrate
-from teacher_cache.extract.batch import UnitWork, extract_batch, plan_rows
-from teacher_cache.extract.distribution import LOGITS_BYTES
-from teacher_cache.fill import UnitWriters
+from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
+from teacher_cache.builder.fill import UnitWriters
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.teacher import think
+from teacher_cache.signals.batch import UnitWork, extract_batch, plan_rows
+from teacher_cache.signals.distribution import LOGITS_BYTES
+from teacher_cache.teacher.forward import think
 
 TOKENIZER = Path(__file__).parent.parent / "demo_teacher"
 
@@ -126,7 +126,7 @@ def overhead(recipe: CacheRecipe, batches: int) -> dict[str, Any]:
 
 def peak_bytes(recipe: CacheRecipe, answer: Any) -> None:
     """Fill a cache in a process of its own and say its peak memory."""
-    from teacher_cache.fill import fill
+    from teacher_cache.builder.fill import fill
 
     keep_freed_memory()
     fill(recipe)

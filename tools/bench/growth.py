@@ -22,13 +22,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from signal_store import layout
+from run_kit.command_line import guarded
 from signal_store.cache import SealedPart, open_cache, sealed_metadata
 from signal_store.canonical import sha256
-from signal_store.command_line import guarded
-from signal_store.ledger import MANIFEST, commit, seal_key
-from signal_store.local_objects import LocalObjects
-from signal_store.manifest import (
+from signal_store.format import layout
+from signal_store.format.manifest import (
     FORMAT_VERSION,
     CalibrationIdentity,
     Capacities,
@@ -39,14 +37,16 @@ from signal_store.manifest import (
     TeacherIdentity,
     TokenizerIdentity,
 )
-from signal_store.seal_record import Seal, constant_spec, group_of, units_group
-from signal_store.shard_writer import write_unit_array
+from signal_store.io.local import LocalObjects
+from signal_store.io.shard_writer import write_unit_array
+from signal_store.ledger.documents import MANIFEST, commit, seal_key
+from signal_store.ledger.seal import Seal, constant_spec, group_of, units_group
 from signal_store.signals import DistributionSignal, EveryNth, HiddenSignal, Signals
 from stdlib_corpus import modules
+from teacher_cache.builder.plan import plan
+from teacher_cache.builder.workers import Worker
 from teacher_cache.corpus import processes
-from teacher_cache.plan import plan
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.workers import Worker
 
 UNIT_TOKENS = 65_536
 SEGMENTS_PER_UNIT = 160
@@ -135,7 +135,7 @@ def seal_synthetic(root: Path, tokens: int) -> int:
 
 def seconds_to_open(root: Path) -> tuple[float, float]:
     """(open and say how long it is, then find the checks of a shard in the middle), best of three, metadata not remembered."""
-    from signal_store import arrays
+    from signal_store.format import arrays
 
     opened, located = [], []
     for _ in range(3):

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from model_taps.loading import load_model, load_tokenizer
 from model_taps.native_dtype import name_of, native_dtypes
-from signal_store.command_line import guarded, keep_freed_memory
+from run_kit.command_line import guarded, keep_freed_memory
+from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from student_train.run import run
-from teacher_cache.build import build
+from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
 
 WAYS: dict[str, dict[str, Any]] = {

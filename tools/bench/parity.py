@@ -27,21 +27,21 @@ from transformers import PreTrainedModel
 from model_taps.head import OutputHead, final_hidden, output_head
 from model_taps.loading import load_model
 from peers_distillkit import RECOMMENDED, DistillKit
-from signal_store.bf16_units import has_bf16_units
+from run_kit.command_line import guarded, keep_freed_memory
+from run_kit.progress import progress_bar
 from signal_store.cache import Cache, open_cache
-from signal_store.command_line import guarded, keep_freed_memory
-from signal_store.progress import progress_bar
+from signal_store.codecs.bf16_units import has_bf16_units
 from step import make_student
-from student_train.batch import CodedBatch
-from student_train.codecs import Codecs
-from student_train.distiller import Distiller
+from student_train.data.batch import CodedBatch
+from student_train.data.codecs import Codecs
+from student_train.data.reader import Needs
+from student_train.data.rows import Stream
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import OptimizerSection, StreamSection
-from student_train.stream.reader import Needs
-from student_train.stream.rows import Stream
-from student_train.trainer import build_optimizer, learning_rate_factor
+from student_train.train.distiller import Distiller
+from student_train.train.loop import build_optimizer, learning_rate_factor
 
 TOOLS = Path(__file__).parent.parent
 TEMPERATURES = (1.0, 2.0, 3.0)

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from parity import TOOLS, Room, cross_entropy, distillkit, enter, from_cache, live, train
+from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import open_cache
-from signal_store.command_line import guarded, keep_freed_memory
 from signal_store.signals import QUALITIES, DistributionSignal, Quality
-from student_train.codecs import Codecs
-from teacher_cache.calibration_fit import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
-from teacher_cache.tail_basis import TailFit
-from teacher_cache.tail_choice import Choice, choose_codec
+from student_train.data.codecs import Codecs
+from teacher_cache.builder.calibration_fit import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
+from teacher_cache.builder.tail_basis import TailFit
+from teacher_cache.builder.tail_choice import Choice, choose_codec
 
 
 @dataclass(frozen=True)

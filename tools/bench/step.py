@@ -27,19 +27,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fill import make_teacher, recipe_of
 from model_taps.loading import load_model
+from run_kit.command_line import guarded, keep_freed_memory
+from run_kit.progress import progress_bar
 from signal_store.cache import Cache, open_cache
-from signal_store.command_line import guarded, keep_freed_memory
 from signal_store.errors import SignalStoreError
-from signal_store.progress import progress_bar
-from student_train.batch import CodedBatch
-from student_train.codecs import Codecs
-from student_train.distiller import Distiller
+from student_train.data.batch import CodedBatch
+from student_train.data.codecs import Codecs
+from student_train.data.loader import load
+from student_train.data.rows import Stream
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import OptimizerSection, StreamSection
-from student_train.stream.loader import load
-from student_train.stream.rows import Stream
-from student_train.trainer import build_optimizer
+from student_train.train.distiller import Distiller
+from student_train.train.loop import build_optimizer
 
 TOOLS = Path(__file__).parent.parent
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -246,7 +246,7 @@ def main() -> None:
         for kind in args.pairs:
             cache, teacher = args.cache, args.teacher
             if kind == "large":
-                from teacher_cache.build import build
+                from teacher_cache.commands.build import build
 
                 folder = Path(name)
                 parameters = make_teacher(folder / "teacher", 32_768, 768, 9)

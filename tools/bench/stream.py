@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from peers_distillkit import RECOMMENDED, DistillKit
+from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import Cache, open_cache
-from signal_store.command_line import guarded, keep_freed_memory
-from student_train.codecs import Codecs
+from student_train.data.codecs import Codecs
+from student_train.data.reader import TOKENS_ONLY, Needs
+from student_train.data.rows import Stream
 from student_train.recipe import StreamSection
-from student_train.stream.reader import TOKENS_ONLY, Needs
-from student_train.stream.rows import Stream
 
 DISTRIBUTION = Needs(distribution=True, hidden=(), attention=())
 

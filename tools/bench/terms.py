@@ -19,18 +19,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from run_kit.command_line import guarded, keep_freed_memory
+from run_kit.progress import progress_bar
 from signal_store.cache import Cache, open_cache
-from signal_store.command_line import guarded, keep_freed_memory
-from signal_store.progress import progress_bar
 from step import make_student
-from student_train.batch import CodedBatch
-from student_train.codecs import Codecs
-from student_train.distiller import Distiller
+from student_train.data.batch import CodedBatch
+from student_train.data.codecs import Codecs
+from student_train.data.rows import Stream
 from student_train.losses.config import KINDS, PRESETS
 from student_train.losses.objective import STATE_TERMS, Objective, resolve
 from student_train.recipe import OptimizerSection, RunRecipe, StreamSection
-from student_train.stream.rows import Stream
-from student_train.trainer import build_optimizer
+from student_train.train.distiller import Distiller
+from student_train.train.loop import build_optimizer
 
 BASE, AGAIN = "tla", "tla, again"
 WARM_UP = 2

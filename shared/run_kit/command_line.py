@@ -1,0 +1,53 @@
+"""What both command lines share: one line for a user's mistake and exit code 2; never a traceback for it."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from run_kit.allocator import keep_freed_memory as keep_freed_memory
+from signal_store.errors import NotFoundError, SignalStoreError, memory_error, path_error, storage_error
+from signal_store.ledger.documents import refuse_inside_a_cache
+
+EXIT_WRONG_INPUT = 2
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a typer application with our exit codes."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    keep_freed_memory()
+    guarded(app)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a command; print a SignalStoreError as one line on standard error and exit with 2."""
+    try:
+        command()
+    except SignalStoreError as error:
+        _stop(str(error))
+    except OSError as error:
+        known = storage_error(error, error.filename) or path_error(error)
+        if known is None:
+            raise
+        _stop(str(known))
+    except (MemoryError, RuntimeError) as error:
+        scarce = memory_error(error)
+        if scarce is None:
+            raise
+        _stop(str(scarce))
+
+
+def check_target(target: Path) -> None:
+    """Where a file is to be written, before the work and not after: NotFoundError if its folder is not there, InputError if that is
+    a cache's."""
+    refuse_inside_a_cache(target)
+    if not target.absolute().parent.is_dir():
+        raise NotFoundError("no folder to write into", expected="one that is there", found=target.absolute().parent, where=target)
+
+
+def _stop(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201  (this is the one place that speaks to the terminal)
+    raise SystemExit(EXIT_WRONG_INPUT)

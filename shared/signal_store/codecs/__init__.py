@@ -1,0 +1,1 @@
+"""From the teacher's numbers to stored codes and back."""

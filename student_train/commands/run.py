@@ -1,0 +1,143 @@
+"""run: train a student from a cache, and leave a plain `save_pretrained` folder. Started again, it goes on where it stopped."""
+
+import json
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import InitProcessGroupKwargs
+from transformers import PreTrainedTokenizerFast
+
+from signal_store.cache import Cache, open_cache
+from signal_store.errors import InputError
+from signal_store.io.local import LocalObjects
+from signal_store.ledger.documents import refuse_inside_a_cache
+from student_train.evaluate.validation import check_splits
+from student_train.losses.objective import resolve
+from student_train.recipe import RunRecipe
+from student_train.student.build import build_student
+from student_train.train import checkpoint
+from student_train.train.checkpoint import Progress
+from student_train.train.claim import Claim
+from student_train.train.distiller import Distiller
+from student_train.train.loop import Trainer
+from student_train.train.metrics import METRICS, read_json, read_metrics
+from student_train.train.parallel import accelerator_of
+from student_train.train.precision import choose_precision, emulated, training_device
+from student_train.train.run_record import Begun, refuse_another_run, write_record
+
+RESULT = "result.json"
+
+
+def run(recipe: RunRecipe) -> dict[str, Any]:
+    """Train and export; returns what `result.json` says. A finished run is not repeated. Started by torchrun or accelerate launch,
+    its processes train one student together; the first of them claims the folder for all."""
+    refuse_inside_a_cache(recipe.out)
+    with Claim(recipe.out, "trains") as claim:
+        start = _Start.of(recipe)
+        first = int(os.environ.get("RANK", "0")) == 0
+        if first and start.finished is None and recipe.out.is_dir():  # else it is made, and claimed, when the run can begin
+            claim.take()
+            start = _Start.of(recipe)  # as its last holder left it
+        return start.finished or _train(recipe, start, claim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a folder holds when a run starts there, and the cache as the run knows it."""
+
+    begun: Begun
+    cache: Cache
+    run_id: str
+    finished: dict[str, Any] | None
+    """The result, where there is nothing left to do."""
+
+    @classmethod
+    def of(cls, recipe: RunRecipe) -> "_Start":
+        """Look; MismatchError where another run is there."""
+        cache, begun = open_cache(recipe.cache), Begun.of(recipe.out)
+        if begun.about.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
+            cache = open_cache(recipe.cache, generation=int(begun.about["generation"]))
+        if not recipe.checkpoint.accept_other_cache:
+            refuse_another_run(begun, recipe, cache.manifest.cache_id)
+        run_id = begun.run_id(recipe, cache.manifest.cache_id)
+        result, student = recipe.out / RESULT, recipe.out / "student"
+        done = result.is_file() and student.is_dir() and begun.about.get("recipe_digest") == run_id
+        return cls(begun, cache, run_id, read_json(result) | {"student": str(student)} if done else None)  # it may have been moved
+
+
+def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
+    cache = start.cache
+    check_splits(recipe.validation, cache)
+    student, tokenizer = build_student(recipe.student, cache)
+    torch.manual_seed(recipe.seed)
+    objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
+    distiller = Distiller(student, objective, compiled=recipe.compile)
+    # What is offloaded is reduced on the CPU, which NCCL does not serve.
+    both = (
+        [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
+    )
+    precision = choose_precision(recipe.precision, training_device(), start.begun.precision)
+    accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
+    if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
+        print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)
+
+    def begin(step: int, packed: bool) -> None:
+        if accelerator.is_main_process:
+            claim.take()
+            if Begun.of(recipe.out) != start.begun:
+                raise InputError("another process began here meanwhile", where=recipe.out, remedy="Run the same command again.")
+            write_record(start.begun, recipe, start.run_id, cache, accelerator, precision, step=step, packed=packed)
+        accelerator.wait_for_everyone()
+
+    try:
+        packed = None if recipe.checkpoint.accept_other_cache else start.begun.packed
+        progress = Trainer(recipe, accelerator, cache, objective, distiller, start.run_id, begin, packed).train()
+        if accelerator.is_main_process:
+            parameters = sum(p.numel() for p in student.parameters())
+            _export(recipe, cache, tokenizer)
+            result = _result(recipe, progress, parameters, accelerator.num_processes)
+            LocalObjects(recipe.out, scratch=".").put(RESULT, json.dumps(result, indent=1).encode())
+        accelerator.wait_for_everyone()
+    finally:
+        if accelerator.num_processes > 1:
+            accelerator.end_training()
+    return read_json(recipe.out / RESULT)
+
+
+def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A plain `save_pretrained` folder of the best or last weights: of a fresh student, which no sharing or capture has touched."""
+    student, _ = build_student(recipe.student, cache)
+    plain = Distiller(student, resolve(recipe.objective, cache, student, recipe.tail_rank))
+    last = checkpoint.newest(recipe.out / "checkpoints")
+    assert last is not None
+    checkpoint.restore_weights(recipe.out / "best" if recipe.export == "best" else last, plain)
+    implementation = recipe.student.attn_implementation or student.config._attn_implementation.removeprefix("tapped_")  # noqa: SLF001
+    student.set_attn_implementation(implementation)
+    with checkpoint.disk_errors(recipe.out):
+        student.save_pretrained(recipe.out / "student")
+        tokenizer.save_pretrained(recipe.out / "student")
+
+
+def _result(recipe: RunRecipe, progress: Progress, parameters: int, processes: int) -> dict[str, Any]:
+    lines = read_metrics(recipe.out / METRICS)
+    validations = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    last: dict[str, Any] = next((line for line in reversed(lines) if "validation_loss" in line), {})
+    fidelity: dict[str, Any] = {
+        name: last[name] for name in ("agreement", "overlap", "kl", "entropy_gap", "calibration_error") if name in last
+    }
+    return {
+        "student": str(recipe.out / "student"),
+        "parameters": parameters,
+        "steps": progress.step,
+        "validation_loss": (progress.best_loss if recipe.export == "best" else validations[-1]) if validations else None,
+        "best_step": progress.best_step,
+        **fidelity,
+        "processes": processes,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / max(1e-9, progress.train_seconds),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }

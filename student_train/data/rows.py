@@ -1,0 +1,162 @@
+"""The global stream of rows, a function of (cache, recipe, seed): lanes dealt out row by row; and the validation split, once.
+
+Row g of the stream is of lane (g // run_rows) % lanes. A step takes `rows_per_step` rows; rank r of n takes its run of them, in
+micro-batches of `micro_rows`; worker w of m makes every m-th micro-batch. Nothing of that changes which rows a step has. Who makes
+a micro-batch reads the signals of its own rows only, so that ranks whose runs lie in different lanes share no window.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from signal_store.cache import Cache
+from signal_store.errors import InputError
+from signal_store.format.manifest import Split
+from student_train.data.batch import CodedBatch, LaneCursor
+from student_train.data.collate import collate
+from student_train.data.lanes import Cut, Lane, Row, cut_rows
+from student_train.data.mixing import Mixing
+from student_train.data.reader import TOKENS_ONLY, Needs, load_units
+from student_train.importance.weigher import Weigher
+from student_train.recipe import StreamSection
+
+Cursor = dict[int, LaneCursor]
+"""Where each lane goes on; one that is absent has not begun."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How one rank sees a cache."""
+
+    cache: Cache
+    needs: Needs
+    config: StreamSection
+    packed: bool
+    rank: int = 0
+    world_size: int = 1
+    weigher: Weigher | None = None
+    """Gives the rows' importance, where the objective wants it."""
+
+    def __post_init__(self) -> None:
+        longest = self.cache.manifest.plan.context
+        if longest > self.config.row_tokens:
+            raise InputError(
+                "a segment may be longer than a row",
+                expected=f"stream.row_tokens of at least {longest}",
+                found=self.config.row_tokens,
+                where=self.cache.uri,
+            )
+        even = self.rows_per_rank * self.world_size == self.config.rows_per_step
+        if not even or self.rows_per_rank % self.micro_rows:
+            raise InputError(
+                "rows do not divide evenly",
+                expected="rows_per_step a multiple of ranks × micro_rows",
+                found=f"{self.config.rows_per_step} rows, {self.world_size} ranks, {self.config.micro_rows} a micro-step",
+            )
+        if len(self.cache.units("train")):
+            _ = self._mixing  # refuses names of sources that there are not
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Rows of one step on this rank."""
+        return self.config.rows_per_step // self.world_size
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch."""
+        return self.config.micro_rows or self.rows_per_rank
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps of one step: the same on every rank."""
+        return self.rows_per_rank // self.micro_rows
+
+    @cached_property
+    def lanes(self) -> int:
+        """Lanes: as the recipe says, but each has a unit at least."""
+        return min(self.config.lanes, len(self._train_units))
+
+    @cached_property
+    def _train_units(self) -> NDArray[np.int64]:
+        return self.cache.units("train")
+
+    @cached_property
+    def _mixing(self) -> Mixing:
+        mix = self.config.mix
+        return Mixing.of(self.cache, None if mix is None else mix.weights, "tokens" if mix is None else mix.by)
+
+    @cached_property
+    def run_rows(self) -> int:
+        """Rows that come from a lane before the next has its turn."""
+        return max(1, self.config.rows_per_step // max(1, self.lanes))
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """(lane, number within the lane) of a row of the global stream."""
+        turn, inside = divmod(row, self.run_rows)
+        return turn % self.lanes, turn // self.lanes * self.run_rows + inside
+
+    def lane(self, number: int, at: LaneCursor) -> Lane:
+        """A lane from a place on."""
+        cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
+        return Lane(
+            self.cache,
+            self._train_units,
+            self.needs,
+            cut,
+            self._mixing,
+            number,
+            self.lanes,
+            self.config.seed,
+            self.config.window_units,
+            at,
+        )
+
+    def micro_batches(self, cursor: Cursor, first_step: int, worker: int = 0, workers: int = 1) -> Iterator[CodedBatch]:
+        """This rank's micro-batches from step `first_step` on, those that `worker` of `workers` makes. Endless."""
+        lanes: dict[int, Lane] = {}
+        micro = worker
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            while True:
+                step, part = divmod(micro, self.micro_steps)
+                first = (first_step + step) * self.config.rows_per_step + self.rank * self.rows_per_rank + part * self.micro_rows
+                rows: list[Row] = []
+                after: Cursor = {}
+                for row in range(first, first + self.micro_rows):
+                    lane, inside = self.place_of(row)
+                    if lane not in lanes:
+                        lanes[lane] = self.lane(lane, cursor.get(lane, LaneCursor()))
+                    rows.append(lanes[lane].row(inside, ahead))
+                    after[lane] = lanes[lane].at
+                yield collate(rows, self.config.row_tokens, self.needs, packed=self.packed, cursor=after, weigher=self.weigher)
+                micro += workers
+
+    def once(self, split: Split, needs: Needs = TOKENS_ONLY, max_tokens: int | None = None) -> Iterator[CodedBatch]:
+        """A split in order, once, dealt out to the ranks row by row; filler rows at the end."""
+        per_batch = self.micro_rows * self.world_size
+        pending: list[Row] = []
+        for row in self._rows_once(split, needs, max_tokens):
+            pending.append(row)
+            if len(pending) == per_batch:
+                yield self._dealt(pending, needs)
+                pending = []
+        if pending:
+            yield self._dealt([*pending, *([] for _ in range(per_batch - len(pending)))], needs)
+
+    def _rows_once(self, split: Split, needs: Needs, max_tokens: int | None) -> Iterator[Row]:
+        cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
+        tokens = 0
+        for unit in self.cache.units(split):
+            (loaded,) = load_units(self.cache, [int(unit)], needs)
+            for row in cut_rows([(loaded, segment) for segment in range(len(loaded.segments["length"]))], cut, key=0):
+                if max_tokens is not None and tokens >= max_tokens:
+                    return
+                yield row
+                tokens += sum(int(loaded.segments["length"][segment]) for _, segment in row)
+
+    def _dealt(self, rows: Sequence[Row], needs: Needs) -> CodedBatch:
+        mine = rows[self.rank :: self.world_size]
+        return collate(mine, self.config.row_tokens, needs, packed=self.packed, cursor={})

@@ -1,0 +1,1 @@
+"""What a run decides about its own objective, before and while it trains."""

@@ -1,0 +1,1 @@
+"""What a student has learned: validation, fidelity to its teacher."""

@@ -1,0 +1,1 @@
+"""The student: built, checked against the cache, written out."""

@@ -1,0 +1,159 @@
+"""The one wrapped module of a training step: student, what the terms learn, and all losses inside a single forward.
+
+Outside of it DDP would leave gradients unsynchronised in silence, and FSDP2 would raise. Every trainable parameter takes part in
+every micro-step: a term without tokens sums over nothing, and its gradient is zero.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from model_taps.attention import captured_layers, enable_row_capture, refuse_silent_rows, tap_attention_rows
+from model_taps.blocks import model_body
+from model_taps.head import final_hidden, output_head
+from model_taps.slices import refuse_silent_taps, tap_states
+from student_train.data.batch import CodedBatch
+from student_train.data.codecs import Codecs
+from student_train.evaluate.fidelity import measure_rows
+from student_train.losses.attention_rows import HeadPairs, decoded_rows, match_heads
+from student_train.losses.chunked import OutputTargets, output_loss
+from student_train.losses.level import Level
+from student_train.losses.objective import Objective
+from student_train.losses.rows import joined_queries, split_rows, stored_rows
+from student_train.losses.term import Seen
+
+Sums = dict[str, Tensor]
+"""Plain sums over a micro-batch by name, float32 scalars (evaluation: also vectors), detached; `GATE_WEIGHTS` where there is a
+gate."""
+GATE_WEIGHTS = "gate_weights"
+"""float32 [levels, token types, 2]: (Σ weight, tokens)."""
+
+
+class Distiller(nn.Module):
+    """Student and terms. `forward(batch, scales)` gives (scaled total, in the graph; sums by term); `forward(batch)` evaluates."""
+
+    def __init__(self, student: PreTrainedModel, objective: Objective, *, compiled: bool = False) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.compiled = compiled
+        self.terms = nn.ModuleDict(objective.states)
+        self.gate = objective.gate
+        self.codecs = Codecs(None)
+        self.head_pairs: HeadPairs = {}
+        self._open_taps = contextlib.ExitStack()
+        if objective.student_rows:
+            enable_row_capture(student)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        return list(self.student._no_split_modules or [])  # noqa: SLF001  (what FSDP wraps by)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's, as accelerate asks for them."""
+        return self.student.get_input_embeddings()
+
+    def forward(
+        self, batch: CodedBatch, scales: Mapping[str, float] | None = None, progress: float = 0.0, *, matching: bool = False
+    ) -> Any:
+        """Losses of a micro-batch. `scales`: by term, weight times ranks over the global count; None measures instead; `matching`
+        matches heads instead (`choose_heads`): whatever runs the student goes through here. `progress` of the run in [0, 1].
+
+        Taps stay open until `close_taps`: activation checkpointing runs blocks again in the backward pass, and must meet the same.
+        An error closes them.
+        """
+        if matching:
+            return self.choose_heads(batch)
+        if scales is None:
+            return self._measured(batch)
+        try:
+            return self._losses(batch, scales, progress)
+        except BaseException:
+            self.close_taps()
+            raise
+
+    def refuse_silent_rows(self) -> None:
+        """InputError where a term reads attention rows of a block that gives none."""
+        wanted = {layer for layers in self.objective.student_rows.values() for layer in layers}
+        if wanted:
+            vocab_size = self.student.config.get_text_config(decoder=True).vocab_size
+            refuse_silent_rows(self.student, captured_layers(self.student, vocab_size), wanted)
+
+    def close_taps(self) -> None:
+        """After the backward pass."""
+        self._open_taps.close()
+
+    def _losses(self, batch: CodedBatch, scales: Mapping[str, float], progress: float) -> tuple[Tensor, Sums]:
+        objective = self.objective
+        wanted = objective.student_rows
+        states = self._open_taps.enter_context(tap_states(self.student, objective.student_states))
+        queries = {rows_of: rows_of(batch) for rows_of in wanted}
+        taken = self._open_taps.enter_context(tap_attention_rows(joined_queries(wanted, queries)))
+        (final, balance), head = self._hidden_and_balance(batch), output_head(self.student)
+        targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution, batch.importance)
+        terms = objective.output_terms(scales)
+        total, losses_KN = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
+        row_losses = dict(zip((term.kind for term in terms), losses_KN, strict=True))
+        sums = {name: losses_N.sum() for name, losses_N in row_losses.items() if name in scales}
+        if balance is not None:
+            sums["router_balance"] = balance
+            total = total + scales["router_balance"] * balance
+        refuse_silent_taps(self.student, states, objective.student_states, batch.input_ids.shape)
+        rows = split_rows(wanted, queries, taken)
+        seen = Seen(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
+        levels = () if self.gate is None else self.gate.levels
+        for name, term in self.terms.items():
+            if name not in levels:
+                sums[name] = term(seen)
+                total = total + scales[name] * sums[name]
+        if self.gate is not None:
+            losses = {name: term.per_token(seen) for name, term in self.terms.items() if isinstance(term, Level)}
+            fused = self.gate.fuse(losses, row_losses, seen)
+            total = total + scales["gate"] * fused.own
+            sums |= {"gate": fused.own, GATE_WEIGHTS: fused.weight_sums}
+            for name in levels:
+                sums[name] = losses[name].sum()
+                total = total + scales[name] * fused.weighted[name]
+        return total, {name: value.detach() for name, value in sums.items()}
+
+    def _hidden(self, batch: CodedBatch) -> Tensor:
+        return final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None).flatten(0, 1)
+
+    def _hidden_and_balance(self, batch: CodedBatch) -> tuple[Tensor, Tensor | None]:
+        """What the output head reads, and the sum of the experts' balance, None where it is off: nothing else is run then."""
+        if self.objective.balance is None:
+            return self._hidden(batch), None
+        positions = batch.position_ids if batch.packed else None
+        body = model_body(self.student)
+        found = body(batch.input_ids, position_ids=positions, use_cache=False, output_router_logits=True)
+        return found.last_hidden_state.flatten(0, 1), self.objective.balance(found.router_logits, batch.real)
+
+    def _measured(self, batch: CodedBatch) -> Sums:
+        """By segment: `segment_loss` in nats and `segment_labels` [segments]; and the sums of `fidelity.measure_rows`."""
+        hidden_ND, head = self._hidden(batch)[batch.flat], output_head(self.student)
+        rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=hidden_ND.device)
+        segment_N = torch.repeat_interleave(torch.arange(len(rows), device=hidden_ND.device), rows)
+        loss_N, sums = measure_rows(hidden_ND, head, batch.labels, batch.distribution, self.codecs.whole)
+        empty = loss_N.new_zeros(len(rows))
+        by_segment = {"segment_loss": loss_N, "segment_labels": (batch.labels >= 0).to(loss_N)}
+        return sums | {name: empty.index_add(0, segment_N, value_N) for name, value_N in by_segment.items()}
+
+    @torch.no_grad()
+    def choose_heads(self, batch: CodedBatch) -> bool:
+        """Match heads once, on the keywords of a batch; False if it has none."""
+        keyword = batch.row_keyword
+        if not keyword.any():
+            return False
+        query = stored_rows(batch)
+        with tap_attention_rows(dict.fromkeys(self.objective.student_rows[stored_rows], query)) as taken:
+            self._hidden(batch)
+        for pair in self.objective.matched_layers:
+            teacher = decoded_rows(batch, pair.teacher)
+            assert teacher is not None
+            every_head = list(range(teacher.weights.shape[1]))
+            self.head_pairs[pair.teacher] = match_heads(teacher.of(keyword, every_head), taken[pair.student][keyword])
+        return True

@@ -1,0 +1,95 @@
+"""How the processes of a run share one student: alone, replicated (DDP through accelerate), or sharded (torch's FSDP2).
+
+`fully_shard` is called directly: accelerate turns FSDP2 into DDP on a CPU without a word, and what is tested there must be what
+runs on GPUs. Both ways average gradients over ranks, which the scaling of the losses counts on.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model_taps.blocks import decoder_blocks
+from signal_store.errors import MismatchError
+from student_train.recipe import SharingSection
+from student_train.train.distiller import Distiller
+
+
+def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
+    """An accelerator of this precision; accelerate by itself refuses another one in a process that had one, as a notebook does.
+
+    Without `cpu` accelerate takes each process that torchrun starts on a machine without a GPU for one that is alone.
+    """
+    AcceleratorState._reset_state()  # noqa: SLF001  (accelerate has no other word for it)
+    made = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available(), **options)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if made.num_processes != started:
+        raise MismatchError(
+            "the processes do not see each other", expected=f"{started} (WORLD_SIZE)", found=made.num_processes, where="accelerate"
+        )
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A distiller as this run trains it. `model` is what is called."""
+
+    accelerator: Accelerator
+    distiller: Distiller
+    model: nn.Module
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, distiller: Distiller, section: SharingSection) -> "Shared":
+        """Wrap it; parameters of a sharded one are replaced, so the optimizer is made afterwards."""
+        if section.mode == "sharded" and accelerator.num_processes > 1:
+            distiller.to(accelerator.device)
+            policy = CPUOffloadPolicy() if section.cpu_offload else OffloadPolicy()
+            for block in decoder_blocks(distiller.student):
+                fully_shard(block, offload_policy=policy)
+            fully_shard(distiller, offload_policy=policy)
+            return cls(accelerator, distiller, distiller)
+        return cls(accelerator, distiller, accelerator.prepare(distiller))
+
+    def reshard(self) -> None:
+        """After a forward pass without a backward one: a sharded module keeps its outermost parameters whole for it."""
+        for module in self.distiller.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-step; gradients are reduced over ranks after the last."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        waits = isinstance(self.model, FSDPModule) or last
+        try:
+            with contextlib.nullcontext() if waits else self.accelerator.no_sync(self.model):
+                yield
+        finally:  # after running out of memory too: a tap left open would listen to whatever runs next
+            self.distiller.close_taps()
+
+    def clipped_norm(self, clip: float) -> float:
+        """Clip the gradients; their norm before that."""
+        norm = torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), clip)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, put together from all ranks where it is sharded: every rank must call this."""
+    value = tensor.detach()
+    return value.full_tensor().cpu().clone() if isinstance(value, DTensor) else value.cpu().contiguous()
+
+
+def like(value: Tensor, sharded: Any) -> Tensor:
+    """A whole tensor, sharded as another one is."""
+    if isinstance(sharded, DTensor) and value.shape == sharded.shape:
+        return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
+    return value

@@ -1,0 +1,1 @@
+"""One file a command of `teacher-cache`; none imports another."""

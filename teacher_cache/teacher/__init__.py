@@ -1,0 +1,1 @@
+"""The teacher: loaded, identified, run over batches, and what is read out of it."""
