@@ -1,123 +1,20 @@
-"""The recipe of a run: which cache, which student, which objective, how trained. One frozen model a section."""
+"""The recipe of a run: which cache, which student, which objective, how trained. A section lies beside the code that reads it."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from run_kit.recipe_file import LocalPath, ModelName
+from run_kit.recipe_file import LocalPath
 from signal_store.signals import Section, Seed
+from student_train.data.sections import StreamSection
+from student_train.evaluate.sections import ValidationSection
 from student_train.losses.config import KINDS, PRESETS, Kind, Losses, Term
-
-
-class LoraSection(Section):
-    """Train low-rank adapters only (peft, extra `lora`); the result is the adapter's folder."""
-
-    rank: int = Field(8, ge=1)
-    alpha: int = Field(16, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-
-
-class StudentSection(Section):
-    """A checkpoint to start from, or a config (a mapping with `model_type`, or a folder) whose weights are drawn from `seed`."""
-
-    checkpoint: ModelName | None = None
-    config: dict[str, Any] | ModelName | None = None
-    seed: Seed = 0
-    """Of drawn weights; the run's own `seed` where it is left out."""
-    tokenizer: ModelName | None = None
-    """Checked against the cache's; None takes the checkpoint's own, or the cache's for a config."""
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    lora: LoraSection | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.checkpoint is None) == (self.config is None):
-            raise ValueError("give exactly one of checkpoint and config")
-        if self.lora is not None and self.checkpoint is None:
-            raise ValueError("lora needs a checkpoint: the adapters' folder would not hold the drawn weights they belong to")
-        return self
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerSection(Section):
-    """AdamW with linear warm-up and cosine decay, counted in optimizer steps (REQUIREMENTS 97)."""
-
-    learning_rate: float = Field(2e-5, gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    min_factor: float = Field(0.0, ge=0, le=1)
-    """Of the learning rate, at the end of the cosine."""
-    clip_norm: float | None = Field(1.0, gt=0)
-
-
-class MixSection(Section):
-    """Train sources in other proportions (REQUIREMENTS 86): a weight for each by name, 0 to leave one out, counted by tokens or
-    by samples (segments)."""
-
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
-    by: Literal["tokens", "samples"] = "tokens"
-
-
-class StreamSection(Section):
-    """How the cache is read. A step is `rows_per_step` rows of `row_tokens` tokens over all ranks and micro-steps."""
-
-    row_tokens: int = Field(1024, ge=2)
-    rows_per_step: int = Field(32, ge=1)
-    micro_rows: int | None = Field(None, ge=1)
-    """Rows of one forward pass; None is all of a rank's."""
-    lanes: int = Field(4, ge=1)
-    """Rows come from this many places of the order in turn; ranks whose runs lie in different lanes read different units."""
-    window_units: int = Field(1, ge=1)
-    """Units of a lane that are shuffled together. A process holds two windows of each lane that it draws from."""
-    mix: MixSection | None = None
-    workers: int = Field(1, ge=0)
-    """Processes that make micro-batches ahead of the step; 0 makes them in line."""
-    seed: Seed = 0
-    """Of the order; the run's own `seed` where it is left out."""
-
-
-class ValidationSection(Section):
-    """Loss on the cache's validation split, every n steps and at the end."""
-
-    every: int = Field(500, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    fidelity: bool = True
-    """Also compare with the cached teacher, where the cache holds the distribution."""
-    patience: int | None = Field(None, ge=1)
-    """Stop after this many validations in a row without a better one."""
-    min_gain: float = Field(0.0, ge=0)
-
-
-class CheckpointSection(Section):
-    """State to resume from, every n steps; the last `keep` stay."""
-
-    every: int = Field(500, ge=1)
-    keep: int = Field(2, ge=1)
-    accept_other_cache: bool = False
-    """Go on from a checkpoint of another cache or recipe, at the beginning of this one's stream."""
-
-
-class SharingSection(Section):
-    """How several processes (started by torchrun or accelerate launch) share the student: each holds all of it, or a shard
-    (FSDP2)."""
-
-    mode: Literal["replicated", "sharded"] = "replicated"
-    cpu_offload: bool = False
-    """Keep the shards in host memory between uses (sharded only)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.cpu_offload and self.mode != "sharded":
-            raise ValueError("cpu_offload needs mode: sharded")
-        return self
+from student_train.model.sections import SharingSection
+from student_train.student.sections import StudentSection
+from student_train.train.sections import CheckpointSection, OptimizerSection
+from student_train.train.settings import TrainSettings
 
 
 def flat(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -165,7 +62,7 @@ class RunRecipe(Section):
     sharing: SharingSection = SharingSection.model_validate({})
     tensorboard: bool = False
     gradient_shares_every: int | None = Field(None, ge=1)
-    """Measure each term's share of the gradient every so many steps, at the cost of a step for each term (76)."""
+    """Measure each term's share of the gradient every so many steps, at the cost of a step for each term."""
     optimizer: OptimizerSection = OptimizerSection()
     stream: StreamSection = StreamSection()
     validation: ValidationSection | None = None
@@ -221,3 +118,23 @@ class RunRecipe(Section):
         if "explicit" in self.without:
             off.append("importance")  # the weights of divergences that are not there
         return asked.model_copy(update=dict.fromkeys(off))
+
+    @property
+    def training(self) -> TrainSettings:
+        """What the training loop is told."""
+        return TrainSettings(
+            out=self.out,
+            student=self.student,
+            optimizer=self.optimizer,
+            stream=self.stream,
+            validation=self.validation,
+            checkpoint=self.checkpoint,
+            sharing=self.sharing,
+            steps=self.steps,
+            seed=self.seed,
+            tail_rank=self.tail_rank,
+            activation_checkpointing=self.activation_checkpointing,
+            gradient_shares_every=self.gradient_shares_every,
+            tensorboard=self.tensorboard,
+            keeps_best=self.export == "best",
+        )

@@ -22,7 +22,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     student, _ = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     refuse_lost_losses(student, cache.manifest.tokenizer.vocab_size, objective.balance)
-    check_splits(recipe.validation, cache)
+    check_splits(cache, validates=recipe.validation is not None)
     Stream(cache, objective.needs, recipe.stream, packed=True)  # refuses what it cannot cut
     terms = [
         {

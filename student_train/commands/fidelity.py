@@ -1,90 +1,95 @@
-"""fidelity: how much of its teacher a finished student has kept (REQUIREMENTS 10), from the cache's held-out split; no teacher is
-needed.
+"""fidelity: how much of its teacher a finished student has kept, from the cache's held-out split; no teacher is needed.
 
 Agreement, overlap, KL, entropy gap and calibration error as `evaluate.fidelity` defines them; and, where the cache holds
 blocks' outputs, their debiased linear CKA with the student's at the same depth, mean over segments.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from model_taps.head import final_hidden
-from model_taps.slices import State, tap_states
-from model_taps.spread import evenly
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import MismatchError
-from signal_store.signals import Tap
 from student_train.data.codecs import Codecs
-from student_train.data.reader import Needs
 from student_train.data.rows import Stream
-from student_train.evaluate.validation import validate, validation_needs
-from student_train.losses.cka import debiased_cka
+from student_train.data.sections import StreamSection
+from student_train.evaluate.cka import DepthCka
+from student_train.evaluate.evaluation import Evaluation, Quantity, numbers
+from student_train.evaluate.validation import Validation
 from student_train.losses.config import Losses
-from student_train.losses.features import MIN_TOKENS
 from student_train.losses.objective import Objective
-from student_train.losses.pairing import LayerPair, state_pairs
-from student_train.recipe import SharingSection, StreamSection, StudentSection
-from student_train.student.build import build_student, packs_rows
-from student_train.train.distiller import Distiller
-from student_train.train.parallel import Shared, accelerator_of
+from student_train.losses.pairing import state_pairs
+from student_train.model.distiller import Distiller
+from student_train.model.parallel import Shared, accelerator_of
+from student_train.model.sections import SharingSection
+from student_train.student.build import build_student
+from student_train.student.packing import packs_rows
+from student_train.student.sections import StudentSection
 
-TAP: Tap = "block_output"
-CKA_TOKENS = 64
-"""Of a segment, evenly spread."""
+ROWS = 4
+"""Of a forward pass, each as long as the cache's context."""
 
 
 def fidelity_report(
     student: Path, cache: str | tuple[str, ...], max_tokens: int | None = None, *, bf16: bool = False
 ) -> dict[str, Any]:
-    """Numbers by name; `tokens` says how many labels they are of, `cka` by "teacher layer/student layer". MismatchError where the
-    cache has no validation split or no distribution."""
+    """Evaluate a student's folder on the held-out split of a cache, or on its first `max_tokens` tokens.
+
+    Returns:
+        numbers by name; `tokens`: how many labels they are of; `cka` by "<teacher's layer>/<student's layer>".
+    Raises:
+        MismatchError: if the cache has no validation split or no distribution.
+    """
+    return facts_of(evaluated(student, cache, max_tokens, bf16=bf16))
+
+
+def facts_of(found: Mapping[str, Mapping[str, Quantity]]) -> dict[str, Any]:
+    """The numbers alone, as JSON and `plan --evaluation` have them."""
+    kept: dict[str, Any] = dict(numbers(found["validation"]))
+    kept["tokens"] = kept.pop("validation_tokens")
+    return {**kept, "cka": numbers(found.get("cka", {}))}
+
+
+def evaluated(student: Path, cache: str | tuple[str, ...], max_tokens: int | None, *, bf16: bool) -> dict[str, dict[str, Quantity]]:
+    """By evaluation, its numbers with their units."""
     opened = open_cache(cache)
     if opened.manifest.signals.distribution is None:
         raise MismatchError("the cache holds no distribution to compare with", expected="signals.distribution", where=opened.uri)
     if not len(opened.units("validation")):
         raise MismatchError("the cache has no validation split", expected="a source with split: validation", where=opened.uri)
-    model, _ = build_student(StudentSection(checkpoint=str(student)), opened)
+    shared = _shared(student, opened, bf16=bf16)
+    validation = Validation(opened)
+    shared.distiller.codecs = Codecs.of(opened, validation.needs, shared.accelerator.device)
+    rows = StreamSection(row_tokens=opened.manifest.plan.context, rows_per_step=ROWS)
+    with shared.accelerator.autocast():
+        packed = packs_rows(shared.distiller.student, opened, rows.row_tokens, rows.forward_rows)
+    stream = Stream(opened, validation.needs, rows, packed=packed)
+    evaluations: list[Evaluation] = [validation, *_cka(opened, shared)]
+    return {each.name: each.run(shared, stream.once("validation", each.needs, max_tokens)) for each in evaluations}
+
+
+def text_of(found: Mapping[str, Mapping[str, Quantity]]) -> str:
+    """For a terminal: a line a number, with its unit."""
+    labels = {"validation_tokens": "tokens"}
+    lines = [(labels.get(name, name), quantity) for name, quantity in found["validation"].items()]
+    lines += [(f"CKA of teacher's block / student's at its depth, {pair}", mean) for pair, mean in found.get("cka", {}).items()]
+    return "\n".join(f"{name}: {_shown(quantity)}" for name, quantity in lines)
+
+
+def _shown(quantity: Quantity) -> str:
+    value = f"{quantity.value:,}" if isinstance(quantity.value, int) else f"{quantity.value:.4f}"
+    return f"{value} {quantity.unit}".rstrip()
+
+
+def _shared(student: Path, cache: Cache, *, bf16: bool) -> Shared:
+    model, _ = build_student(StudentSection(checkpoint=str(student)), cache)
     accelerator = accelerator_of(bf16=bf16)
     distiller = Distiller(model, Objective(Losses(), {})).to(accelerator.device)
-    shared = Shared.of(accelerator, distiller, SharingSection.model_validate({}))
-    needs = validation_needs(opened, with_teacher=True)
-    distiller.codecs = Codecs.of(opened, needs, accelerator.device)
-    rows = StreamSection(row_tokens=opened.manifest.plan.context, rows_per_step=4)
-    with accelerator.autocast():
-        packed = packs_rows(model, opened, rows)
-    stream = Stream(opened, needs, rows, packed=packed)
-    found = validate(shared, stream, needs, max_tokens)
-    found["tokens"] = found.pop("validation_tokens")
-    held = any(h.tap == TAP for h in opened.manifest.calibration.hidden)
-    pairs = state_pairs("cka", TAP, opened, model) if held else ()
-    return {**found, "cka": depth_cka(shared, opened, stream, pairs, max_tokens) if pairs else {}}
+    return Shared.of(accelerator, distiller, SharingSection())
 
 
-@torch.no_grad()
-def depth_cka(
-    shared: Shared, cache: Cache, stream: Stream, pairs: tuple[LayerPair, ...], max_tokens: int | None
-) -> dict[str, float]:
-    """By pair of layers; empty where no segment has enough sampled tokens."""
-    device, student = shared.accelerator.device, shared.distiller.student
-    needs = Needs(False, tuple((TAP, p.teacher) for p in pairs), ())
-    codecs = Codecs.of(cache, needs, device)
-    totals, segments = torch.zeros(len(pairs), dtype=torch.float64), 0
-    student.eval()
-    wanted: list[State] = [(TAP, p.student) for p in pairs]
-    for coded in stream.once("validation", needs, max_tokens):
-        batch = coded.to(device)
-        groups = evenly(torch.tensor(batch.hidden_rows, dtype=torch.int64), CKA_TOKENS, MIN_TOKENS).to(batch.hidden_flat.device)
-        if not len(groups.index):
-            continue
-        with shared.accelerator.autocast(), tap_states(student, tuple(dict.fromkeys(wanted))) as states:
-            final_hidden(student, batch.input_ids, batch.position_ids if batch.packed else None)
-        for number, pair in enumerate(pairs):
-            codes = batch.hidden[TAP, pair.teacher]
-            other = codecs.hidden[TAP, pair.teacher].decode(codes.values, codes.scale)
-            own = states[TAP, pair.student].flatten(0, -2)[batch.hidden_flat].float()
-            totals[number] += debiased_cka(groups.of(own), groups.of(other), groups.inside).double().sum().cpu()
-        segments += len(groups.index)
-    means = (totals / max(1, segments)).tolist()
-    return {f"{p.teacher}/{p.student}": mean for p, mean in zip(pairs, means, strict=True)} if segments else {}
+def _cka(cache: Cache, shared: Shared) -> list[DepthCka]:
+    """Where the cache holds outputs of blocks."""
+    if not any(held.tap == DepthCka.tap for held in cache.manifest.calibration.hidden):
+        return []
+    return [DepthCka(cache, state_pairs("cka", DepthCka.tap, cache, shared.distiller.student))]

@@ -4,10 +4,12 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerFast
 
@@ -17,19 +19,31 @@ from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import refuse_inside_a_cache
 from student_train.evaluate.validation import check_splits
 from student_train.losses.objective import resolve
+from student_train.model.distiller import Distiller
+from student_train.model.parallel import accelerator_of
+from student_train.model.precision import Precision, choose_precision, emulated, training_device
 from student_train.recipe import RunRecipe
+from student_train.record.claim import Claim
+from student_train.record.run_record import Begun, refuse_another_run, write_record
 from student_train.student.build import build_student
 from student_train.train import checkpoint
-from student_train.train.checkpoint import Progress
-from student_train.train.claim import Claim
-from student_train.train.distiller import Distiller
-from student_train.train.loop import Trainer
+from student_train.train.loop import train
 from student_train.train.metrics import METRICS, read_json, read_metrics
-from student_train.train.parallel import accelerator_of
-from student_train.train.precision import choose_precision, emulated, training_device
-from student_train.train.run_record import Begun, refuse_another_run, write_record
+from student_train.train.progress import Progress
+from student_train.train.start import start as start_run
 
 RESULT = "result.json"
+
+
+def text_of(result: Mapping[str, Any]) -> str:
+    """For a terminal: one line."""
+    return "  ".join(f"{name}: {_short(value)}" for name, value in result.items())
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float) and abs(value) < 100:
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 
 def run(recipe: RunRecipe) -> dict[str, Any]:
@@ -71,31 +85,17 @@ class _Start:
 
 def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     cache = start.cache
-    check_splits(recipe.validation, cache)
+    check_splits(cache, validates=recipe.validation is not None)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     distiller = Distiller(student, objective, compiled=recipe.compile)
-    # What is offloaded is reduced on the CPU, which NCCL does not serve.
-    both = (
-        [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
-    )
-    precision = choose_precision(recipe.precision, training_device(), start.begun.precision)
-    accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
-    if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
-        print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)
-
-    def begin(step: int, packed: bool) -> None:
-        if accelerator.is_main_process:
-            claim.take()
-            if Begun.of(recipe.out) != start.begun:
-                raise InputError("another process began here meanwhile", where=recipe.out, remedy="Run the same command again.")
-            write_record(start.begun, recipe, start.run_id, cache, accelerator, precision, step=step, packed=packed)
-        accelerator.wait_for_everyone()
-
+    accelerator, precision = _accelerator(recipe, start.begun)
     try:
         packed = None if recipe.checkpoint.accept_other_cache else start.begun.packed
-        progress = Trainer(recipe, accelerator, cache, objective, distiller, start.run_id, begin, packed).train()
+        begun = start_run(recipe.training, accelerator, cache, distiller, start.run_id, packed)
+        _begin(recipe, start, claim, accelerator, precision, step=begun.progress.step, packed=begun.stream.packed)
+        progress = train(begun)
         if accelerator.is_main_process:
             parameters = sum(p.numel() for p in student.parameters())
             _export(recipe, cache, tokenizer)
@@ -106,6 +106,30 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
         if accelerator.num_processes > 1:
             accelerator.end_training()
     return read_json(recipe.out / RESULT)
+
+
+def _accelerator(recipe: RunRecipe, begun: Begun) -> tuple[Accelerator, Precision]:
+    # What is offloaded is reduced on the CPU, which NCCL does not serve.
+    both = (
+        [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
+    )
+    precision = choose_precision(recipe.precision, training_device(), begun.precision)
+    accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
+    if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
+        print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)
+    return accelerator, precision
+
+
+def _begin(
+    recipe: RunRecipe, start: _Start, claim: Claim, accelerator: Accelerator, precision: Precision, *, step: int, packed: bool
+) -> None:
+    """Claim the folder and write the run's record: nothing of the recipe is wrong. Every rank must call this."""
+    if accelerator.is_main_process:
+        claim.take()
+        if Begun.of(recipe.out) != start.begun:
+            raise InputError("another process began here meanwhile", where=recipe.out, remedy="Run the same command again.")
+        write_record(start.begun, recipe, start.run_id, start.cache, accelerator, precision, step=step, packed=packed)
+    accelerator.wait_for_everyone()
 
 
 def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -21,8 +21,8 @@ from student_train.data.collate import collate
 from student_train.data.lanes import Cut, Lane, Row, cut_rows
 from student_train.data.mixing import Mixing
 from student_train.data.reader import TOKENS_ONLY, Needs, load_units
+from student_train.data.sections import StreamSection
 from student_train.importance.weigher import Weigher
-from student_train.recipe import StreamSection
 
 Cursor = dict[int, LaneCursor]
 """Where each lane goes on; one that is absent has not begun."""

@@ -1,1 +1,1 @@
-"""What a run decides about its own objective, before and while it trains."""
+"""What a run decides about its own objective: before it begins (planner) and while it trains (controllers)."""

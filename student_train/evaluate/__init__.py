@@ -1,1 +1,1 @@
-"""What a student has learned: validation, fidelity to its teacher."""
+"""What a student has learned, and from what: evaluations of one shape."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model_taps.head import OutputHead
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
+from student_train.evaluate.evaluation import NATS, SHARE, Quantity
 
 OVERLAP = 10
 BINS = 15
@@ -30,7 +31,16 @@ def zero_sums(device: torch.device) -> dict[str, Tensor]:
 def measure_rows(
     hidden_ND: Tensor, head: OutputHead, labels_N: Tensor, codes: DistributionCodes | None, codec: DistributionCodec | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(-log q(label) of each row [N] float32 in nats, 0 where no label is stored; sums over rows). Never holds [N, V]."""
+    """Measure rows against their labels and, where it is cached, against the teacher's distribution. Never holds [N, V].
+
+    Args:
+        hidden_ND: what the output head reads.
+        labels_N: int64, negative where none is stored.
+        codes: of the same rows, with the `codec` that decodes them; None where the cache or the reader has none.
+    Returns:
+        (-log q(label) of each row, float32 [N] in nats, 0 where no label is stored; sums over rows, as of `zero_sums`).
+    Source: Stanton et al. 2021; expected calibration error, Guo et al. 2017, eq. 5.
+    """
     sums = zero_sums(hidden_ND.device)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _measured(hidden_ND, head, labels_N, codes, codec, sums), sums
@@ -83,19 +93,25 @@ def _add_teacher(
         sums[name] += value_C.sum()
 
 
-def summary(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Means by name: `calibration_error`; and, where the cache holds the distribution, `agreement`, `overlap`, `kl`, `entropy_gap`
-    (student's minus teacher's), `teacher_entropy`."""
-    rows = sums["bin_rows"].clamp(min=1)
-    gap = (sums["bin_confidence"] / rows - sums["bin_right"] / rows).abs()
-    found = {"calibration_error": float((gap * sums["bin_rows"]).sum() / sums["bin_rows"].sum().clamp(min=1))}
-    if not float(sums["rows"]):
+def summary(sums: dict[str, Tensor]) -> dict[str, Quantity]:
+    """Means of the sums, over all rows that they are of.
+
+    Returns:
+        `calibration_error`; and, where the cache holds the distribution, `agreement`, `overlap`, `kl`, `entropy_gap` (the student's
+        entropy less the teacher's) and `teacher_entropy`.
+    """
+    host = {name: value.cpu() for name, value in sums.items()}
+    rows = host["bin_rows"].clamp(min=1)
+    gap = (host["bin_confidence"] / rows - host["bin_right"] / rows).abs()
+    error = float((gap * host["bin_rows"]).sum() / host["bin_rows"].sum().clamp(min=1))
+    found = {"calibration_error": Quantity(error, SHARE)}
+    if not float(host["rows"]):
         return found
-    mean = {name: float(sums[name] / sums["rows"]) for name in TEACHER_SUMS}
+    mean = {name: float(host[name] / host["rows"]) for name in TEACHER_SUMS}
     return found | {
-        "agreement": mean["agree"],
-        "overlap": mean["overlap"],
-        "kl": mean["kl"],
-        "entropy_gap": mean["student_entropy"] - mean["teacher_entropy"],
-        "teacher_entropy": mean["teacher_entropy"],
+        "agreement": Quantity(mean["agree"], SHARE),
+        "overlap": Quantity(mean["overlap"], SHARE),
+        "kl": Quantity(mean["kl"], NATS),
+        "entropy_gap": Quantity(mean["student_entropy"] - mean["teacher_entropy"], NATS),
+        "teacher_entropy": Quantity(mean["teacher_entropy"], NATS),
     }

@@ -1,44 +1,53 @@
-"""Which term moves the student: the shares of the gradient's norm that a run has logged (REQUIREMENTS 76), as a picture."""
+"""Which term moves the student: each term's share of the gradient's norm, every term by itself."""
 
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
-from signal_store.errors import InputError, NotFoundError
-from signal_view.extras import pyplot
-from student_train.train.metrics import METRICS, read_metrics
+import torch
+
+from student_train.data.batch import CodedBatch
+from student_train.data.reader import Needs
+from student_train.evaluate.evaluation import SHARE, Quantity
+from student_train.losses.objective import Objective
+from student_train.model.parallel import Shared
 
 SUFFIX = "_gradient_share"
+TINY = 1e-30
 
 
-def shares_of(run: Path) -> tuple[list[int], dict[str, list[float]]]:
-    """(steps, shares by term) of a run's log; InputError where it has none."""
-    path = run / METRICS
-    if not path.is_file():
-        raise NotFoundError("no run here", expected=METRICS, where=run)
-    records = [record for record in read_metrics(path) if any(name.endswith(SUFFIX) for name in record)]
-    if not records:
-        raise InputError("the run has no gradient shares", expected="gradient_shares_every in its recipe", where=run)
-    names = list(dict.fromkeys(name for record in records for name in record if name.endswith(SUFFIX)))
-    shares = {name.removesuffix(SUFFIX): [float(record.get(name, 0.0)) for record in records] for name in names}
-    return [int(record["step"]) for record in records], shares
+@dataclass(frozen=True, slots=True)
+class GradientShares:
+    """At a `progress` of the run. Costs a forward and a backward pass for each term; leaves no gradient behind."""
 
+    objective: Objective
+    progress: float
+    name: ClassVar[str] = "gradient shares"
 
-def plot_shares(steps: list[int], shares: dict[str, list[float]], axes: Any = None) -> Any:
-    """Shares stacked over steps; returns the matplotlib Axes."""
-    plt = pyplot()
-    axes = axes or plt.subplots(figsize=(7, 4), layout="constrained")[1]
-    axes.stackplot(steps, *shares.values(), labels=list(shares), colors=plt.get_cmap("tab20").colors)
-    axes.set(
-        xlabel="step",
-        ylabel="share of the gradient norm",
-        ylim=(0, 1),
-        xlim=(min(steps), max(steps)),
-        title="what moves the student",
-    )
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, reverse=True)
-    return axes
+    @property
+    def needs(self) -> Needs:
+        """Whatever the objective reads."""
+        return self.objective.needs
 
+    def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
+        """‖g_i‖ / Σ_j ‖g_j‖, g_i the gradient of term i as it is weighed now; norms summed over batches.
 
-def save_shares(run: Path, out: Path) -> None:
-    """The plot of a run as a picture."""
-    plot_shares(*shares_of(run)).figure.savefig(out, dpi=150)
+        Returns:
+            by "<term>_gradient_share".
+        """
+        terms = tuple(self.objective.terms)
+        weights = self.objective.weights(self.progress)
+        norms = torch.zeros(len(terms), device=student.accelerator.device)
+        for coded in batches:
+            counts, batch = self.objective.counts(coded), coded.to(student.accelerator.device)
+            for number, name in enumerate(terms):
+                scales = dict.fromkeys(terms, 0.0) | {name: weights[name] / max(1.0, counts[name])}
+                with student.micro_step(last=True):
+                    with student.accelerator.autocast():
+                        total, _ = student.model(batch, scales, self.progress)
+                    total.backward()
+                norms[number] += student.clipped_norm(math.inf).to(norms.device)
+                student.distiller.zero_grad(set_to_none=True)
+        found = dict(zip(terms, norms.tolist(), strict=True))
+        return {f"{name}{SUFFIX}": Quantity(norm / max(sum(found.values()), TINY), SHARE) for name, norm in found.items()}

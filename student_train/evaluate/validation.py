@@ -1,59 +1,94 @@
 """Validation: the student on the cache's held-out segments, all of them or the first so many tokens, once, over all ranks."""
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from model_taps.head import output_head
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
 from signal_store.format.manifest import Split
+from student_train.data.batch import CodedBatch
 from student_train.data.reader import TOKENS_ONLY, Needs
-from student_train.data.rows import Stream
 from student_train.evaluate import fidelity
-from student_train.recipe import ValidationSection
-from student_train.train.parallel import Shared
+from student_train.evaluate.evaluation import LABELS, NATS, Quantity
+from student_train.model.distiller import Distiller
+from student_train.model.parallel import Shared
 
 
-def check_splits(wanted: ValidationSection | None, cache: Cache) -> None:
-    """InputError where there is nothing to train on; or where validation is asked for and the cache holds nothing for it."""
-    needed: tuple[Split, ...] = ("train",) if wanted is None else ("train", "validation")
+def check_splits(cache: Cache, *, validates: bool) -> None:
+    """Refuse a cache without what a run is to read.
+
+    Raises:
+        InputError: if there is nothing to train on; or nothing to validate on, where that is asked for.
+    """
+    needed: tuple[Split, ...] = ("train", "validation") if validates else ("train",)
     for split in needed:
         if not len(cache.units(split)):
             raise InputError(f"the cache has no {split} split", expected=f"a source with split: {split}", where=cache.uri)
 
 
-def validation_needs(cache: Cache, *, with_teacher: bool) -> Needs:
-    """What validation reads: the distribution too, where the cache holds it and it is wanted."""
-    held = cache.manifest.signals.distribution is not None
-    return Needs(distribution=True, hidden=(), attention=()) if held and with_teacher else TOKENS_ONLY
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Mean loss of the text's own tokens, by source too; and, `with_teacher`, how faithful the student is to the cached one."""
+
+    cache: Cache
+    with_teacher: bool = True
+    name: ClassVar[str] = "validation"
+
+    @property
+    def needs(self) -> Needs:
+        """The distribution, where the cache holds it and it is wanted."""
+        held = self.cache.manifest.signals.distribution is not None
+        return Needs(distribution=True, hidden=(), attention=()) if held and self.with_teacher else TOKENS_ONLY
+
+    def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
+        """One forward pass a batch.
+
+        Returns:
+            `validation_loss`, mean -log q(label) in nats; `validation_tokens`, how many labels; `validation_loss/<source>` where
+            there are several; and `fidelity.summary`.
+        Raises:
+            MismatchError: if the batches hold no label.
+        """
+        accelerator = student.accelerator
+        names = sorted({source.name for source in self.cache.sources if source.split == "validation"})
+        place = {number: names.index(source.name) for number, source in enumerate(self.cache.sources) if source.name in names}
+        by_source = torch.zeros(2, len(names), dtype=torch.float64, device=accelerator.device)
+        totals = fidelity.zero_sums(accelerator.device)
+        with student.evaluating():
+            for coded in batches:
+                batch = coded.to(accelerator.device)
+                with accelerator.autocast():
+                    sums = student.model(batch, look=measured)
+                sources = torch.tensor([place[number] for number in batch.sources], dtype=torch.int64, device=accelerator.device)
+                for row, name in enumerate(("segment_loss", "segment_labels")):
+                    by_source[row].index_add_(0, sources, sums[name].double())
+                for name, total in totals.items():
+                    total += sums[name]
+        by_source = accelerator.reduce(by_source, reduction="sum")
+        totals = {name: accelerator.reduce(total, reduction="sum") for name, total in totals.items()}
+        loss, labels = by_source.sum(1).tolist()
+        if not labels:
+            raise MismatchError("the cache has no validation split", expected="a source with split: validation", found="none")
+        means = (by_source[0] / by_source[1].clamp(min=1)).tolist() if len(names) > 1 else []
+        return {
+            "validation_loss": Quantity(loss / labels, NATS),
+            "validation_tokens": Quantity(int(labels), LABELS),
+            **{f"validation_loss/{name}": Quantity(mean, NATS) for name, mean in zip(names, means, strict=False)},
+            **fidelity.summary(totals),
+        }
 
 
-@torch.no_grad()
-def validate(shared: Shared, stream: Stream, needs: Needs, max_tokens: int | None) -> dict[str, Any]:
-    """`validation_loss` (mean -log q(label) in nats), `validation_tokens` (labels), the loss by source, and `fidelity.summary`."""
-    accelerator, student = shared.accelerator, shared.distiller.student
-    names = sorted({source.name for source in stream.cache.sources if source.split == "validation"})
-    place = {number: names.index(source.name) for number, source in enumerate(stream.cache.sources) if source.name in names}
-    by_source = torch.zeros(2, len(names), dtype=torch.float64, device=accelerator.device)
-    totals = fidelity.zero_sums(accelerator.device)
-    training = student.training
-    student.eval()
-    for coded in stream.once("validation", needs, max_tokens):
-        batch = coded.to(accelerator.device)
-        with accelerator.autocast():
-            sums = shared.model(batch)
-        sources = torch.tensor([place[number] for number in batch.sources], dtype=torch.int64, device=accelerator.device)
-        for row, name in enumerate(("segment_loss", "segment_labels")):
-            by_source[row].index_add_(0, sources, sums[name].double())
-        for name, total in totals.items():
-            total += sums[name]
-    shared.reshard()
-    student.train(training)
-    by_source = accelerator.reduce(by_source, reduction="sum")
-    totals = {name: accelerator.reduce(total, reduction="sum") for name, total in totals.items()}
-    loss, labels = by_source.sum(1).tolist()
-    if not labels:
-        raise MismatchError("the cache has no validation split", expected="a source with split: validation", found="none")
-    means = by_source[0] / by_source[1].clamp(min=1)
-    named = {f"validation_loss/{name}": float(mean) for name, mean in zip(names, means, strict=True)} if len(names) > 1 else {}
-    return {"validation_loss": loss / labels, "validation_tokens": int(labels), **named, **fidelity.summary(totals)}
+def measured(distiller: Distiller, batch: CodedBatch) -> dict[str, Tensor]:
+    """The sums of `fidelity.measure_rows`; and by segment `segment_loss` in nats and `segment_labels`, float32 [segments]."""
+    hidden_ND, head = distiller.final_hidden(batch)[batch.flat], output_head(distiller.student)
+    rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=hidden_ND.device)
+    segment_N = torch.repeat_interleave(torch.arange(len(rows), device=hidden_ND.device), rows)
+    loss_N, sums = fidelity.measure_rows(hidden_ND, head, batch.labels, batch.distribution, distiller.codecs.whole)
+    empty = loss_N.new_zeros(len(rows))
+    by_segment = {"segment_loss": loss_N, "segment_labels": (batch.labels >= 0).to(loss_N)}
+    return sums | {name: empty.index_add(0, segment_N, value_N) for name, value_N in by_segment.items()}

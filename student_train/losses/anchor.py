@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from student_train.train.parallel import like
+from student_train.student.sharded import like
 
 
 @dataclass(frozen=True)

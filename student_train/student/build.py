@@ -3,96 +3,67 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from model_taps.adapters import Adapter, adapter_of
+from model_taps.adapters import adapter_of
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
-from model_taps.neighbours import probe
 from run_kit.recipe_file import nearest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
-from student_train.recipe import LoraSection, StreamSection, StudentSection
+from student_train.student.sections import StudentSection
+from student_train.student.transforms.lora import Lora
+from student_train.student.transforms.transform import Origin, Transform
 
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model in float32, ready to train, and its tokenizer."""
+    """Build the student that a section asks for, with its transforms.
+
+    Returns:
+        (the model in float32 and in training mode, its tokenizer).
+    Raises:
+        InputError: if the config is wrong, or the checkpoint cannot be loaded.
+        MismatchError: if tokenizer, vocabulary or context do not fit the cache.
+    """
     quiet()
     tokenizer = _tokenizer(section, cache)
-    adapter = None if section.checkpoint is None or section.lora is None else adapter_of(section.checkpoint)
-    if section.checkpoint is not None:  # adapters that are not trained on are merged, and all of the student is trained
-        model = load_model(
-            section.checkpoint if adapter is None else adapter.base,
-            what="student",
-            revision=None if adapter is None else adapter.base_revision,
-            dtype=torch.float32,
-            attn_implementation=section.attn_implementation,
-            trust_remote_code=section.trust_remote_code,
-        )
-    else:
-        torch.manual_seed(section.seed)
-        try:
-            config = _config(section, cache, tokenizer)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
-        except LOADING_ERRORS as error:
-            if isinstance(error, SignalStoreError):
-                raise
-            raise InputError("the student's config is wrong", found=str(error)[:300], where="student.config") from error
+    model, origin = _drawn(section, cache, tokenizer) if section.checkpoint is None else _loaded(section, section.checkpoint)
     _check(model, cache)
-    if section.lora is not None:
-        torch.manual_seed(section.seed)
-        if adapter is None:
-            _add_adapters(model, section.lora)
-        else:
-            _go_on_with(model, adapter, section.lora)
-        _name_base(model, section.checkpoint if adapter is None else adapter.base)
+    for transform in transforms_of(section):
+        model = transform(model, origin)
     return model.train(), tokenizer
 
 
-def _add_adapters(model: PreTrainedModel, section: LoraSection) -> None:
-    """Low-rank adapters in place; all else is frozen."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise InputError("peft is not installed", expected='pip install "teacher-cache[lora]"', where="student.lora") from error
-    targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
-    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if isinstance(targets, list) and (lost := [target for target in targets if target.rpartition(".")[2] not in modules]):
-        where = "student.lora.target_modules"
-        raise InputError("the student has no such module", expected=nearest(lost[0], modules), found=lost[0], where=where)
-    model.add_adapter(
-        LoraConfig(
-            r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=targets, task_type="CAUSAL_LM"
-        )
+def transforms_of(section: StudentSection) -> tuple[Transform, ...]:
+    """What is done to the student once it is built, in order."""
+    return () if section.lora is None else (Lora(section.lora),)
+
+
+def _loaded(section: StudentSection, checkpoint: str) -> tuple[PreTrainedModel, Origin]:
+    """Adapters that are not trained on are merged, and all of the student is trained."""
+    adapter = None if section.lora is None else adapter_of(checkpoint)
+    model = load_model(
+        checkpoint if adapter is None else adapter.base,
+        what="student",
+        revision=None if adapter is None else adapter.base_revision,
+        dtype=torch.float32,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
     )
+    return model, Origin(checkpoint, adapter, section.seed)
 
 
-def _go_on_with(model: PreTrainedModel, adapter: Adapter, section: LoraSection) -> None:
-    """The checkpoint's own adapters, which train on. InputError where the section asks for others."""
-    asked: dict[str, Any] = {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout, "peft_type": "LORA"}
-    if not isinstance(section.target_modules, str):
-        asked["target_modules"] = sorted(section.target_modules)
-    held: dict[str, Any] = {key: adapter.config.get(key) for key in asked}
-    if isinstance(held.get("target_modules"), list):
-        held["target_modules"] = sorted(held["target_modules"])
-    if differ := {key for key in asked if held[key] != asked[key]}:
-        raise InputError(
-            "the checkpoint's adapters are others than student.lora asks for",
-            expected={key: held[key] for key in sorted(differ)},
-            found={key: asked[key] for key in sorted(differ)},
-            where=adapter.name,
-            remedy="Ask for the same, to train them on; or leave student.lora out, to train all of the merged student.",
-        )
-    model.load_adapter(adapter.name, is_trainable=True)
-
-
-def _name_base(model: PreTrainedModel, base: str | None) -> None:
-    """An exported adapter's base is found wherever it is read from: a folder by its absolute path."""
-    assert base is not None, "adapters are trained on a checkpoint"
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+def _drawn(section: StudentSection, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Origin]:
+    torch.manual_seed(section.seed)
+    try:
+        config = _config(section, cache, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
+    except LOADING_ERRORS as error:
+        if isinstance(error, SignalStoreError):
+            raise
+        raise InputError("the student's config is wrong", found=str(error)[:300], where="student.config") from error
+    return model, Origin(None, None, section.seed)
 
 
 def _config(section: StudentSection, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
@@ -162,26 +133,3 @@ def _check(model: PreTrainedModel, cache: Cache) -> None:
             found=positions,
             where="student.config.max_position_embeddings",
         )
-
-
-def packs_rows(student: PreTrainedModel, cache: Cache, stream: StreamSection) -> bool:
-    """Whether several segments of the cache may share a row of the student's. InputError where neither that nor one a row gives a
-    segment what it gets alone."""
-    found = probe(
-        student,
-        cache.manifest.tokenizer.vocab_size,
-        min(cache.manifest.plan.context, stream.row_tokens),  # the stream refuses what is longer
-        what="student",
-        width=stream.row_tokens,
-        most_tokens=stream.row_tokens * (stream.micro_rows or stream.rows_per_step),
-        allowed=("packed", "padded"),
-    )
-    if found.split_length is not None:
-        raise InputError(
-            "the student's states depend on the longest segment of a batch",
-            expected=f"segments of at most {found.split_length} tokens, or a student without such a rule",
-            found=f"segments of up to {cache.manifest.plan.context} tokens",
-            where=f"{student.config.model_type}, its rope_parameters",
-            remedy="Give the student's config other rope_parameters, or build the cache with a shorter context.",
-        )
-    return found.forward == "packed"

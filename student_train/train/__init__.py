@@ -1,1 +1,1 @@
-"""The training loop, its state on disk, its processes, its record."""
+"""The training loop: what it starts from, a step, what it leaves on disk."""

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,11 @@ from torch import Tensor, nn
 from signal_store.errors import CorruptError, MismatchError, storage_error
 from signal_store.io.local import NO_SYNC, sync
 from student_train.data.batch import LaneCursor
-from student_train.data.rows import Cursor
-from student_train.losses.attention_rows import HeadPairs
-from student_train.train.parallel import like, whole
+from student_train.student.sharded import like, whole
+from student_train.train.progress import Progress
 
 VERSION = 3
 MODEL = "model.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Everything of a run that is not a tensor. `step` optimizer steps are done; `cursor` is where the stream goes on."""
-
-    cache_id: str
-    recipe_digest: str
-    step: int
-    cursor: Cursor
-    best_loss: float | None
-    best_step: int | None
-    validations_without_gain: int
-    head_pairs: HeadPairs
-    tokens: int
-    train_seconds: float
-    stream_start: int = 0
-    """The step at which the stream of this cache began: 0, unless a run went on with another cache."""
 
 
 def _gathered(tensors: dict[str, Tensor], *, keeps: bool) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from signal_view.extras import pyplot
 from signal_view.page import Block, page, picture, table
 from signal_view.plots import shown
 from signal_view.summary import Section
-from student_train.evaluate.gradient_shares import SUFFIX, plot_shares, shares_of
+from student_train.evaluate.gradient_shares import SUFFIX
 from student_train.recipe import flat
 from student_train.train.metrics import METRICS, read_json, read_metrics
+from student_train.view.gradient_shares import plot_shares, shares_of
 from student_train.view.plots import plot_against_teacher, plot_cka
 from student_train.view.students import ABOUT, RESULT, about_run, cache_of, recipe_of, student_after, student_before
 

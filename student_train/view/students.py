@@ -12,8 +12,9 @@ from model_taps.head import final_hidden, output_head
 from signal_store.cache import Cache
 from signal_store.errors import CorruptError, MismatchError, NotFoundError
 from signal_view import CacheView, SegmentView, open_cache
-from student_train.recipe import RunRecipe, StudentSection
+from student_train.recipe import RunRecipe
 from student_train.student.build import build_student
+from student_train.student.sections import StudentSection
 from student_train.train.metrics import read_json
 
 ABOUT, RESULT = "run.json", "result.json"

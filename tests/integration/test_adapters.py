@@ -18,8 +18,9 @@ from signal_store.cache import Cache
 from signal_store.errors import InputError, NotFoundError
 from student_train.commands.fidelity import fidelity_report
 from student_train.commands.run import run
-from student_train.recipe import RunRecipe, StudentSection
+from student_train.recipe import RunRecipe
 from student_train.student.build import build_student
+from student_train.student.sections import StudentSection
 from teacher_cache.recipe import TeacherSection
 from teacher_cache.teacher.forward import load_teacher
 from tests.integration.test_parallel import recipe_of

@@ -16,12 +16,12 @@ from signal_store.codecs.attention import MAX_ERROR, decode_attention
 from student_train.data.codecs import Codecs
 from student_train.data.reader import Needs
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import Losses
 from student_train.losses.dense import dense_divergence
 from student_train.losses.objective import resolve
-from student_train.recipe import StreamSection
-from student_train.train.distiller import Distiller
+from student_train.model.distiller import Distiller
 from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
 from tests.tiny import CONTEXT, FAMILIES, HEADS, WIDTH, make_model

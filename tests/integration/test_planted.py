@@ -17,10 +17,10 @@ from signal_store.codecs.attention import encode_attention
 from student_train.data.batch import AttentionCodes, CodedBatch, HiddenCodes
 from student_train.data.codecs import Codecs
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
 from student_train.losses.config import Losses
 from student_train.losses.objective import Objective, resolve
-from student_train.recipe import StreamSection
-from student_train.train.distiller import Distiller
+from student_train.model.distiller import Distiller
 from tests.tiny import CONTEXT, make_model
 
 STEPS = 40

@@ -19,11 +19,12 @@ from student_train.commands.run import run
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import TOKENS_ONLY
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.losses.router_balance import family_balance, refuse_lost_losses
-from student_train.recipe import RunRecipe, StreamSection
-from student_train.train.distiller import Distiller
+from student_train.model.distiller import Distiller
+from student_train.recipe import RunRecipe
 from tests.integration.test_parallel import losses, recipe_of
 from tests.tiny import COMMON
 

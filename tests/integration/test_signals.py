@@ -25,9 +25,9 @@ from signal_store.signals import HEAD_SIZES, QUALITIES, DistributionSignal
 from student_train.data.codecs import Codecs
 from student_train.data.reader import Needs
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
-from student_train.recipe import StreamSection
 from teacher_cache.builder.calibrate import manifest_of
 from teacher_cache.builder.plan import plan, settled
 from teacher_cache.builder.tail_basis import TailFit

@@ -13,10 +13,10 @@ from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.collate import collate
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
 from student_train.losses.config import Losses
 from student_train.losses.objective import STATE_TERMS, Objective, resolve
-from student_train.recipe import StreamSection
-from student_train.train.distiller import Distiller
+from student_train.model.distiller import Distiller
 from tests.tiny import COMMON, CONTEXT, make_model
 
 ZERO = {

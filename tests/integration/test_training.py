@@ -10,11 +10,12 @@ import pytest
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
+from student_train.commands.plot_shares import plot_shares
 from student_train.commands.run import run
-from student_train.evaluate.gradient_shares import save_shares, shares_of
 from student_train.recipe import RunRecipe
-from student_train.train import loop as trainer
-from student_train.train.claim import Claim
+from student_train.record.claim import Claim
+from student_train.train import start as trainer
+from student_train.view.gradient_shares import shares_of
 from tests.integration.test_parallel import losses, recipe_of
 
 
@@ -143,7 +144,7 @@ def test_shares_of_the_gradient_are_logged_and_drawn_and_change_nothing(cache: C
     assert shares.keys() == {"tla", "cross_entropy", "lhsm", "apc", "asr"}
     assert [sum(column) for column in zip(*shares.values(), strict=True)] == pytest.approx([1, 1])
     assert min(min(values) for values in shares.values()) > 0
-    save_shares(tmp_path / "shares", tmp_path / "shares.png")
+    plot_shares(tmp_path / "shares", tmp_path / "shares.png")
     assert (tmp_path / "shares.png").stat().st_size > 5_000
     with pytest.raises(InputError, match="no gradient shares"):
         shares_of(tmp_path / "plain")

@@ -5,6 +5,7 @@ import torch
 
 from model_taps.head import OutputHead
 from student_train.evaluate import fidelity
+from student_train.evaluate.evaluation import numbers
 from student_train.losses.chunked import IGNORE
 from tests.unit.test_losses import WIDTH, made_codec, made_codes
 
@@ -20,7 +21,7 @@ def test_each_number_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     labels[4] = IGNORE
     monkeypatch.setitem(fidelity.CHUNK_BYTES, "cpu", 4 * (VOCAB + 2) * 4)  # several chunks
     losses, sums = fidelity.measure_rows(hidden, OutputHead(weight, None, 1.0, None), labels, codes, codec)
-    found = fidelity.summary(sums)
+    found = numbers(fidelity.summary(sums))
     log_q = (hidden @ weight.T).log_softmax(1)
     log_p = codec.logprobs(codes, 1.0)
     for row in range(9):
@@ -49,7 +50,7 @@ def test_a_student_that_is_its_teacher() -> None:
     log_p = codec.logprobs(codes, 1.0)
     labels = torch.full((5,), IGNORE)
     _, sums = fidelity.measure_rows(log_p, OutputHead(torch.eye(VOCAB), None, 1.0, None), labels, codes, codec)
-    found = fidelity.summary(sums)
+    found = numbers(fidelity.summary(sums))
     assert (found["agreement"], found["overlap"]) == (1, 1)
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert found["entropy_gap"] == pytest.approx(0, abs=1e-5)

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.format.roles import LEVELS, POS
-from student_train.importance.overhead import Overhead
 from student_train.importance.rules import Corners, load_rules
 from student_train.importance.show import coloured, save_surface, token_weights
 from student_train.importance.weigher import Weigher, surface
-from student_train.losses.config import ImportanceSection
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
 from teacher_cache.corpus.document import Document
@@ -208,14 +206,3 @@ def test_weights_can_be_looked_at(knowing_cache: Cache, exact_cache: Cache, tmp_
     assert (tmp_path / "surface.png").stat().st_size > 10_000
     with pytest.raises(MismatchError, match="tags/roles"):
         token_weights(exact_cache, 0, RULES)
-
-
-def test_waiting_is_measured_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    overhead = Overhead(ImportanceSection())
-    assert overhead.seen(9.0, 1.0) == {}  # workers start
-    assert overhead.seen(0.01, 1.0) == {"importance_overhead": 0.01, "importance_alarm": 0.0}
-    for _ in range(9):
-        found = overhead.seen(0.5, 1.0)
-    assert found["importance_alarm"] == 1.0
-    assert capsys.readouterr().err.count("more than 3.7%") == 1
-    assert Overhead(None).seen(9.0, 1.0) == {}

@@ -129,7 +129,7 @@ USES: list[tuple[str, str, bool, Callable[[], None]]] = [
     ),
     ("transformers", "model_taps.attention", True, eager_function_of_a_family),
     ("transformers", "teacher_cache.corpus.chat", False, rendering_with_spans),
-    ("accelerate", "student_train.train.parallel", True, accelerators_can_be_made_anew),
+    ("accelerate", "student_train.model.parallel", True, accelerators_can_be_made_anew),
     ("accelerate", "student_train.train.metrics", True, tensorboard_tracker),
     ("torch", "signal_store.codecs.bf16_units", True, precision_of_products),
     ("torch", "signal_store.codecs.bf16_units", True, units_of_the_cpu),

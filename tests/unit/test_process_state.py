@@ -17,7 +17,7 @@ from signal_store.errors import MismatchError
 from signal_store.format.arrays import ArraySpec
 from signal_store.io.shard_writer import encode_chunk
 from signal_store.signals import Tap
-from student_train.train.distiller import Distiller
+from student_train.model.distiller import Distiller
 from tests.tiny import make_model
 
 SPEC = ArraySpec.of("v", "uint8", 64, "row")

@@ -22,7 +22,7 @@ from student_train.data.loader import load
 from student_train.data.order import key_of, permuted, shuffled
 from student_train.data.reader import Needs
 from student_train.data.rows import Cursor, Stream
-from student_train.recipe import StreamSection
+from student_train.data.sections import StreamSection
 from teacher_cache.commands.build import build
 from tests.tiny import CODE, CONTEXT, PROSE, write_jsonl
 

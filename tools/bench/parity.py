@@ -36,12 +36,14 @@ from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.reader import Needs
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
+from student_train.evaluate.validation import measured
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
-from student_train.recipe import OptimizerSection, StreamSection
-from student_train.train.distiller import Distiller
-from student_train.train.loop import build_optimizer, learning_rate_factor
+from student_train.model.distiller import Distiller
+from student_train.train.optimizer import build_optimizer, learning_rate_factor
+from student_train.train.sections import OptimizerSection
 
 TOOLS = Path(__file__).parent.parent
 TEMPERATURES = (1.0, 2.0, 3.0)
@@ -160,7 +162,7 @@ def validation(room: Room, student: PreTrainedModel) -> float:
     distiller = Distiller(student, resolve(Losses.model_validate({"cross_entropy": {}}), room.cache, student))
     total = labels = 0.0
     for batch in room.held_out:
-        sums = distiller(batch)
+        sums = distiller(batch, look=measured)
         total += float(sums["segment_loss"].sum())
         labels += float(sums["segment_labels"].sum())
     student.train()

@@ -35,11 +35,12 @@ from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.loader import load
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
-from student_train.recipe import OptimizerSection, StreamSection
-from student_train.train.distiller import Distiller
-from student_train.train.loop import build_optimizer
+from student_train.model.distiller import Distiller
+from student_train.train.optimizer import build_optimizer
+from student_train.train.sections import OptimizerSection
 
 TOOLS = Path(__file__).parent.parent
 STUDENTS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from signal_store.cache import Cache, open_cache
 from student_train.data.codecs import Codecs
 from student_train.data.reader import TOKENS_ONLY, Needs
 from student_train.data.rows import Stream
-from student_train.recipe import StreamSection
+from student_train.data.sections import StreamSection
 
 DISTRIBUTION = Needs(distribution=True, hidden=(), attention=())
 

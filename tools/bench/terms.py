@@ -26,11 +26,13 @@ from step import make_student
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.rows import Stream
+from student_train.data.sections import StreamSection
 from student_train.losses.config import KINDS, PRESETS
 from student_train.losses.objective import STATE_TERMS, Objective, resolve
-from student_train.recipe import OptimizerSection, RunRecipe, StreamSection
-from student_train.train.distiller import Distiller
-from student_train.train.loop import build_optimizer
+from student_train.model.distiller import Distiller
+from student_train.recipe import RunRecipe
+from student_train.train.optimizer import build_optimizer
+from student_train.train.sections import OptimizerSection
 
 BASE, AGAIN = "tla", "tla, again"
 WARM_UP = 2

@@ -15,18 +15,21 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from model_taps.blocks import decoder_blocks
 from signal_store.errors import MismatchError
-from student_train.recipe import SharingSection
-from student_train.train.distiller import Distiller
+from student_train.model.distiller import Distiller
+from student_train.model.sections import SharingSection
 
 
 def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
     """An accelerator of this precision; accelerate by itself refuses another one in a process that had one, as a notebook does.
 
     Without `cpu` accelerate takes each process that torchrun starts on a machine without a GPU for one that is alone.
+
+    Raises:
+        MismatchError: if accelerate sees another number of processes than WORLD_SIZE says.
     """
     AcceleratorState._reset_state()  # noqa: SLF001  (accelerate has no other word for it)
     made = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available(), **options)
@@ -65,6 +68,19 @@ class Shared:
                 module.reshard()
 
     @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The student in evaluation mode, without gradients; afterwards as it was."""
+        student = self.distiller.student
+        training = student.training
+        student.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.reshard()
+            student.train(training)
+
+    @contextlib.contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
         """Forward and backward of one micro-step; gradients are reduced over ranks after the last."""
         if isinstance(self.model, FSDPModule):
@@ -76,20 +92,11 @@ class Shared:
         finally:  # after running out of memory too: a tap left open would listen to whatever runs next
             self.distiller.close_taps()
 
-    def clipped_norm(self, clip: float) -> float:
-        """Clip the gradients; their norm before that."""
+    def clipped_norm(self, clip: float) -> Tensor:
+        """Clip the gradients to an L2 norm of at most `clip`.
+
+        Returns:
+            scalar: their norm before that, over all parameters and ranks, on the device. Nothing waits for it here.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), clip)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, put together from all ranks where it is sharded: every rank must call this."""
-    value = tensor.detach()
-    return value.full_tensor().cpu().clone() if isinstance(value, DTensor) else value.cpu().contiguous()
-
-
-def like(value: Tensor, sharded: Any) -> Tensor:
-    """A whole tensor, sharded as another one is."""
-    if isinstance(sharded, DTensor) and value.shape == sharded.shape:
-        return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
-    return value
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -5,7 +5,7 @@ every micro-step: a term without tokens sums over nothing, and its gradient is z
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from model_taps.head import final_hidden, output_head
 from model_taps.slices import refuse_silent_taps, tap_states
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
-from student_train.evaluate.fidelity import measure_rows
 from student_train.losses.attention_rows import HeadPairs, decoded_rows, match_heads
 from student_train.losses.chunked import OutputTargets, output_loss
 from student_train.losses.level import Level
@@ -27,14 +26,14 @@ from student_train.losses.rows import joined_queries, split_rows, stored_rows
 from student_train.losses.term import Seen
 
 Sums = dict[str, Tensor]
-"""Plain sums over a micro-batch by name, float32 scalars (evaluation: also vectors), detached; `GATE_WEIGHTS` where there is a
-gate."""
+"""Plain sums over a micro-batch by name, detached: of each term a float32 scalar; `GATE_WEIGHTS` where there is a gate."""
 GATE_WEIGHTS = "gate_weights"
 """float32 [levels, token types, 2]: (Σ weight, tokens)."""
 
 
 class Distiller(nn.Module):
-    """Student and terms. `forward(batch, scales)` gives (scaled total, in the graph; sums by term); `forward(batch)` evaluates."""
+    """Student and terms. `forward(batch, scales)` gives (scaled total, in the graph; sums by term); `forward(batch, look=f)` gives
+    what `f` makes of the student and the batch."""
 
     def __init__(self, student: PreTrainedModel, objective: Objective, *, compiled: bool = False) -> None:
         super().__init__()
@@ -58,18 +57,29 @@ class Distiller(nn.Module):
         return self.student.get_input_embeddings()
 
     def forward(
-        self, batch: CodedBatch, scales: Mapping[str, float] | None = None, progress: float = 0.0, *, matching: bool = False
+        self,
+        batch: CodedBatch,
+        scales: Mapping[str, float] | None = None,
+        progress: float = 0.0,
+        *,
+        look: "Callable[[Distiller, CodedBatch], Any] | None" = None,
     ) -> Any:
-        """Losses of a micro-batch. `scales`: by term, weight times ranks over the global count; None measures instead; `matching`
-        matches heads instead (`choose_heads`): whatever runs the student goes through here. `progress` of the run in [0, 1].
+        """Losses of a micro-batch, or what `look` makes of it: whatever runs the student goes through here.
 
         Taps stay open until `close_taps`: activation checkpointing runs blocks again in the backward pass, and must meet the same.
         An error closes them.
+
+        Args:
+            batch: one micro-batch, on the student's device.
+            scales: by term, its weight times the number of ranks over its global count.
+            progress: of the run, in [0, 1].
+            look: an evaluation, or the matching of heads, instead of losses; no gradient is asked of it.
+        Returns:
+            (Σ scale · sum over the terms, float32 scalar in the graph; the sums by term, detached), or what `look` returns.
         """
-        if matching:
-            return self.choose_heads(batch)
-        if scales is None:
-            return self._measured(batch)
+        if look is not None:
+            return look(self, batch)
+        assert scales is not None, "losses need their scales"
         try:
             return self._losses(batch, scales, progress)
         except BaseException:
@@ -120,27 +130,18 @@ class Distiller(nn.Module):
                 total = total + scales[name] * fused.weighted[name]
         return total, {name: value.detach() for name, value in sums.items()}
 
-    def _hidden(self, batch: CodedBatch) -> Tensor:
+    def final_hidden(self, batch: CodedBatch) -> Tensor:
+        """[B · S, D]: the student's states before its output head, of every token of the batch."""
         return final_hidden(self.student, batch.input_ids, batch.position_ids if batch.packed else None).flatten(0, 1)
 
     def _hidden_and_balance(self, batch: CodedBatch) -> tuple[Tensor, Tensor | None]:
         """What the output head reads, and the sum of the experts' balance, None where it is off: nothing else is run then."""
         if self.objective.balance is None:
-            return self._hidden(batch), None
+            return self.final_hidden(batch), None
         positions = batch.position_ids if batch.packed else None
         body = model_body(self.student)
         found = body(batch.input_ids, position_ids=positions, use_cache=False, output_router_logits=True)
         return found.last_hidden_state.flatten(0, 1), self.objective.balance(found.router_logits, batch.real)
-
-    def _measured(self, batch: CodedBatch) -> Sums:
-        """By segment: `segment_loss` in nats and `segment_labels` [segments]; and the sums of `fidelity.measure_rows`."""
-        hidden_ND, head = self._hidden(batch)[batch.flat], output_head(self.student)
-        rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=hidden_ND.device)
-        segment_N = torch.repeat_interleave(torch.arange(len(rows), device=hidden_ND.device), rows)
-        loss_N, sums = measure_rows(hidden_ND, head, batch.labels, batch.distribution, self.codecs.whole)
-        empty = loss_N.new_zeros(len(rows))
-        by_segment = {"segment_loss": loss_N, "segment_labels": (batch.labels >= 0).to(loss_N)}
-        return sums | {name: empty.index_add(0, segment_N, value_N) for name, value_N in by_segment.items()}
 
     @torch.no_grad()
     def choose_heads(self, batch: CodedBatch) -> bool:
@@ -150,7 +151,7 @@ class Distiller(nn.Module):
             return False
         query = stored_rows(batch)
         with tap_attention_rows(dict.fromkeys(self.objective.student_rows[stored_rows], query)) as taken:
-            self._hidden(batch)
+            self.final_hidden(batch)
         for pair in self.objective.matched_layers:
             teacher = decoded_rows(batch, pair.teacher)
             assert teacher is not None

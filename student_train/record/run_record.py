@@ -17,10 +17,10 @@ from signal_store.cache import Cache
 from signal_store.canonical import digest
 from signal_store.errors import MismatchError
 from signal_store.io.local import LocalObjects
+from student_train.model.precision import Precision
 from student_train.recipe import RunRecipe, flat
-from student_train.train.identity import differences, identity, role_of, rules_digest
+from student_train.record.identity import differences, identity, role_of, rules_digest
 from student_train.train.metrics import read_json
-from student_train.train.precision import Precision
 
 RECORD = "run.json"
 FACTS = ("processes", "sharing", "precision", "packed", "versions", "commit", "python", "machine", "gpus")
