@@ -1,15 +1,18 @@
-"""Where the runs of a sweep are carried out: so many at a time, each with devices and threads of its own.
+"""Where commands are carried out: so many at a time, each with devices and threads of its own.
 
-An executor has slots. `start` carries out a command in a free one; the job that it returns gives the slot back when it has ended.
-This one starts processes of this machine; another, such as a scheduler's, needs `slots` and `start` as well, and no more.
+An executor is given commands, and gives a future of each one's exit code, which tells when it has ended: `as_completed` of
+`concurrent.futures` gives them as they end. This one starts processes of this machine; another, such as a scheduler's, needs
+`submit` and `stop` as well, and no more.
 """
 
 import os
+import queue
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol, Self
 
 import torch
 
@@ -20,75 +23,79 @@ VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK", "npu": "AS
 """By kind of accelerator, the variable that says which of them a process may see."""
 
 
-class Job(Protocol):
-    """A command that was started."""
-
-    def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
-
-    def stop(self) -> None:
-        """End it, if it runs, and wait for its end."""
-
-
 class Executor(Protocol):
     """What carries out commands."""
 
-    @property
-    def slots(self) -> int:
-        """How many jobs run at a time."""
+    def submit(self, command: Sequence[str], log: Path) -> "Future[int]":
+        """Carry out a command as soon as there is room for it; what it says on standard error goes to `log`.
 
-    def start(self, command: Sequence[str], log: Path) -> Job:
-        """Carry out a command in a free slot; what it says on standard error goes to `log`."""
-
-
-@dataclass(slots=True)
-class _Process:
-    process: "subprocess.Popen[bytes]"
-    log: TextIO
-
-    def poll(self) -> int | None:
-        code = self.process.poll()
-        if code is not None:
-            self.log.close()
-        return code
+        Returns:
+            its exit code, once it has ended; `running()` says whether it has begun.
+        """
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
-        self.log.close()
+        """End what runs, carry out nothing more, and wait for the end of all."""
 
 
-@dataclass(slots=True)
 class LocalExecutor:
-    """Processes of this machine. `environments`: of each slot, the variables that give it its part of the machine."""
+    """Processes of this machine, in slots. `environments`: of each slot, the variables that give it its part of the machine."""
 
-    environments: Sequence[Mapping[str, str]]
-    _jobs: dict[int, Job] = field(default_factory=dict)
+    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
+        self.environments = environments
+        self._free: queue.PriorityQueue[int] = queue.PriorityQueue()
+        for slot in range(len(environments)):
+            self._free.put(slot)
+        self._threads = ThreadPoolExecutor(max_workers=len(environments))  # each waits for one process
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
 
     @classmethod
-    def of(cls, jobs: int) -> "LocalExecutor":
+    def of(cls, jobs: int) -> Self:
         """So many slots, with even shares of the cores that this process may use, and a device each; where there are more slots
-        than devices, as many on each device as on any other, or one more."""
+        than devices, as many on each device as on any other, or one more.
+
+        Raises:
+            InputError: if `jobs` is less than 1.
+        """
         if jobs < 1:
             raise InputError("jobs must be at least 1", found=jobs, where="--jobs")
         variable, devices = visible_devices()
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
         return cls([threads | ({variable: devices[slot % len(devices)]} if devices else {}) for slot in range(jobs)])
 
-    @property
-    def slots(self) -> int:
-        """How many jobs run at a time."""
-        return len(self.environments)
+    def submit(self, command: Sequence[str], log: Path) -> "Future[int]":
+        """See `Executor`. Commands begin in the order in which they came, each in the lowest slot that is free."""
+        return self._threads.submit(self._carry_out, command, log)
 
-    def start(self, command: Sequence[str], log: Path) -> Job:
-        """See `Executor`."""
-        slot = next(n for n in range(self.slots) if n not in self._jobs or self._jobs[n].poll() is not None)
-        file = log.open("w")
+    def stop(self) -> None:
+        """See `Executor`. Processes are asked to end (SIGTERM)."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _carry_out(self, command: Sequence[str], log: Path) -> int:
+        slot = self._free.get()
+        try:
+            with log.open("wb") as errors:
+                process = self._begin(command, errors.fileno(), slot)
+                code = process.wait()
+            with self._lock:
+                self._running.discard(process)
+            return code
+        finally:
+            self._free.put(slot)
+
+    def _begin(self, command: Sequence[str], errors: int, slot: int) -> "subprocess.Popen[bytes]":
         environment = {**os.environ, **self.environments[slot]}
-        process = subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=file, env=environment)
-        self._jobs[slot] = _Process(process, file)
-        return self._jobs[slot]
+        with self._lock:  # nothing begins that `stop` does not see
+            if self._stopped:
+                raise RuntimeError("the executor was stopped before this command began")
+            process = subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+            self._running.add(process)
+            return process
 
 
 def visible_devices() -> tuple[str, list[str]]:

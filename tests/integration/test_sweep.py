@@ -41,7 +41,7 @@ def test_a_sweep_is_every_combination_with_every_seed(cache: Cache, tmp_path: Pa
     assert last.objective.tla is None
     assert last.objective.cross_entropy is not None
     assert RunRecipe.model_validate(last.model_dump(mode="json")) == last
-    better, worse = (Running(planned, state="done", result={"agreement": a}) for planned, a in ((runs[0], 0.9), (runs[-1], 0.1)))
+    better, worse = (Running(planned, ended="done", result={"agreement": a}) for planned, a in ((runs[0], 0.9), (runs[-1], 0.1)))
     report = summarise(SweepRecipe.model_validate({**content, "metric": "agreement"}), [worse, better])
     assert [group["mean"]["agreement"] for group in report["groups"]] == [0.9, 0.1]
     wrongs: list[dict[str, Any]] = [
