@@ -9,5 +9,5 @@ def __getattr__(name: str) -> Any:  # the verbs import torch; `student-train --h
     if name in __all__:
         import importlib
 
-        return getattr(importlib.import_module(f"student_train.{name}"), name)
+        return getattr(importlib.import_module(f"student_train.commands.{name}"), name)
     raise AttributeError(name)

@@ -4,15 +4,13 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from run_kit.command_line import check_target, run_app
+from run_kit.command_line import run_app
 from run_kit.recipe_file import load_recipe
 from signal_store.errors import InputError
-from student_train.recipe import RunRecipe
-from student_train.sweep_recipe import SweepRecipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -24,36 +22,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 @app.command()
 def run(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train a student from a sealed cache; go on where it stopped."""
-    loaded = load_recipe(recipe, overrides or [], RunRecipe)
-    from student_train.commands.run import run as train
+    from student_train.recipe import RunRecipe
 
-    result = train(loaded)
-    typer.echo(json.dumps(result) if as_json else "  ".join(f"{key}: {_short(value)}" for key, value in result.items()))
+    loaded = load_recipe(recipe, overrides or [], RunRecipe)  # a mistake is said before torch is imported
+    from student_train.commands import run as command
 
-
-def _short(value: object) -> str:
-    return (
-        f"{value:.4f}"
-        if isinstance(value, float) and abs(value) < 100
-        else f"{value:,.0f}"
-        if isinstance(value, int | float)
-        else str(value)
-    )
+    result = command.run(loaded)
+    typer.echo(json.dumps(result) if as_json else command.text_of(result))
 
 
 @app.command()
 def explain(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would optimise, and refuse what its cache cannot serve, without training."""
+    from student_train.recipe import RunRecipe
+
     loaded = load_recipe(recipe, overrides or [], RunRecipe)
-    from student_train.commands.explain import explain as look
+    from student_train.commands import explain as command
 
-    found = look(loaded)
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    from student_train.commands.explain import text_of
-
-    typer.echo(text_of(found))
+    found = command.explain(loaded)
+    typer.echo(json.dumps(found) if as_json else command.text_of(found))
 
 
 @app.command()
@@ -64,13 +51,14 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Train many students from one cache, and rank them; exit code 1 if a run failed."""
+    from student_train.sweep_recipe import SweepRecipe
+
     loaded = load_recipe(recipe, overrides or [], SweepRecipe)
-    from student_train.commands.sweep import markdown
-    from student_train.commands.sweep import sweep as train
+    from student_train.commands import sweep as command
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs too
-    report = train(loaded, jobs)
-    typer.echo(json.dumps(report) if as_json else f"\n{markdown(report)}")
+    report = command.sweep(loaded, jobs)
+    typer.echo(json.dumps(report) if as_json else command.text_of(report))
     if report["failed"]:
         raise typer.Exit(1)
 
@@ -84,29 +72,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Propose an objective for this cache, student, text and machine: each choice with its reason. Nothing is applied."""
-    from student_train.commands.plan import PlanRecipe, planned_recipe
-    from student_train.commands.plan import plan as look
+    from student_train.commands import plan as command
 
-    loaded = load_recipe(recipe, overrides or [], PlanRecipe)
-    if write is not None:
-        check_target(write)
-    choices = look(loaded, evaluation)
-    if write is not None:
-        import yaml
-
-        write.write_text(yaml.safe_dump(planned_recipe(loaded, choices), sort_keys=False))
+    choices = command.plan(load_recipe(recipe, overrides or [], command.PlanRecipe), evaluation, write)
     if as_json:
-        typer.echo(json.dumps([{"place": c.place, "value": c.value, "why": c.why} for c in choices]))
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("place", "value", "why")
-    for choice in choices:
-        shown = "off" if choice.value is None else "on" if choice.value == {} else json.dumps(choice.value)
-        table.add_row(choice.place, escape(shown), escape(choice.why))
-    Console().print(table)
+        typer.echo(json.dumps(command.facts_of(choices)))
+    else:
+        _print(command.text_of(choices))
 
 
 @app.command()
@@ -119,18 +91,10 @@ def fidelity(
 ) -> None:
     """Say how much of its teacher a student has kept, on held-out text: agreement, overlap, KL, entropy gap, calibration, CKA by
     depth."""
-    from student_train.commands.fidelity import fidelity_report
+    from student_train.commands import fidelity as command
 
-    found = fidelity_report(student, tuple(cache), max_tokens, bf16=bf16)
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    cka = found.pop("cka")
-    for name, value in [
-        *found.items(),
-        *((f"CKA of teacher's block / student's at its depth, {pair}", mean) for pair, mean in cka.items()),
-    ]:
-        typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:.4f}")
+    found = command.evaluated(student, tuple(cache), max_tokens, bf16=bf16)
+    typer.echo(json.dumps(command.facts_of(found)) if as_json else command.text_of(found))
 
 
 @app.command()
@@ -145,17 +109,13 @@ def generate(
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Keep texts that were cut off.")] = False,
 ) -> None:
     """Let a student write, for its teacher to score: the next round's text."""
-    from student_train.commands.generate import generate as write
+    from student_train.commands import generate as command
 
-    check_target(out)
-    if out.exists():
-        raise InputError("there is something at this place", expected="a new file", found=out, where="--out")
-    found = write(
-        student, cache, out, samples=samples, new_tokens=new_tokens, temperature=temperature, seed=seed, unfinished=unfinished
-    )
-    typer.echo("  ".join(f"{name}: {count}" for name, count in found.items()))
-    if found["special"]:
-        typer.echo("some texts hold special tokens: give their source `special_tokens: tokens`", err=True)
+    sampling: dict[str, Any] = {"samples": samples, "new_tokens": new_tokens, "temperature": temperature, "seed": seed}
+    found = command.generate(student, cache, out, unfinished=unfinished, **sampling)
+    typer.echo(command.text_of(found))
+    if (hint := command.hint_of(found)) is not None:
+        typer.echo(hint, err=True)
 
 
 @app.command("show-weights")
@@ -167,23 +127,13 @@ def show_weights(
     as_json: AsJson = False,
 ) -> None:
     """Show a segment's text coloured by the importance of its tokens: blue 0.2, grey 1, red 3."""
-    from signal_store.cache import open_cache
-    from student_train.importance.rules import load_rules
-    from student_train.importance.show import coloured, save_surface, token_weights
+    from student_train.commands import show_weights as command
 
-    loaded = load_rules(rules)
-    opened = open_cache(cache)
-    if not -len(opened) <= segment < len(opened):
-        raise InputError("no such segment", expected=f"0 to {len(opened) - 1}", found=segment, where=cache)
-    tokens = token_weights(opened, segment, loaded)
-    if surface is not None:
-        save_surface(loaded, surface)
+    tokens = command.show_weights(cache, segment, rules, surface)
     if as_json:
-        typer.echo(json.dumps([{"text": t.text, "weight": t.weight, "roles": t.roles} for t in tokens]))
-        return
-    from rich.console import Console
-
-    Console().print(coloured(tokens))
+        typer.echo(json.dumps(command.facts_of(tokens)))
+    else:
+        _print(command.text_of(tokens))
 
 
 @app.command("plot-shares")
@@ -192,9 +142,9 @@ def plot_shares(
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("gradient_shares.png"),
 ) -> None:
     """Draw each term's share of the gradient over the steps of a run."""
-    from student_train.evaluate.gradient_shares import save_shares
+    from student_train.commands import plot_shares as command
 
-    save_shares(run, out)
+    command.plot_shares(run, out)
     typer.echo(str(out))
 
 
@@ -207,10 +157,9 @@ def report(
     ] = False,
 ) -> None:
     """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
-    from student_train.view.report import report as write
+    from student_train.commands import report as command
 
-    check_target(html)
-    html.write_text(write(runs, students=students), encoding="utf-8", errors="replace")
+    command.report(runs, html, students=students)
     typer.echo(str(html))
 
 
@@ -242,26 +191,17 @@ def spikes(
     as_json: AsJson = False,
 ) -> None:
     """Name the samples behind the jumps of a run's loss, escapes shown."""
-    from dataclasses import asdict
+    from student_train.commands import spikes as command
 
-    from signal_view.summary import printable
-    from student_train.commands.spikes import finite
-    from student_train.commands.spikes import spikes as look
+    found = command.spikes(run, most, suspects)
+    typer.echo(json.dumps(command.facts_of(found)) if as_json else command.text_of(found))
 
-    found = look(run, most, suspects)
-    if as_json:
-        facts = [asdict(spike) | {"loss": finite(spike.loss), "usual": finite(spike.usual)} for spike in found]
-        typer.echo(json.dumps(facts))
-        return
-    if not found:
-        typer.echo("no spike: no step's loss lies far above the steps before it")
-    for spike in found:
-        typer.echo(f"step {spike.step}: loss {spike.loss:.4f}, before it {spike.usual:.4f}")
-        for s in spike.suspects:
-            surprise = "" if s.surprise is None else f", teacher's surprise {s.surprise:.2f} nats"
-            typer.echo(
-                f"  segment {s.segment} ({printable(s.source)}, document {s.document}, {s.tokens} tokens{surprise}): {s.text}"
-            )
+
+def _print(what: Any) -> None:
+    """What rich lays out, such as a table."""
+    from rich.console import Console
+
+    Console().print(what)
 
 
 def main() -> None:

@@ -6,18 +6,20 @@ Agarwal et al. 2024; DAgger, Ross et al. 2011).
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from run_kit.command_line import check_target
 from run_kit.progress import progress_bar
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.io.local import LocalObjects
-from student_train.recipe import StudentSection
 from student_train.student.build import build_student
 from student_train.student.exact_text import Beginning, ExactText
+from student_train.student.sections import StudentSection
 
 BEGINNING = 0.25
 """Share of a plain text that is a prompt."""
@@ -43,6 +45,9 @@ def generate(
     Prompts: of train segments drawn by the seed, the rows before the first that counts, or the first quarter. A completion that
     does not end by itself within `new_tokens` is left out, and counted, unless `unfinished`.
     """
+    check_target(out)
+    if out.exists():
+        raise InputError("there is something at this place", expected="a new file", found=out, where="--out")
     opened = open_cache(cache)
     model, tokenizer = build_student(StudentSection(checkpoint=str(student)), opened)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,6 +87,16 @@ def generate(
         )
     LocalObjects(out.parent, scratch=".").put(out.name, "".join(lines).encode())
     return {"written": len(lines), **counts}
+
+
+def text_of(found: Mapping[str, int]) -> str:
+    """For a terminal: the counts."""
+    return "  ".join(f"{name}: {count}" for name, count in found.items())
+
+
+def hint_of(found: Mapping[str, int]) -> str | None:
+    """What follows from them for who goes on, if anything."""
+    return "some texts hold special tokens: give their source `special_tokens: tokens`" if found["special"] else None
 
 
 def _prompts(

@@ -3,14 +3,20 @@
 import json
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from rich.markup import escape
+from rich.table import Table
 from transformers import PreTrainedModel
 
 from model_taps.blocks import num_layers
+from run_kit.command_line import check_target
 from signal_store.cache import Cache, open_cache
 from signal_store.codecs.bf16_units import has_bf16_units
 from signal_store.errors import InputError
@@ -32,11 +38,22 @@ class PlanRecipe(RunRecipe):
         """None is needed before the choices are made."""
 
 
-def plan(recipe: PlanRecipe, evaluation: Path | None = None) -> list[Choice]:
-    """One choice for each question, with its reason; nothing is written or changed."""
+def plan(recipe: PlanRecipe, evaluation: Path | None = None, write: Path | None = None) -> list[Choice]:
+    """Propose an objective; nothing is applied.
+
+    Args:
+        evaluation: what `student-train fidelity --json` said of the last student.
+        write: where the recipe that the choices make goes, as YAML.
+    Returns:
+        one choice for each question, with its reason.
+    Raises:
+        InputError: if the cache holds no distribution, or `evaluation` is none.
+    """
+    if write is not None:
+        check_target(write)
     cache = open_cache(recipe.cache)
     student, _ = build_student(recipe.student, cache)
-    return propose(
+    choices = propose(
         Facts(
             cache=cache_facts(cache),
             student=student_facts(cache, student),
@@ -48,6 +65,23 @@ def plan(recipe: PlanRecipe, evaluation: Path | None = None) -> list[Choice]:
             without=frozenset(name for name, kind in KIND_OF.items() if kind in recipe.without),
         )
     )
+    if write is not None:
+        write.write_text(yaml.safe_dump(planned_recipe(recipe, choices), sort_keys=False))
+    return choices
+
+
+def facts_of(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [asdict(choice) for choice in choices]
+
+
+def text_of(choices: Sequence[Choice]) -> Table:
+    """For a terminal: a row a choice."""
+    table = Table("place", "value", "why")
+    for choice in choices:
+        shown = "off" if choice.value is None else "on" if choice.value == {} else json.dumps(choice.value)
+        table.add_row(choice.place, escape(shown), escape(choice.why))
+    return table
 
 
 def planned_recipe(recipe: PlanRecipe, choices: list[Choice]) -> dict[str, Any]:

@@ -6,20 +6,23 @@ the teacher was surprised by them, where the cache holds that, and shown with th
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_view import CacheView
 from signal_view.coloured import surprise_and_entropy
+from signal_view.summary import printable
 from student_train.data.reader import TOKENS_ONLY
 from student_train.data.rows import Stream
 from student_train.recipe import RunRecipe
-from student_train.student.build import build_student, packs_rows
+from student_train.student.build import build_student
+from student_train.student.packing import packs_rows
 from student_train.train.metrics import METRICS, read_metrics
 from student_train.view.students import cache_of, recipe_of
 
@@ -103,7 +106,7 @@ def segments_of(recipe: RunRecipe, cache: CacheView, steps: set[int]) -> dict[in
     """By step (from 1), the segments of its rows, one that stands in it twice, in a small cache, twice; the stream is walked from
     its beginning."""
     student, _ = build_student(recipe.student, cache)
-    packed = packs_rows(student, cache, recipe.stream)
+    packed = packs_rows(student, cache, recipe.stream.row_tokens, recipe.stream.forward_rows)
     config = recipe.stream.model_copy(update={"micro_rows": None})
     batches = Stream(cache, TOKENS_ONLY, config, packed=packed).micro_batches({}, 0)
     return {step: sorted(batch.segments) for step, batch in enumerate(islice(batches, max(steps)), start=1) if step in steps}
@@ -123,6 +126,24 @@ def _ranked(cache: CacheView, segments: set[int]) -> list[Suspect]:
     return sorted(found, key=lambda suspect: -(suspect.surprise or 0.0))
 
 
-def finite(value: float) -> float | None:
-    """What JSON can say."""
+def facts_of(found: Sequence[Spike]) -> list[dict[str, Any]]:
+    """For JSON, which knows no number that is not finite."""
+    return [asdict(spike) | {"loss": _finite(spike.loss), "usual": _finite(spike.usual)} for spike in found]
+
+
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def text_of(found: Sequence[Spike]) -> str:
+    """For a terminal, escapes shown."""
+    if not found:
+        return "no spike: no step's loss lies far above the steps before it"
+    lines = []
+    for spike in found:
+        lines.append(f"step {spike.step}: loss {spike.loss:.4f}, before it {spike.usual:.4f}")
+        for s in spike.suspects:
+            surprise = "" if s.surprise is None else f", teacher's surprise {s.surprise:.2f} nats"
+            about = f"{printable(s.source)}, document {s.document}, {s.tokens} tokens{surprise}"
+            lines.append(f"  segment {s.segment} ({about}): {s.text}")
+    return "\n".join(lines)
