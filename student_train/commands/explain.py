@@ -17,7 +17,14 @@ from student_train.student.build import build_student
 
 
 def explain(recipe: RunRecipe) -> dict[str, Any]:
-    """Terms with weight, formula, what they read of the cache and of the student; and how the stream is cut."""
+    """Resolve a recipe's objective against its cache and its student, and say it.
+
+    Returns:
+        `terms` with weight, formula and what they read of cache and student; those that are `off`, and why; the weights of tokens;
+        how many tokens a step, a run and the cache have.
+    Raises:
+        InputError, MismatchError: as `run` would at its start.
+    """
     cache = open_cache(recipe.cache)
     student, _ = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)

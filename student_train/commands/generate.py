@@ -1,4 +1,4 @@
-"""generate: the student goes on from the beginnings of the cache's texts, and what it writes becomes a source (REQUIREMENTS 34).
+"""generate: the student goes on from the beginnings of the cache's texts, and what it writes becomes a source.
 
 A teacher that is not there cannot speak to what a student writes. So it is asked in rounds: the student writes, the spare node
 scores the new texts (`teacher-cache extend`), the next run learns from old and new (generalised knowledge distillation in batches,
@@ -38,12 +38,21 @@ def generate(
     seed: int = 0,
     unfinished: bool = False,
 ) -> dict[str, int]:
-    """Write `out`, JSON lines of prompt and completion; how many texts were `written`, how many were `unfinished`, `shifted` (cut
-    at a whole character, not where it was asked for), `refused` (empty, no text but bytes that are not characters, or a chat's
-    later window) and how many hold `special` tokens: their source needs `special_tokens: tokens`.
+    """Let a student's folder go on from texts of a cache's train split.
 
-    Prompts: of train segments drawn by the seed, the rows before the first that counts, or the first quarter. A completion that
-    does not end by itself within `new_tokens` is left out, and counted, unless `unfinished`.
+    Prompts: of segments drawn by the seed, the rows before the first that counts, or the first quarter. A completion that does not
+    end by itself within `new_tokens` is left out, and counted, unless `unfinished`.
+
+    Args:
+        out: JSON lines of prompt and completion; a new file.
+        temperature: of the student's distribution, which is drawn from as it is otherwise.
+    Returns:
+        how many texts were `written`, how many were `unfinished`, `shifted` (cut at a whole character, not where it was asked for),
+        `refused` (empty, no text but bytes that are not characters, or a chat's later window) and how many hold `special` tokens:
+        their source needs `special_tokens: tokens`.
+    Raises:
+        InputError: if no text could be written, and for a tokenizer without an end-of-text token.
+    Source: Agarwal et al. 2024, section 3, in batches.
     """
     check_target(out)
     if out.exists():
@@ -67,15 +76,9 @@ def generate(
             for prompt, written in zip(some, _written(model, [p.ids for p in some], new_tokens, temperature, eos), strict=True):
                 finished = written[-1] == eos
                 counts["unfinished"] += not finished
-                if not finished and not unfinished:
-                    continue
-                text, cut_off = texts.written(prompt, written[:-1] if finished else written)
-                if (cut_off and not unfinished) or not text:
-                    counts["refused"] += 1
-                    continue
-                counts["shifted"] += prompt.shifted or cut_off
-                counts["special"] += texts.spells_special(prompt.text + text)
-                lines.append(json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False) + "\n")
+                if finished or unfinished:
+                    ids = written[:-1] if finished else written
+                    lines += _line(texts, prompt, ids, counts, unfinished=unfinished)
             progress.advance(bar, len(some))
     if not lines:
         raise InputError(
@@ -87,6 +90,17 @@ def generate(
         )
     LocalObjects(out.parent, scratch=".").put(out.name, "".join(lines).encode())
     return {"written": len(lines), **counts}
+
+
+def _line(texts: ExactText, prompt: Beginning, ids: list[int], counts: dict[str, int], *, unfinished: bool) -> list[str]:
+    """The line of what was written behind a prompt; none where it is no text."""
+    text, cut_off = texts.written(prompt, ids)
+    if (cut_off and not unfinished) or not text:
+        counts["refused"] += 1
+        return []
+    counts["shifted"] += prompt.shifted or cut_off
+    counts["special"] += texts.spells_special(prompt.text + text)
+    return [json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False) + "\n"]
 
 
 def text_of(found: Mapping[str, int]) -> str:

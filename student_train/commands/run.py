@@ -47,8 +47,15 @@ def _short(value: object) -> str:
 
 
 def run(recipe: RunRecipe) -> dict[str, Any]:
-    """Train and export; returns what `result.json` says. A finished run is not repeated. Started by torchrun or accelerate launch,
-    its processes train one student together; the first of them claims the folder for all."""
+    """Train and export. A finished run is not repeated, an unfinished one goes on from its last checkpoint. Started by torchrun or
+    accelerate launch, its processes train one student together; the first of them claims the folder for all.
+
+    Returns:
+        what `result.json` says.
+    Raises:
+        InputError, MismatchError: if the recipe cannot be run on this cache, or the folder holds another run; before any training.
+        SignalStoreError: if the loss is not finite, with the texts of the step.
+    """
     refuse_inside_a_cache(recipe.out)
     with Claim(recipe.out, "trains") as claim:
         start = _Start.of(recipe)

@@ -71,7 +71,15 @@ def spike_steps(losses: list[tuple[int, float]]) -> Iterator[tuple[int, float, f
 
 
 def spikes(run: Path, most: int = 3, suspects: int = 5) -> list[Spike]:
-    """The `most` highest spikes of a run, each with its most suspicious segments."""
+    """Find the `most` highest spikes of a run's loss, and make the rows of their steps again.
+
+    Returns:
+        by step, each with at most `suspects` of its segments, those first that surprised the teacher most.
+    Raises:
+        NotFoundError: if the folder holds no log.
+        InputError: if the run went over to another cache.
+        MismatchError: if the rows of a step cannot be made again here.
+    """
     path = run / METRICS
     if not path.is_file():
         raise NotFoundError("the run has no log", expected=METRICS, where=run)

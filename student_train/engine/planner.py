@@ -1,4 +1,4 @@
-"""Which objective suits this cache, this student, these texts, this machine and what the last student kept (REQUIREMENTS 2).
+"""Which objective suits this cache, this student, these texts, this machine and what the last student kept.
 
 Pure: five records of facts in, one choice for each question out, each with its reason. Nothing is decided in silence, and nothing
 is applied: `student-train plan` shows the choices and writes the recipe that they make. What a cache or a student cannot serve is

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+import student_train
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
+from student_train.commands.explain import explain
 from student_train.commands.plot_shares import plot_shares
 from student_train.commands.run import run
 from student_train.recipe import RunRecipe
@@ -49,6 +51,11 @@ def test_a_run_folder_says_what_it_was(cache: Cache, tmp_path: Path) -> None:
     assert {"validation_loss", "agreement", "overlap", "kl", "entropy_gap", "calibration_error"} <= result.keys()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < record["row_fill"] <= 1 for record in records if "loss" in record)
+
+
+def test_the_verbs_are_named_at_the_top() -> None:
+    assert student_train.run is run
+    assert student_train.explain is explain
 
 
 def test_a_term_of_no_weight_has_no_loss_in_the_log(cache: Cache, tmp_path: Path) -> None:
