@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from run_kit.recipe_file import LocalPath, apply_override, validate
 from signal_store.canonical import digest
-from signal_store.signals import Section, Seed
+from signal_store.format.section import Section, Seed
 from student_train.recipe import RunRecipe, flat
 
 Validated = Literal["validation_loss", "kl", "entropy_gap", "calibration_error", "agreement", "overlap"]

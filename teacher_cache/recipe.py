@@ -6,8 +6,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from run_kit.recipe_file import LocalPath, ModelName
-from signal_store.format.manifest import Split, Task
-from signal_store.signals import DEFAULT_KEYWORDS, Section, Signals
+from signal_store.format.section import Section
+from signal_store.manifest import Split, Task
+from signal_store.signals import DEFAULT_KEYWORDS, Signals
 
 
 class TeacherSection(Section):

@@ -6,7 +6,7 @@ import torch
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
-from signal_store.format.manifest import Split
+from signal_store.manifest import Split
 from student_train.data.reader import TOKENS_ONLY, Needs
 from student_train.data.rows import Stream
 from student_train.evaluate import fidelity

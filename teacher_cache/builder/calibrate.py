@@ -19,24 +19,22 @@ from signal_store.canonical import sha256
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.codecs.hidden import HiddenCodec
 from signal_store.errors import CorruptError, MismatchError
-from signal_store.format import layout
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.manifest import (
+from signal_store.format.section import Section
+from signal_store.format.text import segment_arrays, token_arrays
+from signal_store.io.objects import Objects, objects_at
+from signal_store.ledger.documents import CALIBRATION, MANIFEST, calibration_keys, commit, new_attempt, read_document
+from signal_store.manifest import (
     FORMAT_VERSION,
-    AttentionLayout,
     CalibrationIdentity,
-    HiddenLayout,
     Manifest,
     PlanIdentity,
     SourceIdentity,
-    StatsLayout,
     TeacherIdentity,
     TokenizerIdentity,
     parse_manifest,
 )
-from signal_store.io.objects import Objects, objects_at
-from signal_store.ledger.documents import CALIBRATION, MANIFEST, calibration_keys, commit, new_attempt, read_document
-from signal_store.signals import Section, Signals
+from signal_store.signals import AttentionLayout, Dimensions, HiddenLayout, Signals, StatsLayout, TagsSignal
 from teacher_cache.builder.calibration_fit import Arrays, checked_values, measure
 from teacher_cache.builder.plan import Plan, plan, settled
 from teacher_cache.builder.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
@@ -233,45 +231,26 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
         ),
         calibration=calibration,
         signals=signals,
-        arrays=tuple(spec.to_json() for spec in _specs(recipe, signals, calibration, body, planned)),
+        arrays=tuple(spec.to_json() for spec in _specs(recipe, signals, body, planned)),
     )
 
 
-def _specs(
-    recipe: CacheRecipe, signals: Signals, calibration: CalibrationIdentity, body: dict[str, Any], planned: Plan
-) -> list[ArraySpec]:
+def _specs(recipe: CacheRecipe, signals: Signals, body: dict[str, Any], planned: Plan) -> list[ArraySpec]:
     """The arrays of the cache, from what it holds and the body of its calibration; an overlay leaves tokens and segments to its
     base."""
-    capacities, unit_tokens = planned.capacities, recipe.resolved_unit_tokens
+    dimensions = Dimensions(
+        unit_tokens=recipe.resolved_unit_tokens,
+        vocab_size=planned.vocab_size,
+        hidden_size=body["teacher"]["hidden_size"],
+        capacities=planned.capacities,
+        calibration=body,
+    )
     specs: list[ArraySpec] = []
     if recipe.base is None:
-        specs += [*layout.token_arrays(unit_tokens), *layout.segment_arrays(capacities.segments)]
-        specs += layout.tag_arrays(unit_tokens) if planned.has_tags else ()
-    if signals.distribution is not None:
-        zigzag = bool(body.get("tail_zigzag"))  # caches that were calibrated before there was such a coding go on as they began
-        rank, vocab_size = calibration.tail_rank, planned.vocab_size
-        specs += layout.distribution_arrays(signals.distribution, rank, unit_tokens, vocab_size, zigzag=zigzag)
-    if signals.hidden is not None:
-        if signals.hidden.positions != "all":
-            specs += layout.row_range_arrays("hidden", capacities.segments)
-            specs.append(layout.position_array("hidden", capacities.hidden_rows))
-        for h in calibration.hidden:
-            specs += layout.hidden_arrays(h, signals.hidden, unit_tokens, capacities)
-    if signals.attention is not None:
-        specs += [*layout.row_range_arrays("attention", capacities.segments), *layout.attention_row_arrays(capacities)]
-        for a in calibration.attention:
-            specs += layout.attention_arrays(a, capacities)
-    if signals.stats is not None and calibration.stats is not None:
-        specs += layout.stats_arrays(signals.stats, calibration.stats, capacities)
-    if signals.replay is not None:
-        specs += layout.row_range_arrays("replay", capacities.segments)
-        specs += layout.replay_arrays(signals.replay, calibration.replay_layers, body["teacher"]["hidden_size"], capacities)
-    if signals.evidence is not None:
-        specs += layout.row_range_arrays("evidence", capacities.segments)
-        specs += layout.evidence_arrays(calibration.evidence_layers, capacities)
-    if signals.coverage is not None:
-        specs += layout.row_range_arrays("coverage", capacities.segments)
-        specs += layout.coverage_arrays(capacities, planned.vocab_size)
+        specs += [*token_arrays(dimensions.unit_tokens), *segment_arrays(dimensions.capacities.segments)]
+        specs += TagsSignal().arrays(dimensions) if planned.has_tags else ()
+    for _, signal in signals.cached():
+        specs += signal.arrays(dimensions)
     return specs
 
 

@@ -17,9 +17,8 @@ from run_kit.progress import progress_bar
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.codecs.hidden import HiddenCodec
 from signal_store.errors import InputError
-from signal_store.format.manifest import StatsLayout
 from signal_store.io.objects import Objects
-from signal_store.signals import DistributionSignal, EvidenceSignal, Signals
+from signal_store.signals import DistributionSignal, EvidenceSignal, Signals, StatsLayout
 from teacher_cache.builder.plan import Plan
 from teacher_cache.builder.positions import attention_rows
 from teacher_cache.builder.tail_basis import TailFit, headless_codec

@@ -15,7 +15,7 @@ from model_taps.loading import load_config, tokenizer_digest, vocabulary_size
 from run_kit.progress import progress_bar
 from signal_store.canonical import digest, sha256
 from signal_store.errors import InputError, MismatchError, NotFoundError
-from signal_store.format.manifest import Capacities, SourceIdentity, parse_manifest
+from signal_store.format.capacities import Capacities
 from signal_store.io.commit_check import refuse_uncommittable
 from signal_store.io.local import LocalObjects
 from signal_store.io.objects import Objects, objects_at
@@ -31,6 +31,7 @@ from signal_store.ledger.documents import (
     read_document,
     tokenizer_key,
 )
+from signal_store.manifest import SourceIdentity, parse_manifest
 from teacher_cache.builder.positions import capacities_of
 from teacher_cache.builder.recipe_parts import completed_plan, planned_part, refuse_another_recipe
 from teacher_cache.builder.unit_plan import UnitPlan

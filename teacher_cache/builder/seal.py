@@ -16,7 +16,6 @@ from signal_store.cache import newest_generation, sealed_metadata
 from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.manifest import Manifest, parse_manifest
 from signal_store.io.objects import Objects, objects_at
 from signal_store.io.shard_writer import write_unit_array
 from signal_store.ledger.documents import (
@@ -38,6 +37,7 @@ from signal_store.ledger.documents import (
     unit_key,
 )
 from signal_store.ledger.seal import Seal, constant_spec, pack_records, units_group
+from signal_store.manifest import Manifest, parse_manifest
 from teacher_cache.builder.calibrate import read_calibration_arrays
 from teacher_cache.builder.fill import publish_unit
 from teacher_cache.builder.plan import Plan, read_plan

@@ -16,7 +16,7 @@ from pygments.lexers import find_lexer_class_for_filename
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
-from signal_store.format.manifest import SkippedRow
+from signal_store.manifest import SkippedRow
 from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.files import plain_name

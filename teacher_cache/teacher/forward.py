@@ -20,7 +20,7 @@ from model_taps.neighbours import Composition, probe
 from model_taps.packing import Forward, best_fit, position_ids
 from model_taps.slices import State, refuse_silent_taps, tap_states
 from signal_store.errors import InputError, MismatchError, SignalStoreError, memory_error
-from signal_store.format.manifest import TeacherIdentity
+from signal_store.manifest import TeacherIdentity
 from teacher_cache.builder.unit_plan import UnitPlan
 from teacher_cache.builder.workers import Worker
 from teacher_cache.recipe import TeacherSection

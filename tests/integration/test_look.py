@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from model_taps.native_dtype import native_dtypes
 from run_kit.environment import checks
 from signal_store.errors import CorruptError, InputError, MismatchError, NotFoundError
-from signal_store.format.layout import SCALARS
+from signal_store.signals.distribution import SCALARS
 from signal_view import CacheView, open_cache, plots
 from signal_view.coloured import surprise_and_entropy
 from signal_view.extras import pyplot

@@ -11,8 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
-from signal_store.format.manifest import SourceIdentity
 from signal_store.io.objects import objects_at
+from signal_store.manifest import SourceIdentity
 from teacher_cache.builder.plan import plan
 from teacher_cache.builder.unit_staging import Tally
 from teacher_cache.corpus.chat import ChatOptions, render_chat
