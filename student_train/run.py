@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerFast
 
+from model_taps.attention import own_kernel
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.ledger import refuse_inside_a_cache
@@ -115,8 +116,7 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
     last = checkpoint.newest(recipe.out / "checkpoints")
     assert last is not None
     checkpoint.restore_weights(recipe.out / "best" if recipe.export == "best" else last, plain)
-    implementation = recipe.student.attn_implementation or student.config._attn_implementation.removeprefix("tapped_")  # noqa: SLF001
-    student.set_attn_implementation(implementation)
+    student.set_attn_implementation(recipe.student.attn_implementation or own_kernel(student))
     with checkpoint.disk_errors(recipe.out):
         student.save_pretrained(recipe.out / "student")
         tokenizer.save_pretrained(recipe.out / "student")
