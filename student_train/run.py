@@ -16,6 +16,7 @@ from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.ledger import refuse_inside_a_cache
 from signal_store.local_objects import LocalObjects
+from signal_store.progress import tell
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.claim import Claim
@@ -25,7 +26,7 @@ from student_train.metrics import METRICS, read_json, read_metrics
 from student_train.precision import choose_precision, emulated, training_device
 from student_train.recipe import RunRecipe
 from student_train.run_record import Begun, refuse_another_run, write_record
-from student_train.sharing import accelerator_of
+from student_train.sharing import accelerator_of, refuse_lone_shard
 from student_train.student import build_student
 from student_train.trainer import Trainer
 from student_train.validation import check_splits
@@ -72,6 +73,7 @@ class _Start:
 
 def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     cache = start.cache
+    refuse_lone_shard(recipe.sharing)
     check_splits(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
@@ -83,8 +85,9 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     )
     precision = choose_precision(recipe.precision, training_device(), start.begun.precision)
     accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
-    if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
-        print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)
+    if accelerator.is_main_process:
+        for line in filter(None, (emulated(precision, accelerator.device), _cold(recipe))):
+            tell(line)
 
     def begin(step: int, packed: bool) -> None:
         if accelerator.is_main_process:
@@ -107,6 +110,15 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
         if accelerator.num_processes > 1:
             accelerator.end_training()
     return read_json(recipe.out / RESULT)
+
+
+def _cold(recipe: RunRecipe) -> str | None:
+    """What to say of a run that ends in its warm-up. That is legitimate: a trial of a few steps begins as the longer run would."""
+    rate, steps, warmup = recipe.optimizer.learning_rate, recipe.steps, recipe.optimizer.warmup_steps
+    if warmup <= steps:
+        return None
+    last = rate * steps / warmup
+    return f"the warm-up, {warmup:,} steps, is longer than the run, {steps:,}: the learning rate ends at {last:.3g}"
 
 
 def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,7 @@
 """The student: built from a config or a checkpoint, and checked against the cache it will learn from."""
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.adapters import Adapter, adapter_of
+from model_taps.blocks import refuse_no_blocks
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from model_taps.neighbours import probe
 from signal_store.cache import Cache
@@ -35,11 +37,16 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
         torch.manual_seed(section.seed)
         try:
             config = _config(section, cache, tokenizer)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Initializing zero-element")  # which `_refuse_no_size` refuses
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation=section.attn_implementation
+                )
         except LOADING_ERRORS as error:
             if isinstance(error, SignalStoreError):
                 raise
             raise InputError("the student's config is wrong", found=str(error)[:300], where="student.config") from error
+        _refuse_no_size(model)
     _check(model, cache)
     if section.lora is not None:
         torch.manual_seed(section.seed)
@@ -122,6 +129,13 @@ def _refuse_unknown_fields(config: PretrainedConfig, fields: Mapping[str, object
             raise InputError(f"a {config.model_type} config has no such field", expected=near, found=name, where="student.config")
 
 
+def _refuse_no_size(model: PreTrainedModel) -> None:
+    """InputError where a width of 0 makes weights without numbers, which learn nothing."""
+    if empty := [name for name, weight in model.named_parameters() if not weight.numel()]:
+        shown = ", ".join(empty[:3])
+        raise InputError("the student's config gives weights no size", expected="1 or more", found=shown, where="student.config")
+
+
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
     own = section.tokenizer or section.checkpoint
     if section.tokenizer is None and own is not None and Path(own).is_dir() and not has_tokenizer(own):
@@ -148,6 +162,7 @@ def cached_tokenizer(cache: Cache) -> PreTrainedTokenizerFast:
 
 
 def _check(model: PreTrainedModel, cache: Cache) -> None:
+    refuse_no_blocks(model.config)
     vocab_size = cache.manifest.tokenizer.vocab_size
     rows = len(model.get_output_embeddings().weight)
     if rows < vocab_size:

@@ -38,9 +38,30 @@ def load_recipe(path: Path | str, overrides: Sequence[str], model: type[Recipe])
         raise InputError("the recipe is not YAML", found=error, where=path) from error
     if not isinstance(content, dict):
         raise InputError("the recipe is not a mapping", expected="key: value lines", found=type(content).__name__, where=path)
+    _refuse_lost([override.partition("=")[0] for override in overrides])
     for override in overrides:
         apply_override(content, override)
     return validate(content, model, where=str(path))
+
+
+def lost_places(places: Sequence[str]) -> tuple[str, str] | None:
+    """Of dotted places that are set in this order, the first that a later one sets again, by itself or with all that holds it, and
+    that later one. The other way round, a part after the whole, nothing is lost."""
+    for number, later in enumerate(places):
+        if earlier := next((place for place in places[:number] if f"{place}.".startswith(f"{later}.")), None):
+            return earlier, later
+    return None
+
+
+def _refuse_lost(places: Sequence[str]) -> None:
+    if lost := lost_places(places):
+        raise InputError(
+            "an override is lost to a later one",
+            expected=f"{lost[0]} once",
+            found=" ".join(f"{place}=…" for place in lost),
+            where="the overrides",
+            remedy="Give one of them, or the part after the whole.",
+        )
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:

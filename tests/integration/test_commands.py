@@ -26,7 +26,8 @@ from signal_store.command_line import guarded
 from signal_store.errors import InputError
 from signal_store.ledger import read_document
 from signal_store.local_objects import LocalObjects
-from signal_store.recipe_file import validate
+from signal_store.recipe_file import load_recipe, validate
+from student_train.metrics import METRICS, read_metrics
 from student_train.recipe import RunRecipe
 from teacher_cache.recipe import CacheRecipe
 from tests.processes import say_into
@@ -130,6 +131,10 @@ def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, 
         ("student.config.dtype=bfloat16", ["weights are float32", "precision: bfloat16"]),
         ("student.config.num_key_value_heads=3", ["the student cannot run"]),
         ("student.config.model_type=bert", ["looks ahead", "bert"]),
+        ("student.config.num_hidden_layers=0", ["a model without blocks", "num_hidden_layers of 1 or more", "found 0"]),
+        ("student.config.intermediate_size=0", ["gives weights no size", "mlp"]),
+        ("student.config.num_attention_heads=0", ["config is wrong", "zero"]),
+        ("sharing.mode=sharded", ["one process cannot share", "torchrun", "sharing.mode", "replicated"]),
         ("student.lora={rank: 2}", ["lora needs a checkpoint"]),
         ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1", "less than 1"]),
         ("stream.mix={weights: {trian: 1}}", ["trian"]),
@@ -147,6 +152,28 @@ def test_bad_run_recipes(tmp_path: Path, run_recipe: dict[str, Any], change: str
         run_recipe["student"]["config"].pop("num_key_value_heads", None)
     refused(cli("student_train", "run", write(tmp_path, run_recipe), change), *words)
     assert not (tmp_path / "run").exists()  # nothing claims the folder before it can begin
+
+
+@pytest.mark.parametrize(
+    "overrides", [["steps=8", "steps=9"], ["steps=8", "steps=8"], ["optimizer.learning_rate=0.1", "optimizer={warmup_steps: 3}"]]
+)
+def test_an_override_that_is_lost_to_a_later_one_is_refused(
+    tmp_path: Path, run_recipe: dict[str, Any], overrides: list[str]
+) -> None:
+    path = write(tmp_path, run_recipe)
+    refused(cli("student_train", "explain", path, *overrides), "lost to a later one", f"{overrides[0].partition('=')[0]} once")
+    kept = load_recipe(path, ["steps=9", "optimizer={warmup_steps: 3}", "optimizer.learning_rate=0.1", "stream.seed=1"], RunRecipe)
+    assert (kept.optimizer.warmup_steps, kept.optimizer.learning_rate) == (3, 0.1)
+
+
+def test_a_trial_that_ends_in_its_warm_up_says_so(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
+    run_recipe |= {"preset": "demo_kl", "losses": {}, "validation": None, "steps": 1}
+    done = cli("student_train", "run", write(tmp_path, run_recipe), "optimizer.warmup_steps=4")
+    assert done.returncode == 0, done.stderr
+    assert "the warm-up, 4 steps, is longer than the run, 1: the learning rate ends at 0.0025" in done.stderr
+    assert read_metrics(tmp_path / "run" / METRICS)[0]["learning_rate"] == 0.0025
+    again = cli("student_train", "run", write(tmp_path, run_recipe), "out=" + str(tmp_path / "warm"), "optimizer.warmup_steps=1")
+    assert (again.returncode, "warm-up" in again.stderr) == (0, False)
 
 
 def test_one_seed_is_for_all(run_recipe: dict[str, Any]) -> None:
