@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.adapters import Adapter, adapter_of
+from model_taps.attention import refuse_unknown_kernel
 from model_taps.blocks import refuse_no_blocks
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from model_taps.neighbours import probe
@@ -22,6 +23,8 @@ from student_train.recipe import LoraSection, StreamSection, StudentSection
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model in float32, ready to train, and its tokenizer."""
     quiet()
+    if section.attn_implementation is not None and not section.trust_remote_code:  # whose code may bring its own
+        refuse_unknown_kernel(section.attn_implementation, "student.attn_implementation")
     tokenizer = _tokenizer(section, cache)
     adapter = None if section.checkpoint is None or section.lora is None else adapter_of(section.checkpoint)
     if section.checkpoint is not None:  # adapters that are not trained on are merged, and all of the student is trained

@@ -41,9 +41,10 @@ from teacher_cache.plan import Plan, plan, settled
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
 from teacher_cache.supported import listening_of
-from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, load_teacher, placed, think
+from teacher_cache.teacher import Listening, Teacher, TeacherBatch, compose, device_of, load_teacher, placed, think
 from teacher_cache.teacher_dtype import tell_of_emulation, with_dtype
 from teacher_cache.teacher_identity import differing_fields, refuse_another_teacher, refuse_another_than_the_base
+from teacher_cache.teacher_limits import refuse_beyond_teacher
 from teacher_cache.unit_plan import UnitPlan
 from teacher_cache.unit_staging import load_plan_tokenizer
 from teacher_cache.worker_notes import noted
@@ -89,6 +90,7 @@ class Calibrated:
 
 def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
+    device_of(placed(recipe.teacher, worker))  # refused before a text is read
     planned = plan(recipe, worker)
     load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
     return calibrate_planned(recipe, planned, worker)
@@ -152,7 +154,8 @@ def calibration_body(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objec
 
 
 def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = ALONE) -> Teacher:
-    """The teacher as the recipe's signals need it, on this worker's GPU if there are several."""
+    """The teacher as the settled recipe's signals need it, on this worker's GPU if there are several."""
+    refuse_beyond_teacher(recipe)
     signals = recipe.signals
     needs_head = (signals.distribution is not None and signals.distribution.rank != 0) or signals.replay is not None
     needs_head |= signals.stats is not None and signals.stats.gradient

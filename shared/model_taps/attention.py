@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from model_taps.blocks import decoder_blocks, unsupported
 from model_taps.head import final_hidden
 from signal_store.errors import InputError
+from signal_store.recipe_file import nearest
 
 PREFIX = "tapped_"
 CHECKED_TOKENS = 12
@@ -131,6 +132,15 @@ def own_kernel(model: PreTrainedModel) -> str:
     """The attention that a model computes with, as `set_attn_implementation` takes it, whether its rows are captured or not."""
     name = str(model.config._attn_implementation)  # noqa: SLF001  (transformers has no public getter)
     return _kernels.get(name, name)
+
+
+def refuse_unknown_kernel(name: str, where: str) -> None:
+    """InputError for an attention implementation that transformers does not know and that is no kernel of the hub. Whether it is
+    installed, and whether a family has it, shows when a model is built."""
+    known = sorted({"eager", *AttentionInterface()} - _kernels.keys())
+    if name not in known and "/" not in name:
+        found = f"{name} (perhaps {near})" if (near := nearest(name, known)) else name
+        raise InputError("no such attention implementation", expected=", ".join(known), found=found, where=where)
 
 
 def enable_row_capture(model: PreTrainedModel) -> None:
