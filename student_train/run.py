@@ -19,7 +19,7 @@ from signal_store.local_objects import LocalObjects
 from signal_store.progress import tell
 from student_train import checkpoint
 from student_train.checkpoint import Progress
-from student_train.claim import Claim
+from student_train.claim import Claim, refuse_strangers
 from student_train.distiller import Distiller
 from student_train.losses.objective import resolve
 from student_train.metrics import METRICS, read_json, read_metrics
@@ -59,8 +59,10 @@ class _Start:
 
     @classmethod
     def of(cls, recipe: RunRecipe) -> "_Start":
-        """Look; MismatchError where another run is there."""
+        """Look; MismatchError where another run is there, InputError where something else is."""
         cache, begun = open_cache(recipe.cache), Begun.of(recipe.out)
+        if not begun.about and checkpoint.newest(recipe.out / "checkpoints") is None:
+            refuse_strangers(recipe.out)
         if begun.about.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
             cache = open_cache(recipe.cache, generation=int(begun.about["generation"]))
         if not recipe.checkpoint.accept_other_cache:
