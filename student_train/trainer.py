@@ -289,7 +289,7 @@ class Trainer:
             "the loss is not finite",
             found=f"loss {loss}, gradient norm {norm}",
             where=f"step {step}, segments {segments[:20]}, which begin {'; '.join(texts)}",
-            remedy="Lower the learning rate, or look at these texts.",
+            remedy="Lower the learning rate, in an out of its own, or look at these texts.",
         )
 
     def _validate(self, shared: Shared, stream: Stream, progress: Progress, log: RunLog) -> Progress:

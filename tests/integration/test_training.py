@@ -25,6 +25,15 @@ def test_a_loss_that_is_not_finite_names_its_texts(cache: Cache, tmp_path: Path)
     with pytest.raises(SignalStoreError, match=r"not finite.* segments \[.*which begin \d+: '") as caught:
         run(recipe)
     assert "\n" not in str(caught.value)
+    assert "Lower the learning rate, in an out of its own" in str(caught.value)
+    lower = recipe_of(cache, tmp_path, steps=30)
+    with pytest.raises(
+        MismatchError, match=r"another run \(.*learning_rate.*Give another out.*no checkpoint yet: remove the folder"
+    ) as caught:
+        run(lower)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(tmp_path)
+    assert run(lower.model_copy(update={"steps": 2}))["steps"] == 2
 
 
 def test_another_cache_is_refused_unless_told_so(cache: Cache, exact_cache: Cache, tmp_path: Path) -> None:
