@@ -1,8 +1,8 @@
 """The recipe of signals: what of the teacher's thought is written down. Part of a cache's identity."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 """Whole numbers that JSON carries everywhere."""
@@ -19,6 +19,15 @@ class Section(BaseModel):
     """Base of every recipe section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object, info: ValidationInfo) -> object:
+        """`true` is no number, though Python takes it for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("true and false (yes, no, on, off) are no value of this key")
+        return value
 
 
 Quality = Literal["lean", "standard", "exact"]

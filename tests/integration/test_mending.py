@@ -11,14 +11,16 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import open_cache
-from signal_store.errors import InputError, MismatchError, SignalStoreError
+from signal_store.errors import CorruptError, InputError, MismatchError, SignalStoreError
 from signal_store.ledger import EXTENSIONS
 from signal_store.local_objects import LocalObjects
 from teacher_cache import extend as extending
 from teacher_cache.build import build
 from teacher_cache.extend import extend
+from teacher_cache.fill import fill
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.repair import repair
+from teacher_cache.seal import seal
 from teacher_cache.verify import verify
 from tests.integration.test_generations import bodies
 from tests.tiny import CODE, make_model, make_tokenizer, needs_torch, write_jsonl
@@ -81,6 +83,25 @@ def test_a_grown_cache_is_mended_to_the_same_bytes(grown: tuple[CacheRecipe, Pat
     assert bodies(root) == whole
     assert not verify(recipe.cache).damages
     assert open_cache(recipe.cache).seal.generation == 2
+
+
+@pytest.mark.parametrize("what", ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "plan/0000000.*"])
+def test_what_was_planned_is_looked_at_before_a_cache_is_sealed(
+    tmp_path: Path, texts: dict[str, Path], recipe_for: RecipeMaker, what: str
+) -> None:
+    source = {"name": "train", "jsonl": texts["train"]}
+    recipe = recipe_for(tmp_path / "cache.zarr", sources=[source], signals={"distribution": {"rank": 8}})
+    fill(recipe)
+    (place,) = (Path(recipe.cache) / "ledger").glob(what)
+    if "plan" in what:
+        place.unlink()
+    else:
+        place.write_bytes(place.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match=r"object of the plan is gone or altered.*teacher-cache repair"):
+        seal(recipe.cache)
+    repair(recipe)
+    assert seal(recipe.cache).generation == 0
+    assert not verify(recipe.cache).damages
 
 
 def test_files_beside_the_cache_are_left_alone(grown: tuple[CacheRecipe, Path]) -> None:
