@@ -24,6 +24,7 @@ from signal_store.ledger import (
     STAGING,
     Document,
     UnitRecord,
+    calibration_keys,
     commit,
     extension_key,
     find_document,
@@ -217,16 +218,18 @@ def write_metadata(objects: Objects, metadata: dict[str, bytes]) -> None:
 
 
 def _check_planned(objects: Objects, planned: Plan) -> None:
-    """CorruptError where a tokenizer file is not what was planned, or a unit's plan is gone: the cache would be sealed damaged."""
+    """CorruptError where a tokenizer file or a copy of the calibration is not what it was, or a unit's plan is gone: the cache
+    would be sealed damaged."""
     files: dict[str, str] = planned.document.body["tokenizer"]["files"]
-    wanted = {tokenizer_key(name): content for name, content in files.items()}
+    arrays: str = read_document(objects, CALIBRATION).body["arrays_digest"]
+    wanted = {tokenizer_key(name): content for name, content in files.items()} | dict.fromkeys(calibration_keys(arrays), arrays)
     altered = [key for key, content in wanted.items() if not objects.exists(key) or sha256(objects.read(key)) != content]
     keys = (plan_unit_key(number, unit["digest"]) for number, unit in enumerate(planned.units))
     gone = [key for key in keys if not objects.exists(key)]
     if lost := altered + gone:
         raise CorruptError(
-            "an object of the plan is gone or altered",
-            expected="what was planned",
+            "an object that was made before is gone or altered",
+            expected="what was planned and calibrated",
             found=f"{len(lost)} such objects",
             where=lost[0],
             remedy="Run teacher-cache repair with its recipe.",

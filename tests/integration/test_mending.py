@@ -85,19 +85,19 @@ def test_a_grown_cache_is_mended_to_the_same_bytes(grown: tuple[CacheRecipe, Pat
     assert open_cache(recipe.cache).seal.generation == 2
 
 
-@pytest.mark.parametrize("what", ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "plan/0000000.*"])
-def test_what_was_planned_is_looked_at_before_a_cache_is_sealed(
+@pytest.mark.parametrize("what", ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "plan/0000000.*", "calibration/*"])
+def test_what_was_planned_and_calibrated_is_looked_at_before_a_cache_is_sealed(
     tmp_path: Path, texts: dict[str, Path], recipe_for: RecipeMaker, what: str
 ) -> None:
     source = {"name": "train", "jsonl": texts["train"]}
     recipe = recipe_for(tmp_path / "cache.zarr", sources=[source], signals={"distribution": {"rank": 8}})
     fill(recipe)
-    (place,) = (Path(recipe.cache) / "ledger").glob(what)
+    place = next((Path(recipe.cache) / "ledger").glob(what))
     if "plan" in what:
         place.unlink()
     else:
         place.write_bytes(place.read_bytes()[:-1])
-    with pytest.raises(CorruptError, match=r"object of the plan is gone or altered.*teacher-cache repair"):
+    with pytest.raises(CorruptError, match=r"made before is gone or altered.*teacher-cache repair"):
         seal(recipe.cache)
     repair(recipe)
     assert seal(recipe.cache).generation == 0
