@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from run_kit.recipe_file import LocalPath
-from signal_store.signals import Section, Seed
+from signal_store.format.section import Section, Seed
 from student_train.data.sections import StreamSection
 from student_train.evaluate.sections import ValidationSection
 from student_train.losses.config import KINDS, PRESETS, Kind, Losses, Term

@@ -13,7 +13,7 @@ import typer
 from run_kit.command_line import check_target, run_app
 from run_kit.recipe_file import load_recipe
 from signal_store.errors import InputError
-from signal_store.format.manifest import SourceIdentity
+from signal_store.manifest import SourceIdentity
 from teacher_cache.recipe import CacheRecipe
 
 if TYPE_CHECKING:

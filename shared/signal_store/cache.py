@@ -15,13 +15,13 @@ from zarr.core.sync import sync
 from signal_store.canonical import sha256
 from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError, NotFoundError
 from signal_store.format.arrays import ArraySpec, hierarchy_metadata
-from signal_store.format.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
 from signal_store.io.disk_cache import DiskCachedStore, DiskCacheOptions
 from signal_store.io.objects import Objects, objects_at
 from signal_store.io.sealed_store import PackedRecords, SealedStore
 from signal_store.io.shard_reader import decode_shards
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, PLAN, UNITS, find_document, read_document, seal_key, tokenizer_key
 from signal_store.ledger.seal import Seal, units_group
+from signal_store.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
 from signal_store.segment import Segment
 from signal_store.signals import Signals
 

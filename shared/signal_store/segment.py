@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.format.manifest import Split
+from signal_store.manifest import Split
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.format.layout import SCALARS
+from signal_store.signals.distribution import SCALARS
 from signal_view.segment_text import SegmentText
 
 MOST_TOKENS = 2048

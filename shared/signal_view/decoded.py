@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
-from signal_store.format.layout import ATTENTION_STATISTICS, FFN_STATISTICS, SCALARS
 from signal_store.format.roles import LEVELS
+from signal_store.signals.distribution import SCALARS
+from signal_store.signals.stats import ATTENTION_STATISTICS, FFN_STATISTICS
 from signal_view.extras import pandas, xarray
 from signal_view.meaning import meaning
 from signal_view.remembered import once_per_cache

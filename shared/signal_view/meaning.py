@@ -2,7 +2,9 @@
 
 import re
 
-MEANING: tuple[tuple[str, str, str], ...] = (
+from signal_store import signals
+
+TEXT: tuple[tuple[str, str, str], ...] = (
     (r"tokens/input_ids", "token id", "id"),
     (r"tokens/loss_mask", "0 counts nowhere, 1 label and distribution count, 2 its distribution does", "flag"),
     (r"tokens/byte_end", "end of the token in its document's UTF-8", "byte"),
@@ -12,35 +14,17 @@ MEANING: tuple[tuple[str, str, str], ...] = (
     (r"segments/(document|source)", "number", "number"),
     (r"segments/token_hash", "hash of the tokens", "hash"),
     (r"segments/finished", "ends as its document does", "flag"),
-    (r"distribution/head_ids", "the likeliest tokens, ascending", "id"),
-    (r"distribution/head_codes", "distance below the row's largest log-probability, square-root code", "code"),
-    (r"distribution/tail_codes", "coordinates of the final hidden state; unsigned: zigzag", "code"),
-    (r"distribution/scalars", "log-probabilities, entropy, log of head mass over tail mass by temperature", "nat"),
-    (r"distribution/sampled_ids_(.+)", "tokens drawn at a temperature", "id"),
-    (r"hidden/.+/values|replay/.+/values", "coordinates in units of the row's scale", "code"),
     (r".+/scale", "scale of the row", "activation"),
-    (r"attention/\d+/weights", "attention probability, square-root code", "code"),
-    (r"attention/\d+/columns", "key, counted from the segment's first token", "token"),
-    (r"attention/\d+/residual", "probability of the keys left out", "probability"),
     (r".+/rows/position", "global index of the row's token", "token"),
-    (r".+/rows/offset", "first entry of the row", "entry"),
-    (r".+/rows/length", "entries or tokens of the row", "token"),
-    (r"attention/rows/keyword", "a keyword's own row", "flag"),
     (r".+/segments/(row_start|rows)", "rows of the segment", "row"),
-    (r"stats/attention/.+", "entropy over log length, look-back, largest mass, mass on the first token", "share"),
-    (r"stats/ffn/.+", "share near zero, Hoyer's sparsity", "share"),
-    (r"stats/gradient/.+", "log10 of the gradient's variance", "log10"),
-    (r"replay/path/nll", "loss along the path", "nat"),
-    (r"evidence/.+/share", "share of the answer's attention", "share"),
-    (r"coverage/rows/token", "first token of a key word", "id"),
-    (r"coverage/words/probability", "probability that the summary says it", "probability"),
-    (r"tags/roles", "roles of the token's word", "code"),
 )
+"""Of the arrays of the text, and of those that several signals share."""
 
 
 def meaning(path: str) -> tuple[str, str]:
     """(what it is, unit); of an array that this version does not know, its path and "unknown"."""
-    for pattern, what, unit in MEANING:
-        if re.fullmatch(pattern, path):
-            return what, unit
-    return path, "unknown"
+    own = signals.meaning(path)
+    if own is not None:
+        return own
+    shared = ((what, unit) for pattern, what, unit in TEXT if re.fullmatch(pattern, path))
+    return next(shared, (path, "unknown"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
-from signal_store.format.manifest import Split
+from signal_store.manifest import Split
 from signal_store.segment import Segment
 from signal_view.tokens import token_texts
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from signal_store.cache import Cache, SealedPart
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.manifest import SourceIdentity
 from signal_store.ledger.seal import group_of
+from signal_store.manifest import SourceIdentity
 from signal_view.meaning import meaning
 
 MOST_UNITS = 256

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 from signal_store.cache import Cache
-from signal_store.format.manifest import Split
 from signal_store.io.disk_cache import DiskCacheOptions
+from signal_store.manifest import Split
 from signal_store.segment import Segment
 from signal_view import coloured, decoded, lazy, search, summary
 from signal_view.segment_text import SegmentText

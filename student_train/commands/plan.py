@@ -20,7 +20,7 @@ from run_kit.command_line import check_target
 from signal_store.cache import Cache, open_cache
 from signal_store.codecs.bf16_units import has_bf16_units
 from signal_store.errors import InputError
-from signal_store.format.layout import SCALARS
+from signal_store.signals.distribution import SCALARS
 from student_train.engine.planner import CacheFacts, Choice, DataFacts, EvaluationFacts, Facts, HardwareFacts, StudentFacts, propose
 from student_train.losses.config import KIND_OF
 from student_train.losses.objective import refusals

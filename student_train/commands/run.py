@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerFast
 
+from model_taps.attention import own_kernel
+from run_kit.progress import tell
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.io.local import LocalObjects
@@ -20,10 +22,10 @@ from signal_store.ledger.documents import refuse_inside_a_cache
 from student_train.evaluate.validation import check_splits
 from student_train.losses.objective import resolve
 from student_train.model.distiller import Distiller
-from student_train.model.parallel import accelerator_of
+from student_train.model.parallel import accelerator_of, refuse_lone_shard
 from student_train.model.precision import Precision, choose_precision, emulated, training_device
 from student_train.recipe import RunRecipe
-from student_train.record.claim import Claim
+from student_train.record.claim import Claim, refuse_strangers
 from student_train.record.run_record import Begun, refuse_another_run, write_record
 from student_train.student.build import build_student
 from student_train.train import checkpoint
@@ -78,8 +80,10 @@ class _Start:
 
     @classmethod
     def of(cls, recipe: RunRecipe) -> "_Start":
-        """Look; MismatchError where another run is there."""
+        """Look; MismatchError where another run is there, InputError where something else is."""
         cache, begun = open_cache(recipe.cache), Begun.of(recipe.out)
+        if not begun.about and checkpoint.newest(recipe.out / "checkpoints") is None:
+            refuse_strangers(recipe.out)
         if begun.about.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
             cache = open_cache(recipe.cache, generation=int(begun.about["generation"]))
         if not recipe.checkpoint.accept_other_cache:
@@ -92,6 +96,7 @@ class _Start:
 
 def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     cache = start.cache
+    refuse_lone_shard(recipe.sharing)
     check_splits(cache, validates=recipe.validation is not None)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
@@ -122,9 +127,19 @@ def _accelerator(recipe: RunRecipe, begun: Begun) -> tuple[Accelerator, Precisio
     )
     precision = choose_precision(recipe.precision, training_device(), begun.precision)
     accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
-    if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
-        print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)
+    if accelerator.is_main_process:
+        for line in filter(None, (emulated(precision, accelerator.device), _cold(recipe))):
+            tell(line)
     return accelerator, precision
+
+
+def _cold(recipe: RunRecipe) -> str | None:
+    """What to say of a run that ends in its warm-up. That is legitimate: a trial of a few steps begins as the longer run would."""
+    rate, steps, warmup = recipe.optimizer.learning_rate, recipe.steps, recipe.optimizer.warmup_steps
+    if warmup <= steps:
+        return None
+    last = rate * steps / warmup
+    return f"the warm-up, {warmup:,} steps, is longer than the run, {steps:,}: the learning rate ends at {last:.3g}"
 
 
 def _begin(
@@ -146,8 +161,7 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
     last = checkpoint.newest(recipe.out / "checkpoints")
     assert last is not None
     checkpoint.restore_weights(recipe.out / "best" if recipe.export == "best" else last, plain)
-    implementation = recipe.student.attn_implementation or student.config._attn_implementation.removeprefix("tapped_")  # noqa: SLF001
-    student.set_attn_implementation(implementation)
+    student.set_attn_implementation(recipe.student.attn_implementation or own_kernel(student))
     with checkpoint.disk_errors(recipe.out):
         student.save_pretrained(recipe.out / "student")
         tokenizer.save_pretrained(recipe.out / "student")

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from signal_store.codecs.distribution import DistributionCodes
-from signal_store.format.layout import SCALARS
 from signal_store.format.roles import token_types
+from signal_store.signals.distribution import SCALARS
 from student_train.data.batch import AttentionCodes, CodedBatch, CoverageCodes, EvidenceCodes, HiddenCodes, LaneCursor, ReplayCodes
 from student_train.data.reader import Needs, State, UnitReader
 from student_train.importance.weigher import Weigher

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from signal_store.cache import Cache
 from signal_store.errors import InputError
-from signal_store.format.manifest import Split
+from signal_store.manifest import Split
 from student_train.data.batch import CodedBatch, LaneCursor
 from student_train.data.collate import collate
 from student_train.data.lanes import Cut, Lane, Row, cut_rows

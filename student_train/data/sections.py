@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from signal_store.signals import Section, Seed
+from signal_store.format.section import Section, Seed
 
 
 class MixSection(Section):

@@ -1,10 +1,10 @@
 """The controllers of a run, and what their decisions are applied to."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from run_kit.progress import tell
 from student_train.engine.controller import Controller, Decision, Observation
 from student_train.engine.gate_watch import GateWatch
 from student_train.engine.overhead import OverheadWatch
@@ -55,4 +55,4 @@ class Engine:
         if self.gate is not None:
             self.gate.observe(decision.level_means)
         if decision.notice is not None and self.speaks:
-            print(decision.notice, file=sys.stderr)  # noqa: T201  (a person should see it while it happens)
+            tell(decision.notice)

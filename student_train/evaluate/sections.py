@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from signal_store.signals import Section
+from signal_store.format.section import Section
 
 
 class ValidationSection(Section):

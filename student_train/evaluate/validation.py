@@ -10,7 +10,7 @@ from torch import Tensor
 from model_taps.head import output_head
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
-from signal_store.format.manifest import Split
+from signal_store.manifest import Split
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import TOKENS_ONLY, Needs
 from student_train.evaluate import fidelity

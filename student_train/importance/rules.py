@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from signal_store.canonical import digest
 from signal_store.errors import InputError, NotFoundError
 from signal_store.format.roles import LEVELS
-from signal_store.signals import Section
+from signal_store.format.section import Section
 
 LEAST, MOST = 0.2, 3.0
 Impact = Annotated[float, Field(ge=0, le=1)]

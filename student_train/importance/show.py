@@ -9,8 +9,8 @@ from rich.text import Text
 
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
-from signal_store.format.layout import SCALARS
 from signal_store.format.roles import LEVELS
+from signal_store.signals.distribution import SCALARS
 from signal_view.coloured import tokens_html
 from signal_view.plots import axes_of, label_tokens
 from signal_view.tokens import token_texts

@@ -10,7 +10,7 @@ from model_taps.blocks import layer_at_depth, mean_abs_activation, num_layers
 from model_taps.segment_statistics import ffn_statistics
 from model_taps.slices import State
 from signal_store.cache import Cache
-from signal_store.format.layout import FFN_STATISTICS
+from signal_store.signals.stats import FFN_STATISTICS
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
 from student_train.losses.config import AsrTerm

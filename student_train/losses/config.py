@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from run_kit.recipe_file import LocalPath
-from signal_store.signals import Section
+from signal_store.format.section import Section
 from student_train.losses.schedule import Weight, WeightField
 
 

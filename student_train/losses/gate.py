@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from signal_store.cache import Cache
-from signal_store.format.layout import SCALARS
 from signal_store.format.roles import TOKEN_TYPES
+from signal_store.signals.distribution import SCALARS
 from student_train.data.reader import Needs
 from student_train.losses.config import GateTerm
 from student_train.losses.level import TokenLosses

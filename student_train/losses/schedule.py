@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from signal_store.signals import Section
+from signal_store.format.section import Section
 
 
 class Weight(Section):

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from signal_store.signals import Section
+from signal_store.format.section import Section
 
 
 class SharingSection(Section):
@@ -12,6 +12,7 @@ class SharingSection(Section):
     (FSDP2)."""
 
     mode: Literal["replicated", "sharded"] = "replicated"
+    """`sharded` is for two processes or more: one alone is refused."""
     cpu_offload: bool = False
     """Keep the shards in host memory between uses (sharded only)."""
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from run_kit.recipe_file import ModelName
-from signal_store.signals import Section, Seed
+from signal_store.format.section import Section, Seed
 
 
 class LoraSection(Section):

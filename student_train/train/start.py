@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from model_taps.attention import own_kernel
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import refuse_another_head
 from signal_store.cache import Cache
@@ -121,8 +122,7 @@ def _probe(settings: TrainSettings, accelerator: Accelerator, cache: Cache, dist
     Probes run in float32, where rounding is far below what they look for; FlashAttention has none.
     """
     student, vocab_size = distiller.student, cache.manifest.tokenizer.vocab_size
-    flash = "flash" in str(student.config._attn_implementation)  # noqa: SLF001
-    with accelerator.autocast() if flash else contextlib.nullcontext():
+    with accelerator.autocast() if "flash" in own_kernel(student) else contextlib.nullcontext():
         refuse_look_ahead(student, vocab_size, "student")
         refuse_another_head(student, vocab_size, "student")
         distiller.refuse_silent_rows()
@@ -136,7 +136,7 @@ def _cut(able: bool, packed: bool | None, distiller: Distiller) -> bool:
         raise MismatchError(
             "the run's rows hold several segments, which this student does not keep apart here",
             expected="the attention that the run began with",
-            found=distiller.student.config._attn_implementation,  # noqa: SLF001
+            found=own_kernel(distiller.student),
             where="student.attn_implementation",
         )
     return able if packed is None else packed

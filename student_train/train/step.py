@@ -155,5 +155,5 @@ def _not_finite(run: Run, loss: float, norm: float, step: int, micro: Sequence[P
         "the loss is not finite",
         found=f"loss {loss}, gradient norm {norm}",
         where=f"step {step}, segments {segments[:SHOWN_SEGMENTS]}, which begin {'; '.join(texts)}",
-        remedy="Lower the learning rate, or look at these texts.",
+        remedy="Lower the learning rate, in an out of its own, or look at these texts.",
     )

@@ -12,7 +12,7 @@ from model_taps.blocks import num_layers
 from model_taps.head import final_hidden
 from model_taps.slices import State, tap_states
 from signal_store.errors import MismatchError
-from signal_store.format.manifest import Split
+from signal_store.manifest import Split
 from signal_store.signals import Tap
 from signal_view import CacheView, SegmentView
 from signal_view.decoded import labels_of, place_among

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from signal_store.errors import NotFoundError
-from signal_store.format.manifest import Split
+from signal_store.manifest import Split
 from signal_view.extras import pyplot
 from signal_view.page import Block, page, picture, table
 from signal_view.plots import shown

@@ -11,7 +11,6 @@ from safetensors.numpy import save
 
 from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError, MismatchError, NotFoundError
-from signal_store.format.manifest import Manifest, SourceIdentity, parse_manifest
 from signal_store.io.objects import Objects, objects_at
 from signal_store.ledger.documents import (
     CALIBRATION,
@@ -34,6 +33,7 @@ from signal_store.ledger.documents import (
     unit_key,
 )
 from signal_store.ledger.seal import Seal
+from signal_store.manifest import Manifest, SourceIdentity, parse_manifest
 from teacher_cache.builder.calibrate import (
     calibration_body,
     load_recipe_teacher,

@@ -18,9 +18,9 @@ from model_taps.head import OutputHead
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
 from signal_store.codecs.zigzag import to_zigzag
 from signal_store.errors import InputError
-from signal_store.format.layout import distribution_arrays
 from signal_store.io.shard_writer import encode_chunk
 from signal_store.signals import DistributionSignal
+from signal_store.signals.distribution import distribution_arrays
 from teacher_cache.builder.tail_basis import TailFit, logit_chunks
 from teacher_cache.builder.tail_fidelity import Fidelity, measure
 

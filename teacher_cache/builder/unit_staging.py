@@ -14,10 +14,11 @@ from model_taps.loading import load_tokenizer, tokenizer_digest, vocabulary_size
 from run_kit.progress import progress_bar
 from signal_store.canonical import sha256
 from signal_store.errors import InputError, MismatchError, SignalStoreError
-from signal_store.format.layout import rounded_capacity
-from signal_store.format.manifest import Capacities, ChatCounts, SourceIdentity, Split, TaggerIdentity
+from signal_store.format.capacities import Capacities
+from signal_store.format.grid import rounded_capacity
 from signal_store.io.objects import Objects
 from signal_store.ledger.documents import plan_unit_key
+from signal_store.manifest import ChatCounts, SourceIdentity, Split, TaggerIdentity
 from teacher_cache.builder.positions import capacities_of
 from teacher_cache.builder.unit_plan import UnitPlan
 from teacher_cache.corpus.cutting import BadRow, Cutter, Job

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from signal_store.errors import NotFoundError, SignalStoreError
+from signal_store.format.section import Section
 from signal_store.io.objects import Objects
-from signal_store.signals import Section
 from teacher_cache.builder.workers import Worker
 
 NOTES = "ledger/workers"

@@ -19,7 +19,7 @@ from model_taps.loading import load_config
 from run_kit.progress import progress_bar
 from signal_store.errors import StorageError
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.manifest import Capacities
+from signal_store.format.capacities import Capacities
 from signal_store.io.local import LocalObjects
 from signal_store.io.objects import Objects, objects_at
 from signal_store.io.shard_writer import encode_chunk

@@ -12,9 +12,9 @@ from typing import Any
 from signal_store.cache import Cache, newest_generation, open_cache
 from signal_store.canonical import digest
 from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError
-from signal_store.format.manifest import SourceIdentity
 from signal_store.io.objects import Objects, objects_at
 from signal_store.ledger.documents import attempt_folder, commit, extension_key, read_document, seal_key
+from signal_store.manifest import SourceIdentity
 from teacher_cache.builder.calibrate import calibrate_planned
 from teacher_cache.builder.fill import fill_units, finished_units
 from teacher_cache.builder.plan import Plan, read_plan, texts_after

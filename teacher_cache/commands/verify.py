@@ -13,7 +13,6 @@ from signal_store.cache import newest_generation
 from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError, NotFoundError, SignalStoreError, StorageError
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.manifest import Manifest, parse_manifest
 from signal_store.io.objects import Objects, join_uri, objects_at
 from signal_store.ledger.documents import (
     CALIBRATION,
@@ -35,6 +34,7 @@ from signal_store.ledger.documents import (
     unit_key,
 )
 from signal_store.ledger.seal import Seal
+from signal_store.manifest import Manifest, parse_manifest
 from signal_store.signals import Signals
 from teacher_cache.builder.worker_notes import NOTES
 from teacher_cache.builder.workers import CLAIMS

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from signal_store.format.manifest import ChatCounts, Task
+from signal_store.manifest import ChatCounts, Task
 
 
 @dataclass(frozen=True, slots=True)

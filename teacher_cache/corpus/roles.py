@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from signal_store.canonical import sha256
 from signal_store.errors import InputError, NotFoundError
-from signal_store.format.manifest import TaggerIdentity
 from signal_store.format.roles import CODE, DEPENDENCY, LEVELS, POS, SEMANTIC
+from signal_store.manifest import TaggerIdentity
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import code_kinds
 from teacher_cache.recipe import TaggerSection

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from signal_store.codecs.attention import encode_attention
-from signal_store.format.manifest import AttentionLayout
+from signal_store.signals import AttentionLayout
 from teacher_cache.signals.rows import Extracted, numpy_of
 
 

@@ -17,7 +17,7 @@ from model_taps.head import final_norm
 from model_taps.segment_statistics import ffn_statistics, gradient_statistics
 from signal_store.codecs.hidden import HiddenCodec
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.manifest import Manifest
+from signal_store.manifest import Manifest
 from teacher_cache.builder.calibrate import Calibrated
 from teacher_cache.builder.positions import (
     AttentionRows,

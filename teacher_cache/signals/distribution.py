@@ -8,7 +8,8 @@ from torch import Tensor
 
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.codecs.zigzag import to_zigzag
-from signal_store.format.layout import id_dtype, sampled_path
+from signal_store.format.grid import id_dtype
+from signal_store.signals.distribution import sampled_path
 from teacher_cache.signals.rows import Extracted, numpy_of
 
 LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from signal_store.format.manifest import FORMAT_VERSION
+from signal_store.manifest import FORMAT_VERSION
 from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
 from tests.golden.archive import FOLDER, digests

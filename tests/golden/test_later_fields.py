@@ -50,8 +50,9 @@ def later_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("later")
     for name in ("shared", "teacher_cache"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("shared/signal_store/signals.py", "shared/signal_store/format/manifest.py", "teacher_cache/recipe.py"):
-        path = root / name
+    signals = sorted((root / "shared/signal_store/signals").glob("*.py"))
+    others = ("shared/signal_store/format/capacities.py", "shared/signal_store/manifest.py", "teacher_cache/recipe.py")
+    for path in [*(path for path in signals if path.stem not in ("base", "tags")), *(root / name for name in others)]:
         lines = path.read_text().splitlines()
         sections = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and _is_section(n)]
         for section in reversed(sections):
@@ -62,7 +63,7 @@ def later_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _is_section(node: ast.ClassDef) -> bool:
-    return any(isinstance(base, ast.Name) and base.id == "Section" for base in node.bases)
+    return any(isinstance(base, ast.Name) and base.id in ("Section", "Signal") for base in node.bases)
 
 
 def run(later_version: Path, code: str, argument: Path) -> dict[str, object]:

@@ -17,7 +17,7 @@ from model_taps.slices import TAPS, tap_states
 from signal_store.cache import Cache, open_cache
 from signal_store.codecs.distribution import DistributionCodes
 from signal_store.errors import MismatchError
-from signal_store.format.layout import id_dtype
+from signal_store.format.grid import id_dtype
 from signal_store.io.objects import objects_at
 from signal_store.ledger.documents import CALIBRATION, read_document
 from signal_store.segment import Segment

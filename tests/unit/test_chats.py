@@ -11,8 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
-from signal_store.format.manifest import SourceIdentity
 from signal_store.io.objects import objects_at
+from signal_store.manifest import SourceIdentity
 from teacher_cache.builder.plan import plan
 from teacher_cache.builder.unit_staging import Tally
 from teacher_cache.corpus.chat import ChatOptions, render_chat
@@ -205,6 +205,37 @@ def test_a_template_may_look_at_how_texts_begin_and_end(look: str) -> None:
 def test_a_template_that_changes_words_is_refused() -> None:
     with pytest.raises(InputError, match="changes what turns say"):
         rendered(PLAIN.replace("m.content", "m.content | capitalize"), [user("why NOW?"), assistant("so.")])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }} turns\n" + PLAIN,
+        PLAIN.replace("in messages", "in messages[-2:]"),
+        PLAIN.replace("<|end|>\n", "{% if not loop.last %}<|end|>{% endif %}"),
+    ],
+    ids=["counts turns", "shows the last two", "separates turns"],
+)
+def test_no_header_counts_where_a_longer_chat_begins_otherwise(template: str) -> None:
+    assert all(text.startswith(("So.", "Then.")) for document in rendered(template, TWO) for text in document)
+
+
+def test_what_a_template_says_before_a_first_turn_of_the_assistant_is_not_its_answer() -> None:
+    helpful = "{% if messages and messages[0].role != 'system' %}<|system|>Be helpful.<|end|>\n{% endif %}" + PLAIN
+    assert rendered(helpful, [assistant("Hello."), *TWO]) == [["Hello.<|end|>", "So.<|end|>", "Then.<|end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "what"),
+    [
+        ("{{ messages[-1].content }}\n" + PLAIN, TWO[:2], "another order"),
+        (PLAIN.replace("in messages", "in messages[::-1]"), TWO[:2], "another order"),
+        ("{{ messages | length }} turns\n" + PLAIN, [assistant("Hello."), *TWO], "does not lead to an answer"),
+    ],
+)
+def test_where_nobody_can_say_where_an_answer_begins_is_an_error(template: str, chat: list[Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        rendered(template, chat)
 
 
 def test_the_day_is_always_the_same() -> None:

@@ -35,9 +35,9 @@ from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import Cache, open_cache
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
 from signal_store.codecs.zigzag import to_zigzag
-from signal_store.format.layout import distribution_arrays
 from signal_store.io.shard_writer import encode_chunk
 from signal_store.signals import DistributionSignal
+from signal_store.signals.distribution import distribution_arrays
 from teacher_cache.builder.tail_basis import TailFit
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)

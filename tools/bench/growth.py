@@ -25,23 +25,22 @@ from rich.table import Table
 from run_kit.command_line import guarded
 from signal_store.cache import SealedPart, open_cache, sealed_metadata
 from signal_store.canonical import sha256
-from signal_store.format import layout
-from signal_store.format.manifest import (
+from signal_store.format.capacities import Capacities
+from signal_store.format.text import segment_arrays, token_arrays
+from signal_store.io.local import LocalObjects
+from signal_store.io.shard_writer import write_unit_array
+from signal_store.ledger.documents import MANIFEST, commit, seal_key
+from signal_store.ledger.seal import Seal, constant_spec, group_of, units_group
+from signal_store.manifest import (
     FORMAT_VERSION,
     CalibrationIdentity,
-    Capacities,
-    HiddenLayout,
     Manifest,
     PlanIdentity,
     SourceIdentity,
     TeacherIdentity,
     TokenizerIdentity,
 )
-from signal_store.io.local import LocalObjects
-from signal_store.io.shard_writer import write_unit_array
-from signal_store.ledger.documents import MANIFEST, commit, seal_key
-from signal_store.ledger.seal import Seal, constant_spec, group_of, units_group
-from signal_store.signals import DistributionSignal, EveryNth, HiddenSignal, Signals
+from signal_store.signals import Dimensions, DistributionSignal, EveryNth, HiddenLayout, HiddenSignal, Signals
 from stdlib_corpus import modules
 from teacher_cache.builder.plan import plan
 from teacher_cache.builder.workers import Worker
@@ -59,13 +58,14 @@ def synthetic_manifest(tokens: int) -> Manifest:
     distribution = DistributionSignal.model_validate({})
     hidden = HiddenSignal(positions=EveryNth(every=4))
     stored = HiddenLayout(tap="block_output", layer=12, width=1024, rank=64, explained_variance=0.9)
-    specs = [
-        *layout.token_arrays(UNIT_TOKENS),
-        *layout.segment_arrays(256),
-        *layout.distribution_arrays(distribution, 128, UNIT_TOKENS, 32_768),
-    ]
-    specs += [*layout.row_range_arrays("hidden", 256), layout.position_array("hidden", 16_384)]
-    specs += layout.hidden_arrays(stored, hidden, UNIT_TOKENS, capacities)
+    dimensions = Dimensions(
+        unit_tokens=UNIT_TOKENS,
+        vocab_size=32_768,
+        hidden_size=1024,
+        capacities=capacities,
+        calibration={"tail_rank": 128, "tail_zigzag": True, "hidden": [stored.model_dump()]},
+    )
+    specs = [*token_arrays(UNIT_TOKENS), *segment_arrays(256), *distribution.arrays(dimensions), *hidden.arrays(dimensions)]
     digest = "sha256:" + "0" * 64
     teacher = TeacherIdentity(
         name="synthetic", revision=None, model_type="qwen3", config_digest=digest, weights_digest=digest, dtype="bfloat16",

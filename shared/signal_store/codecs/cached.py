@@ -7,7 +7,7 @@ from signal_store.cache import Cache
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.codecs.hidden import HiddenCodec
 from signal_store.errors import MismatchError
-from signal_store.format.manifest import HiddenLayout
+from signal_store.signals import HiddenLayout
 
 
 def distribution_codec(cache: Cache) -> DistributionCodec:

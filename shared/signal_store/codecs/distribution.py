@@ -20,8 +20,8 @@ from torch import Tensor
 
 from signal_store.codecs.bf16_units import bf16_units, has_bf16_units, two_halves
 from signal_store.errors import MismatchError
-from signal_store.format.layout import SCALARS
 from signal_store.signals import DistributionSignal
+from signal_store.signals.distribution import SCALARS
 
 PADDED_LOGIT = -1e30
 LOG_NOTHING = -1e5

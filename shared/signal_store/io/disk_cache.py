@@ -12,8 +12,8 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
 
 from signal_store.errors import InputError
+from signal_store.format.section import Section
 from signal_store.io.read_store import ReadStore
-from signal_store.signals import Section
 
 
 class DiskCacheOptions(Section):

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.manifest import SourceIdentity
 from signal_store.io.shard_writer import ShardRecord
 from signal_store.ledger.documents import EXTENSIONS, UnitRecord
+from signal_store.manifest import SourceIdentity
 
 ABSENT = np.uint64(2**64 - 1)
 

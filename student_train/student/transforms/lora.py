@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from model_taps.adapters import Adapter
-from run_kit.recipe_file import nearest
 from signal_store.errors import InputError
+from signal_store.nearest import nearest
 from student_train.student.sections import LoraSection
 from student_train.student.transforms.transform import Origin
 

@@ -8,12 +8,14 @@ default where a stored document lacks it, so its default must mean what was done
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from signal_store.canonical import digest
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.format.arrays import ArraySpec
-from signal_store.signals import Section, Signals, Tap
+from signal_store.format.capacities import Capacities
+from signal_store.format.section import Section
+from signal_store.signals import AttentionLayout, HiddenLayout, Signals, StatsLayout
 
 FORMAT_VERSION = 1
 Split = Literal["train", "validation"]
@@ -96,30 +98,6 @@ class SourceIdentity(Section):
     skipped_rows: tuple[SkippedRow, ...] = ()
 
 
-class Capacities(Section):
-    """Rows that every unit has room for, in the arrays that do not have one row per token: maxima over the plan's units."""
-
-    segments: int
-    hidden_rows: int
-    attention_rows: int
-    attention_entries: int
-    replay_rows: int
-    evidence_rows: int = 0
-    coverage_rows: int = 0
-
-    def union(self, other: "Capacities") -> "Capacities":
-        """Room for both."""
-        return Capacities(**{name: max(getattr(self, name), getattr(other, name)) for name in Capacities.model_fields})
-
-    def plus(self, other: "Capacities") -> "Capacities":
-        """Rows of both, one after the other."""
-        return Capacities(**{name: getattr(self, name) + getattr(other, name) for name in Capacities.model_fields})
-
-    def holds(self, other: "Capacities") -> bool:
-        """Whether the other fits."""
-        return self.union(other) == self
-
-
 class PlanIdentity(Section):
     """How the text was cut, and how segments are batched for the teacher."""
 
@@ -138,42 +116,6 @@ class PlanIdentity(Section):
     capacities: Capacities
 
 
-class HiddenLayout(Section):
-    """What is stored of one tap of one layer: `rank` directions of `width`, which keep `explained_variance` of it."""
-
-    tap: Tap
-    layer: int
-    width: int
-    rank: int | None
-    explained_variance: float
-
-    @property
-    def group(self) -> str:
-        """Its group in the hierarchy."""
-        return f"hidden/{self.tap}/{self.layer}"
-
-
-class AttentionLayout(Section):
-    """Which heads are stored of one layer."""
-
-    layer: int
-    head_ids: tuple[int, ...]
-    max_columns: int | None
-
-    @property
-    def group(self) -> str:
-        """Its group in the hierarchy."""
-        return f"attention/{self.layer}"
-
-
-class StatsLayout(Section):
-    """Which layers statistics are taken of; of the attention, those with softmax attention and their heads."""
-
-    layers: tuple[int, ...]
-    attention_layers: tuple[int, ...]
-    num_heads: int
-
-
 class CalibrationIdentity(Section):
     """What calibration decided, and the digest of the matrices it made."""
 
@@ -186,6 +128,15 @@ class CalibrationIdentity(Section):
     stats: StatsLayout | None
     replay_layers: tuple[int, ...]
     evidence_layers: tuple[int, ...] = ()
+    signals: dict[str, Any] = Field(default_factory=dict)
+    """By name, what was decided of signals that have no field here; left out where there is none."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        if not self.signals:
+            del found["signals"]
+        return found
 
 
 class Manifest(Section):
