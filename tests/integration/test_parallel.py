@@ -140,18 +140,19 @@ def test_adapters_train_alone(cache: Cache, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **{**COMMON, "num_hidden_layers": 2, "vocab_size": cache.manifest.tokenizer.vocab_size})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "begun")
+    out = tmp_path / "run"
     recipe = recipe_of(
         cache,
-        tmp_path,
+        out,
         student={"checkpoint": str(tmp_path / "begun"), "lora": {"rank": 2}},
         tensorboard=True,
     )
     run(recipe)
-    found = load_file(tmp_path / "student" / "adapter_model.safetensors")
+    found = load_file(out / "student" / "adapter_model.safetensors")
     assert found
     assert all("lora_" in name for name in found)
-    assert losses(tmp_path)[-3] < losses(tmp_path)[0]
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    assert losses(out)[-3] < losses(out)[0]
+    assert list(out.rglob("events.out.tfevents*"))
     misspelt = recipe_of(
         cache, tmp_path / "b", student={"checkpoint": str(tmp_path / "begun"), "lora": {"target_modules": ["q_proj", "v_porj"]}}
     )
