@@ -62,7 +62,7 @@ class DepthCka:
                     other = codecs.hidden[self.tap, pair.teacher].decode(codes.values, codes.scale)
                     totals[number] += debiased_cka(groups.of(own), groups.of(other), groups.inside).double().sum()
                 totals[-1] += len(groups.index)
-        *sums, segments = student.accelerator.reduce(totals, reduction="sum").tolist()
+        *sums, segments = student.accelerator.reduce(totals, reduction="sum").tolist()  # waits once, for all batches
         if not segments:
             return {}
         return {f"{p.teacher}/{p.student}": Quantity(total / segments, SHARE) for p, total in zip(self.pairs, sums, strict=True)}

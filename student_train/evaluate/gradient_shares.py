@@ -49,5 +49,5 @@ class GradientShares:
                     total.backward()
                 norms[number] += student.clipped_norm(math.inf).to(norms.device)
                 student.distiller.zero_grad(set_to_none=True)
-        found = dict(zip(terms, norms.tolist(), strict=True))
+        found = dict(zip(terms, norms.tolist(), strict=True))  # waits once, for all terms
         return {f"{name}{SUFFIX}": Quantity(norm / max(sum(found.values()), TINY), SHARE) for name, norm in found.items()}

@@ -71,7 +71,7 @@ class Validation:
                     total += sums[name]
         by_source = accelerator.reduce(by_source, reduction="sum")
         totals = {name: accelerator.reduce(total, reduction="sum") for name, total in totals.items()}
-        loss, labels = by_source.sum(1).tolist()
+        loss, labels = by_source.sum(1).tolist()  # waits for all batches, as do the few numbers below
         if not labels:
             raise MismatchError("the cache has no validation split", expected="a source with split: validation", found="none")
         means = (by_source[0] / by_source[1].clamp(min=1)).tolist() if len(names) > 1 else []

@@ -2,7 +2,8 @@
 
 Where the host waits for the device: once for the counts, where there are several ranks (they are needed to scale the losses); once
 for all sums, extras and the norm together (the update is not made where they are not finite); and once for the parameter anchor's
-value, where it is on. Terms may wait in their forward passes, as their files say. Everything else is only told to the device.
+value, where it is on. Terms may wait in their forward passes, and a gate when the engine tells it of its levels' losses. Everything
+else is only told to the device.
 """
 
 import math
