@@ -1,9 +1,8 @@
 """From a YAML file and `key=value` overrides to a validated recipe; every mistake in one line."""
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from signal_store.errors import InputError, NotFoundError
+from signal_store.nearest import nearest
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
 
@@ -38,9 +38,30 @@ def load_recipe(path: Path | str, overrides: Sequence[str], model: type[Recipe])
         raise InputError("the recipe is not YAML", found=error, where=path) from error
     if not isinstance(content, dict):
         raise InputError("the recipe is not a mapping", expected="key: value lines", found=type(content).__name__, where=path)
+    _refuse_lost([override.partition("=")[0] for override in overrides])
     for override in overrides:
         apply_override(content, override)
     return validate(content, model, where=str(path))
+
+
+def lost_places(places: Sequence[str]) -> tuple[str, str] | None:
+    """Of dotted places that are set in this order, the first that a later one sets again, by itself or with all that holds it, and
+    that later one. The other way round, a part after the whole, nothing is lost."""
+    for number, later in enumerate(places):
+        if earlier := next((place for place in places[:number] if f"{place}.".startswith(f"{later}.")), None):
+            return earlier, later
+    return None
+
+
+def _refuse_lost(places: Sequence[str]) -> None:
+    if lost := lost_places(places):
+        raise InputError(
+            "an override is lost to a later one",
+            expected=f"{lost[0]} once",
+            found=" ".join(f"{place}=…" for place in lost),
+            where="the overrides",
+            remedy="Give one of them, or the part after the whole.",
+        )
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -97,11 +118,6 @@ def validate(content: Any, model: type[Recipe], where: str) -> Recipe:
     except ValidationError as error:
         problems = "; ".join(_problem(dict(e), model) for e in error.errors())
         raise InputError(f"the recipe is wrong: {problems}", where=where) from error
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one that was probably meant, if any comes near."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
 
 
 def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:

@@ -26,7 +26,15 @@ from teacher_cache.builder.tail_choice import choose_codec
 from teacher_cache.builder.unit_plan import UnitPlan
 from teacher_cache.builder.unit_staging import SPLITS
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.teacher.forward import Listening, Teacher, TeacherBatch, attention_layers, refuse_no_rows, resolve_forward, think
+from teacher_cache.teacher.forward import (
+    Listening,
+    Teacher,
+    TeacherBatch,
+    attention_layers,
+    refuse_no_rows,
+    resolve_forward,
+    think,
+)
 from teacher_cache.teacher.supported import listening_of, refuse_unsupported
 
 FIT_TOKENS_PER_CHANNEL = (8, 16)
@@ -83,8 +91,9 @@ def budget(asked_per_source: int | None, sizes: Sequence[int], width: int, most:
 
 
 def picks(planned: Plan, objects: Objects, by_source: Sequence[int]) -> list[Pick]:
-    """Segments spread evenly over each source, until its share is reached; every source is met."""
-    chosen_units = _spread_units(planned)
+    """Segments spread evenly over what `sampled_units` hold of each source, until its share of tokens is reached; of every source
+    that has tokens one segment at least."""
+    chosen_units = sampled_units(planned)
     units = [planned.unit(objects, u) for u in chosen_units]
     picked: list[list[int]] = [[] for _ in units]
     for source in range(len(planned.sources)):
@@ -101,34 +110,18 @@ def picks(planned: Plan, objects: Objects, by_source: Sequence[int]) -> list[Pic
     ]
 
 
-def _spread_units(planned: Plan) -> list[int]:
-    """Units spread evenly over the plan, and one in the middle of each source's own range, so that a small one is not missed."""
-    count = planned.num_units
-    chosen = set(planned.spread_units(MAX_UNITS_READ))
-    ends = np.cumsum([unit["tokens"] for unit in planned.units])
-    in_units = {split: sum(u["tokens"] for u in planned.units if u["split"] == split) for split in SPLITS}
-    own = {split: sum(s.num_tokens for s in planned.sources if s.split == split) for split in SPLITS}
-    with_context = {split: in_units[split] / max(1, own[split]) for split in SPLITS}  # overlap shows tokens twice
-    for split in SPLITS:
-        start = 0 if split == "train" else in_units["train"]
-        for source in planned.sources:
-            if source.split == split:
-                tokens = round(source.num_tokens * with_context[split])
-                chosen.add(min(count - 1, int(np.searchsorted(ends, start + tokens // 2, side="right"))))
-                start += tokens
-    return sorted(int(unit) for unit in chosen)
-
-
-def _refuse_too_many(signals: Signals, teacher: Teacher) -> None:
-    """InputError where the recipe asks for more of a thing than the teacher has."""
-    width, heads = teacher.identity.hidden_size, teacher.identity.num_heads
-    asked = {
-        "distribution.rank": (signals.distribution.rank if signals.distribution else None, width),
-        "attention.heads": (signals.attention.heads if signals.attention else None, heads),
-    }
-    for name, (wanted, most) in asked.items():
-        if isinstance(wanted, int) and most is not None and wanted > most:
-            raise InputError("more than the teacher has", expected=f"at most {most}", found=wanted, where=f"signals.{name}")
+def sampled_units(planned: Plan) -> list[int]:
+    """The units that calibration reads: of a plan of `MAX_UNITS_READ` or fewer all, of a longer one so many spread evenly, and the
+    unit that holds the middle segment of each source, so that a small one is not missed. A plan lays segments out source by source,
+    train before validation, and counts them: no unit is read to know whose it is."""
+    chosen, first = set(planned.spread_units(MAX_UNITS_READ)), 0
+    for document in (planned.document, *planned.extensions):
+        counts = np.asarray([s["num_segments"] for split in SPLITS for s in document.body["sources"] if s["split"] == split])
+        ends = np.cumsum([unit["segments"] for unit in document.body["units"]])
+        middles = (np.cumsum(counts) - counts + counts // 2)[counts > 0]
+        chosen |= {first + int(unit) for unit in np.searchsorted(ends, middles, side="right")}
+        first += len(ends)
+    return sorted(chosen)
 
 
 def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objects) -> tuple[dict[str, Any], Arrays]:
@@ -136,7 +129,6 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     signals = recipe.signals
     states = hidden_states(signals, teacher)
     attention = signals.attention
-    _refuse_too_many(signals, teacher)
     row_layers = attention_layers(teacher, attention.layers) if attention else ()
     body: dict[str, Any] = {"tail_rank": 0, "stats": _stats_layers(signals, teacher)}
     body["replay_layers"] = list(_layers(signals.replay.layers, signals.replay.depths, teacher)) if signals.replay else []
@@ -172,7 +164,7 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     body["attention"] = [
         {
             "layer": layer,
-            "head_ids": _chosen_heads(attention.heads, torch.cat(heard.entropy[layer]), teacher.identity.num_heads),
+            "head_ids": _chosen_heads(attention.heads, torch.cat(heard.entropy[layer])),
             "max_columns": recipe.resolved_max_columns,
         }
         for layer in row_layers
@@ -278,8 +270,6 @@ def _layers(numbers: tuple[int, ...] | None, depths: tuple[float, ...], teacher:
     count = teacher.identity.num_layers
     if numbers is None:
         return tuple(sorted({layer_at_depth(f, count) for f in depths}))
-    if not all(1 <= layer <= count for layer in numbers):
-        raise InputError("no such block", expected=f"1 to {count}", found=list(numbers), where="signals, layers")
     return tuple(sorted(set(numbers)))
 
 
@@ -331,12 +321,9 @@ def _row_entropy(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
     return entropy_RH
 
 
-def _chosen_heads(wanted: int | tuple[int, ...], entropy_RH: Tensor, num_heads: int | None) -> list[int]:
+def _chosen_heads(wanted: int | tuple[int, ...], entropy_RH: Tensor) -> list[int]:
     """The heads of these numbers, or the ones with the lowest mean entropy (REQUIREMENTS 70); ascending."""
     if not isinstance(wanted, int):
-        count = num_heads or entropy_RH.shape[1]
-        if not all(0 <= head < count for head in wanted):
-            raise InputError("no such head", expected=f"0 to {count - 1}", found=list(wanted), where="signals.attention.heads")
         return sorted(set(wanted))
     if not len(entropy_RH):
         raise InputError("no keyword in the calibration text", expected="some, to choose attention heads by", found="none")

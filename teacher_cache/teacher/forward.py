@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model_taps.attention import RowQuery, captured_layers, refuse_silent_rows, tap_attention_rows
+from model_taps.attention import RowQuery, captured_layers, own_kernel, refuse_silent_rows, tap_attention_rows
 from model_taps.blocks import num_layers, unsupported
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import MAX_HEAD_ERROR, OutputHead, final_hidden, head_error, output_head, own_logits
@@ -57,7 +57,6 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     else:
         device = next(model.parameters()).device
     model.requires_grad_(False)
-    attn_implementation = model.config._attn_implementation  # noqa: SLF001
     config = model.config.get_text_config(decoder=True)
     refuse_look_ahead(model, min(vocab_size, int(config.vocab_size)), "teacher")
     head, why = _usable_head(model, vocab_size, device)
@@ -77,7 +76,7 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         config_digest=config_digest(model.config),
         weights_digest=weights_digest(model),
         dtype=section.dtype,
-        attn_implementation=attn_implementation,
+        attn_implementation=own_kernel(model),
         hidden_size=config.hidden_size,
         num_layers=num_layers(model),
         num_heads=getattr(config, "num_attention_heads", None),
