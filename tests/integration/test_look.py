@@ -209,7 +209,9 @@ def test_a_signal_without_a_file_is_shown_as_it_is_stored(knowing_cache: CacheVi
         rows = segment.columns("attention/segments", "row_start", "rows")
         each = range(rows["row_start"], rows["row_start"] + rows["rows"])
         offset, length = (looked.read(f"attention/rows/{name}", each.start, each.stop) for name in ("offset", "length"))
-        entries = [looked.read(f"attention/{layer}/weights", n, n + count) for n, count in zip(offset, length.tolist(), strict=True)]
+        entries = [
+            looked.read(f"attention/{layer}/weights", n, n + count) for n, count in zip(offset, length.tolist(), strict=True)
+        ]
         if entries:
             np.testing.assert_array_equal(shown[f"/attention/{layer}"].weights.values, np.concatenate(entries))
         positions = looked.read("attention/rows/position", each.start, each.stop)
