@@ -2,10 +2,12 @@
 
 import json
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import InputError
+from student_train.data import signals
 from student_train.data.batch import CodedBatch, LaneCursor
 from student_train.data.loader import load
 from student_train.data.order import key_of, permuted, shuffled
@@ -293,3 +296,56 @@ def test_every_signal_of_a_cache_is_found_by_its_name_and_read(knowing_cache: Ca
     read = request.reads(knowing_cache)
     unread = {path for path in knowing_cache.capacity_rows if path not in read}
     assert not [path for path in unread if not path.startswith(("segments/", "tokens/byte_end")) and "/segments/" not in path]
+
+
+FURTHER = """
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from student_train.data.placement import Placement
+from student_train.data.signals.base import Part, Request
+
+
+@dataclass(frozen=True, slots=True)
+class FurtherPart(Part):
+    flat: Tensor
+    ends: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FurtherRequest(Request):
+    def groups(self) -> tuple[str, ...]:
+        return ("tokens/byte_end",)
+
+    def gather(self, placement: Placement) -> FurtherPart:
+        rows = placement.rows("further")
+        return FurtherPart(placement.flat(placement.places("further", rows)), placement.gathered("tokens/byte_end", rows))
+"""
+
+
+def test_a_signal_that_is_one_file_more_is_found_and_batched(
+    knowing_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "further.py").write_text(FURTHER)
+    monkeypatch.setattr(signals, "__path__", [*signals.__path__, str(tmp_path)])
+    signals.request_kinds.cache_clear()
+    try:
+        request = SignalRequest.of(signals.request_kinds()["further"]())
+        batch = next(stream_of(knowing_cache, request, workers=0).micro_batches({}, 0))
+        (part,) = batch.signals.values()
+        flat, ends = part.flat, part.ends  # type: ignore[attr-defined]
+        segments = [knowing_cache[number] for number in batch.segments]
+        stored = [knowing_cache.read("tokens/byte_end", s.token_start, s.token_start + len(s)) for s in segments]
+        assert ends.tolist() == np.concatenate(stored).tolist()
+        assert batch.input_ids.flatten()[flat].tolist() == np.concatenate([s.input_ids for s in segments]).tolist()
+        moved = batch.mapped(lambda tensor: tensor.clone(), torch.Tensor)
+        assert moved.signals[type(part)].ends.tolist() == ends.tolist()  # type: ignore[attr-defined]
+        (tmp_path / "further.py").write_text("")
+        sys.modules.pop("student_train.data.signals.further")
+        signals.request_kinds.cache_clear()
+        with pytest.raises(TypeError, match="one class of Request, and has 0"):
+            signals.request_kinds()
+    finally:
+        sys.modules.pop("student_train.data.signals.further", None)
+        signals.request_kinds.cache_clear()
