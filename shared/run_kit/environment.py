@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from model_taps.attention import softmax_attention_layers
+from model_taps.attention_interface import own_kernel
 from model_taps.blocks import num_layers
 from model_taps.loading import LOADING_ERRORS, load_config, quiet
 from model_taps.machine import KERNEL_FLAGS
@@ -193,5 +194,5 @@ def _model(name: str) -> Iterator[Check]:
         yield Check("model", "bad", " ".join(str(error).split())[:200], "Name a causal LM's folder or hub name.")
         return
     yield Check("model", "ok", f"{type(built).__name__}, {size:,} parameters, {size * 2 / 2**20:,.0f} MiB in bfloat16")
-    found = f"{len(layers)} of {num_layers(built)} blocks, {built.config._attn_implementation}"  # noqa: SLF001
+    found = f"{len(layers)} of {num_layers(built)} blocks, {own_kernel(built)}"
     yield Check("model's attention", "ok" if layers else "note", found, "" if layers else "signals.attention cannot be cached.")

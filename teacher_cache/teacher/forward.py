@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model_taps.attention import RowQuery, captured_layers, own_kernel, refuse_silent_rows, tap_attention_rows
+from model_taps.attention import RowQuery, captured_layers, refuse_silent_rows, tap_attention_rows
+from model_taps.attention_interface import own_kernel
 from model_taps.blocks import num_layers, unsupported
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import MAX_HEAD_ERROR, OutputHead, final_hidden, head_error, output_head, own_logits

@@ -14,9 +14,8 @@ from typing import Any, Literal, Self
 import numpy as np
 import zarr
 import zarr.codecs
+from zarr.abc.buffer import Buffer
 from zarr.abc.store import Store
-from zarr.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 MAX_SHARD_BYTES = 64 * 2**20
@@ -194,21 +193,12 @@ def hierarchy_metadata(arrays: Mapping[ArraySpec, int], root_attributes: Mapping
 def _hierarchy_metadata(
     arrays: tuple[tuple[ArraySpec, int], ...], root_attributes: tuple[tuple[str, str], ...]
 ) -> Mapping[str, bytes]:
-    store = MemoryStore()
+    written: dict[str, Buffer] = {}
+    store = MemoryStore(written)
     zarr.open_group(store, mode="w", zarr_format=3, attributes=dict(root_attributes))
     for spec, num_rows in arrays:
         create_array(store, spec, num_rows)
     with warnings.catch_warnings():  # zarr warns that consolidated metadata is not yet in the v3 specification
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(store, zarr_format=3)
-
-    async def read_all() -> dict[str, bytes]:
-        found = {}
-        async for key in store.list():
-            if key.endswith("zarr.json"):
-                buffer = await store.get(key, default_buffer_prototype())
-                assert buffer is not None
-                found[key] = buffer.to_bytes()
-        return found
-
-    return dict(sorted(sync(read_all()).items()))
+    return {key: written[key].to_bytes() for key in sorted(written) if key.endswith("zarr.json")}
