@@ -9,7 +9,6 @@ import typer
 
 from run_kit.allocator import keep_freed_memory as keep_freed_memory
 from signal_store.errors import NotFoundError, SignalStoreError, memory_error, path_error, storage_error
-from signal_store.ledger.documents import refuse_inside_a_cache
 
 EXIT_WRONG_INPUT = 2
 
@@ -43,6 +42,8 @@ def guarded(command: Callable[[], None]) -> None:
 def check_target(target: Path) -> None:
     """Where a file is to be written, before the work and not after: NotFoundError if its folder is not there, InputError if that is
     a cache's."""
+    from signal_store.ledger.documents import refuse_inside_a_cache  # which imports zarr
+
     refuse_inside_a_cache(target)
     if not target.absolute().parent.is_dir():
         raise NotFoundError("no folder to write into", expected="one that is there", found=target.absolute().parent, where=target)

@@ -13,7 +13,8 @@ from zarr.buffer import default_buffer_prototype
 
 from signal_store.canonical import sha256
 from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError, NotFoundError
-from signal_store.format.arrays import ArraySpec, hierarchy_metadata
+from signal_store.format.arrays import ArraySpec
+from signal_store.format.hierarchy import hierarchy_metadata
 from signal_store.io.disk_cache import DiskCachedStore, DiskCacheOptions
 from signal_store.io.objects import Objects, objects_at
 from signal_store.io.sealed_store import PackedRecords, SealedStore
