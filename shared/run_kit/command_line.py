@@ -1,4 +1,5 @@
-"""What both command lines share: one line for a user's mistake and exit code 2; never a traceback for it."""
+"""What both command lines share: one line for a user's mistake, or for an extra that is not installed, and exit code 2; never a
+traceback for it."""
 
 import os
 import sys
@@ -13,18 +14,24 @@ from signal_store.errors import NotFoundError, SignalStoreError, memory_error, p
 EXIT_WRONG_INPUT = 2
 
 
-def run_app(app: typer.Typer) -> None:
-    """Run a typer application with our exit codes."""
+def run_app(app: typer.Typer, extra: str) -> None:
+    """Run a typer application with our exit codes. `extra` is the one that most of its commands need."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
-    guarded(app)
+    guarded(app, extra)
 
 
-def guarded(command: Callable[[], None]) -> None:
+def guarded(command: Callable[[], None], extra: str = "all") -> None:
     """Run a command; print a SignalStoreError as one line on standard error and exit with 2."""
     try:
         command()
+    except ModuleNotFoundError as error:
+        from run_kit.requirements import missing_package
+
+        if (lacking := missing_package(error, extra)) is None:
+            raise
+        _stop(str(lacking))
     except SignalStoreError as error:
         _stop(str(error))
     except OSError as error:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -51,6 +52,12 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     options |= {"trust_remote_code": section.trust_remote_code, "attn_implementation": section.attn_implementation}
     device = device_of(section)
     if section.device_map is not None:
+        if find_spec("accelerate") is None:
+            raise InputError(
+                "accelerate, which spreads a teacher over devices, is not installed",
+                expected='pip install "teacher-cache[all]"',
+                where="teacher.device_map",
+            )
         options["device_map"] = section.device_map
     model = load_model(section.model, what="teacher", **options)
     if section.device_map is None:
