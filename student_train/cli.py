@@ -206,7 +206,7 @@ def _print(what: Any) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_app(app)
+    run_app(app, extra="student")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model_taps.blocks import decoder_blocks
 from signal_store.errors import InputError, MismatchError
+from student_train.model.accelerate_state import forget_precision
 from student_train.model.distiller import Distiller
 from student_train.model.sections import SharingSection
 
@@ -31,7 +31,7 @@ def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
     Raises:
         MismatchError: if accelerate sees another number of processes than WORLD_SIZE says.
     """
-    AcceleratorState._reset_state()  # noqa: SLF001  (accelerate has no other word for it)
+    forget_precision()
     made = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available(), **options)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if made.num_processes != started:

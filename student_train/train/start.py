@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model_taps.attention import own_kernel
+from model_taps.attention_interface import own_kernel
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import refuse_another_head
 from signal_store.cache import Cache
