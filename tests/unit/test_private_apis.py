@@ -123,7 +123,7 @@ USES: list[tuple[str, str, bool, Callable[[], None]]] = [
     ("transformers", "model_taps.attention", True, attention_functions),
     (
         "transformers",
-        "model_taps.attention, run_kit.environment, teacher_cache.teacher.forward, student_train.commands.run",
+        "model_taps.attention, run_kit.environment, teacher_cache.teacher.load, student_train.commands.run",
         True,
         attention_implementation,
     ),
