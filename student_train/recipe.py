@@ -53,6 +53,7 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    """More than the run has are taken, and said: a trial of a few steps warms up as the run that it tries."""
     min_factor: float = Field(0.0, ge=0, le=1)
     """Of the learning rate, at the end of the cosine."""
     clip_norm: float | None = Field(1.0, gt=0)
@@ -110,6 +111,7 @@ class SharingSection(Section):
     (FSDP2)."""
 
     mode: Literal["replicated", "sharded"] = "replicated"
+    """`sharded` is for two processes or more: one alone is refused."""
     cpu_offload: bool = False
     """Keep the shards in host memory between uses (sharded only)."""
 

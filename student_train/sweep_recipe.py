@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from run_kit.recipe_file import LocalPath, apply_override, validate
+from run_kit.recipe_file import LocalPath, apply_override, lost_places, validate
 from signal_store.canonical import digest
 from signal_store.format.section import Section, Seed
 from student_train.recipe import RunRecipe, flat
@@ -40,6 +40,9 @@ class SweepRecipe(Section):
             raise ValueError("the sweep itself gives every run its out: leave it out of base, variants and matrix")
         if twice := sorted({"seed", "student.seed", "stream.seed"} & given):
             raise ValueError(f"seeds sets {', '.join(twice)}: leave it out of base, variants and matrix")
+        for name, changes in {**self.variants, "of the matrix": self.matrix}.items():
+            if lost := lost_places(list(changes)):
+                raise ValueError(f"variant {name} sets {lost[1]} after {lost[0]}, which is lost")
         for name, changes in self.variants.items():
             if twice := sorted(place for place in changes if any(_overlap(place, other) for other in self.matrix)):
                 raise ValueError(f"variant {name} and the matrix both set {', '.join(twice)}")

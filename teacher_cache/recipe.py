@@ -150,9 +150,14 @@ LOCAL_PLACES = ("folder", "jsonl", "parquet")
 
 
 class CalibrationSection(Section):
-    """How much text calibration reads; None is 16 tokens per channel of the teacher's width, from every source."""
+    """How much text calibration reads: one budget for all sources, half of it spread evenly over them, half by their sizes, and of
+    every source one segment at least. The codecs are fitted on a twelfth of all tokens, but 8 to 16 for each channel of the
+    teacher's width, and 2,048 at least; the distribution's is measured on a twenty-fourth, but 4 for each channel or 2,048 at
+    least, whichever is less, and 4,096 at most. Of a teacher without a usable head 2,048 are read in all. A plan with less text
+    gives all it has."""
 
     tokens_per_source: int | None = Field(None, ge=64, lt=2**31)
+    """Instead, so many of each source, or all it has."""
 
 
 class CacheRecipe(Section):

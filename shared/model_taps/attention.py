@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from model_taps.blocks import decoder_blocks, unsupported
 from model_taps.head import final_hidden
 from signal_store.errors import InputError
+from signal_store.nearest import nearest
 
 PREFIX = "tapped_"
 CHECKED_TOKENS = 12
@@ -54,6 +55,9 @@ class _Tap:
     weights: dict[int, Tensor] = field(default_factory=dict)
 
 
+_kernels: dict[str, str] = {}
+"""By the name that a capturing function is registered under, the kernel that it calls. Kept, for the name does not tell: a kernel
+of the hub has a slash in its own, which transformers would look for there."""
 _open: list[_Tap] = []
 """Taps that are open, the innermost last. Of the process: a backward pass on a GPU runs blocks again in a thread of its own."""
 
@@ -93,10 +97,10 @@ def captured_layers(model: PreTrainedModel, vocab_size: int) -> tuple[int, ...]:
     ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     places = torch.arange(CHECKED_TOKENS, device=device)
     query = RowQuery(torch.zeros_like(places), places, torch.zeros_like(places))
-    before, was_training = model.config._attn_implementation, model.training  # noqa: SLF001
+    before, was_training = own_kernel(model), model.training
     model.eval()
     try:
-        for kernel in ("eager", before.removeprefix(PREFIX)):
+        for kernel in ("eager", before):
             model.set_attn_implementation(kernel)
             enable_row_capture(model)
             with _tapped(dict.fromkeys(range(1, len(blocks) + 1), query)) as tap:
@@ -124,12 +128,29 @@ def refuse_silent_rows(model: PreTrainedModel, taken: Collection[int], wanted: C
         raise unsupported(model, f"attention rows of blocks {silent} never came", "attention that is not transformers' interface")
 
 
+def own_kernel(model: PreTrainedModel) -> str:
+    """The attention that a model computes with, as `set_attn_implementation` takes it, whether its rows are captured or not."""
+    name = str(model.config._attn_implementation)  # noqa: SLF001  (transformers has no public getter)
+    return _kernels.get(name, name)
+
+
+def refuse_unknown_kernel(name: str, where: str) -> None:
+    """InputError for an attention implementation that transformers does not know and that is no kernel of the hub. Whether it is
+    installed, and whether a family has it, shows when a model is built."""
+    known = sorted({"eager", *AttentionInterface()} - _kernels.keys())
+    if name not in known and "/" not in name:
+        found = f"{name} (perhaps {near})" if (near := nearest(name, known)) else name
+        raise InputError("no such attention implementation", expected=", ".join(known), found=found, where=where)
+
+
 def enable_row_capture(model: PreTrainedModel) -> None:
     """Route the model's attention through the capturing function; idempotent, and free while no tap is open."""
-    kernel = model.config._attn_implementation  # noqa: SLF001  (transformers has no public getter)
-    if kernel.startswith(PREFIX):
+    if model.config._attn_implementation in _kernels:  # noqa: SLF001
         return
+    kernel = own_kernel(model)
     name = PREFIX + kernel.replace("/", "_")
+    while _kernels.setdefault(name, kernel) != kernel:
+        name += "_"
     AttentionInterface.register(name, _capturing(kernel))
     AttentionMaskInterface.register(name, AttentionMaskInterface()[kernel])
     model.set_attn_implementation(name)

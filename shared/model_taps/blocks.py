@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from signal_store.errors import InputError
 
@@ -35,12 +35,19 @@ def unsupported(model: PreTrainedModel, what: str, found: object) -> InputError:
 
 
 def num_layers(model: PreTrainedModel) -> int:
-    """Number of transformer blocks."""
-    config = model.config.get_text_config(decoder=True)
-    found = getattr(config, "num_hidden_layers", None)
+    """Number of transformer blocks, one at least."""
+    found = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     if not isinstance(found, int):
         raise unsupported(model, "its config does not say how many blocks there are", "no num_hidden_layers")
+    refuse_no_blocks(model.config)
     return found
+
+
+def refuse_no_blocks(config: PretrainedConfig) -> None:
+    """InputError where a config asks for no blocks: a model that sees one token at a time."""
+    found = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(found, int) and found < 1:
+        raise InputError("a model without blocks", expected="num_hidden_layers of 1 or more", found=found, where=config.model_type)
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:

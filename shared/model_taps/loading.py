@@ -20,8 +20,8 @@ from signal_store.canonical import digest
 from signal_store.errors import InputError, NotFoundError
 
 LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError,
-    StrictDataclassError,
+    OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, EOFError, ArithmeticError,
+    UnpicklingError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers raises for a checkpoint or config that is not one."""
 TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "spiece*", "tekken*", "*.tiktoken")

@@ -1,9 +1,9 @@
 """From a YAML file and `key=value` overrides to a validated recipe; every mistake in one line."""
 
-import difflib
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,7 +11,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from signal_store.errors import InputError, NotFoundError
+from signal_store.nearest import nearest
 
+LARGEST = 2**53
 Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
@@ -38,9 +40,30 @@ def load_recipe(path: Path | str, overrides: Sequence[str], model: type[Recipe])
         raise InputError("the recipe is not YAML", found=error, where=path) from error
     if not isinstance(content, dict):
         raise InputError("the recipe is not a mapping", expected="key: value lines", found=type(content).__name__, where=path)
+    _refuse_lost([override.partition("=")[0] for override in overrides])
     for override in overrides:
         apply_override(content, override)
     return validate(content, model, where=str(path))
+
+
+def lost_places(places: Sequence[str]) -> tuple[str, str] | None:
+    """Of dotted places that are set in this order, the first that a later one sets again, by itself or with all that holds it, and
+    that later one. The other way round, a part after the whole, nothing is lost."""
+    for number, later in enumerate(places):
+        if earlier := next((place for place in places[:number] if f"{place}.".startswith(f"{later}.")), None):
+            return earlier, later
+    return None
+
+
+def _refuse_lost(places: Sequence[str]) -> None:
+    if lost := lost_places(places):
+        raise InputError(
+            "an override is lost to a later one",
+            expected=f"{lost[0]} once",
+            found=" ".join(f"{place}=…" for place in lost),
+            where="the overrides",
+            remedy="Give one of them, or the part after the whole.",
+        )
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -93,15 +116,31 @@ def _parse(text: str) -> Any:
 def validate(content: Any, model: type[Recipe], where: str) -> Recipe:
     """`content` as a `model`; InputError listing every mistake with its place."""
     try:
+        if problem := next(_unwritable(content, ""), None):
+            raise InputError(f"the recipe is wrong: {problem}", where=where)
         return model.model_validate(content)
+    except RecursionError as error:
+        raise InputError("the recipe is wrong: it holds itself", where=where) from error
     except ValidationError as error:
         problems = "; ".join(_problem(dict(e), model) for e in error.errors())
         raise InputError(f"the recipe is wrong: {problems}", where=where) from error
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one that was probably meant, if any comes near."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+def _unwritable(value: Any, place: str) -> Iterator[str]:
+    """What of a recipe JSON does not carry everywhere, and so no record of it could hold."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            inside = f"{place}.{key}" if place else str(key)
+            if not isinstance(key, str):
+                yield f"{inside}: a key must be text, found {key!r}"
+            yield from _unwritable(item, inside)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _unwritable(item, f"{place}.{number}")
+    elif (isinstance(value, int) and abs(value) >= LARGEST) or (isinstance(value, float) and not math.isfinite(value)):
+        yield f"{place}: a number must be finite and below 2**53, found {value!r}"
+    elif not isinstance(value, str | int | float | Path | None):
+        yield f"{place}: expected text, a number, a list or a mapping, found {type(value).__name__} {value!s:.80}"
 
 
 def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerFast
 
+from model_taps.attention import own_kernel
+from run_kit.progress import tell
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.io.local import LocalObjects
@@ -21,11 +23,11 @@ from student_train.recipe import RunRecipe
 from student_train.student.build import build_student
 from student_train.train import checkpoint
 from student_train.train.checkpoint import Progress
-from student_train.train.claim import Claim
+from student_train.train.claim import Claim, refuse_strangers
 from student_train.train.distiller import Distiller
 from student_train.train.loop import Trainer
 from student_train.train.metrics import METRICS, read_json, read_metrics
-from student_train.train.parallel import accelerator_of
+from student_train.train.parallel import accelerator_of, refuse_lone_shard
 from student_train.train.precision import choose_precision, emulated, training_device
 from student_train.train.run_record import Begun, refuse_another_run, write_record
 
@@ -57,8 +59,10 @@ class _Start:
 
     @classmethod
     def of(cls, recipe: RunRecipe) -> "_Start":
-        """Look; MismatchError where another run is there."""
+        """Look; MismatchError where another run is there, InputError where something else is."""
         cache, begun = open_cache(recipe.cache), Begun.of(recipe.out)
+        if not begun.about and checkpoint.newest(recipe.out / "checkpoints") is None:
+            refuse_strangers(recipe.out)
         if begun.about.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
             cache = open_cache(recipe.cache, generation=int(begun.about["generation"]))
         if not recipe.checkpoint.accept_other_cache:
@@ -71,6 +75,7 @@ class _Start:
 
 def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     cache = start.cache
+    refuse_lone_shard(recipe.sharing)
     check_splits(recipe.validation, cache)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
@@ -82,8 +87,9 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     )
     precision = choose_precision(recipe.precision, training_device(), start.begun.precision)
     accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
-    if accelerator.is_main_process and (slow := emulated(precision, accelerator.device)) is not None:
-        print(slow, file=sys.stderr)  # noqa: T201  (a person should see it before it costs hours)
+    if accelerator.is_main_process:
+        for line in filter(None, (emulated(precision, accelerator.device), _cold(recipe))):
+            tell(line)
 
     def begin(step: int, packed: bool) -> None:
         if accelerator.is_main_process:
@@ -108,6 +114,15 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     return read_json(recipe.out / RESULT)
 
 
+def _cold(recipe: RunRecipe) -> str | None:
+    """What to say of a run that ends in its warm-up. That is legitimate: a trial of a few steps begins as the longer run would."""
+    rate, steps, warmup = recipe.optimizer.learning_rate, recipe.steps, recipe.optimizer.warmup_steps
+    if warmup <= steps:
+        return None
+    last = rate * steps / warmup
+    return f"the warm-up, {warmup:,} steps, is longer than the run, {steps:,}: the learning rate ends at {last:.3g}"
+
+
 def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast) -> None:
     """A plain `save_pretrained` folder of the best or last weights: of a fresh student, which no sharing or capture has touched."""
     student, _ = build_student(recipe.student, cache)
@@ -115,8 +130,7 @@ def _export(recipe: RunRecipe, cache: Cache, tokenizer: PreTrainedTokenizerFast)
     last = checkpoint.newest(recipe.out / "checkpoints")
     assert last is not None
     checkpoint.restore_weights(recipe.out / "best" if recipe.export == "best" else last, plain)
-    implementation = recipe.student.attn_implementation or student.config._attn_implementation.removeprefix("tapped_")  # noqa: SLF001
-    student.set_attn_implementation(implementation)
+    student.set_attn_implementation(recipe.student.attn_implementation or own_kernel(student))
     with checkpoint.disk_errors(recipe.out):
         student.save_pretrained(recipe.out / "student")
         tokenizer.save_pretrained(recipe.out / "student")

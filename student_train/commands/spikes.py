@@ -1,8 +1,8 @@
 """doctor spikes: which samples were behind the jumps of a run's loss.
 
 A spike is a step whose loss lies far above the steps before it: more than `SPREADS` times their median absolute deviation above
-their median. The stream is a function, so the step's rows are made again, from the tokens alone; segments are ranked by how much
-the teacher was surprised by them, where the cache holds that, and shown with their escapes.
+their median. The stream is a function, so the step's rows are made again, from the tokens alone and cut as the run's record says;
+segments are ranked by how much the teacher was surprised by them, where the cache holds that, and shown with their escapes.
 """
 
 import math
@@ -21,6 +21,7 @@ from student_train.data.rows import Stream
 from student_train.recipe import RunRecipe
 from student_train.student.build import build_student, packs_rows
 from student_train.train.metrics import METRICS, read_metrics
+from student_train.train.run_record import Begun
 from student_train.view.students import cache_of, recipe_of
 
 BEFORE = 50
@@ -80,30 +81,32 @@ def spikes(run: Path, most: int = 3, suspects: int = 5) -> list[Spike]:
     found = sorted(spike_steps(losses), key=lambda spike: (math.isfinite(spike[1]), spike[2] - spike[1], spike[0]))[:most]
     if not found:
         return []
-    cache = cache_of(run)
-    segments = segments_of(recipe, cache, {step for step, _, _ in found})
+    cache, packed = cache_of(run), Begun.of(run).packed
+    segments = segments_of(recipe, cache, {step for step, _, _ in found}, packed)
     for step, numbers in segments.items():
-        _refuse_other_rows(run, step, sum(len(cache[number]) for number in numbers), int(records[step].get("tokens", -1)))
+        made, logged = sum(len(cache[number]) for number in numbers), int(records[step].get("tokens", -1))
+        if made != logged:
+            raise _other_rows(run, step, made, logged, packed)
     return [Spike(step, loss, usual, tuple(_ranked(cache, set(segments[step]))[:suspects])) for step, loss, usual in sorted(found)]
 
 
-def _refuse_other_rows(run: Path, step: int, found: int, logged: int) -> None:
+def _other_rows(run: Path, step: int, found: int, logged: int, packed: bool | None) -> MismatchError:
     """A student that packs rows here and did not there has seen others."""
-    if found != logged:
-        raise MismatchError(
-            "the step's rows cannot be made again here",
-            expected=f"{logged} tokens",
-            found=found,
-            where=f"{run}, step {step}",
-            remedy="Run it where the run was made: whether rows are packed depends on the attention there.",
-        )
+    unknown = "Run it where the run was made: whether rows are packed depends on the attention there, and the record does not say."
+    return MismatchError(
+        "the step's rows cannot be made again here",
+        expected=f"{logged} tokens",
+        found=found,
+        where=f"{run}, step {step}",
+        remedy="Use the version of teacher-cache that the record names." if packed is not None else unknown,
+    )
 
 
-def segments_of(recipe: RunRecipe, cache: CacheView, steps: set[int]) -> dict[int, list[int]]:
+def segments_of(recipe: RunRecipe, cache: CacheView, steps: set[int], packed: bool | None = None) -> dict[int, list[int]]:
     """By step (from 1), the segments of its rows, one that stands in it twice, in a small cache, twice; the stream is walked from
-    its beginning."""
-    student, _ = build_student(recipe.student, cache)
-    packed = packs_rows(student, cache, recipe.stream)
+    its beginning. `packed`: whether its rows hold several segments; None asks the student, as records of before did not say."""
+    if packed is None:
+        packed = packs_rows(build_student(recipe.student, cache)[0], cache, recipe.stream)
     config = recipe.stream.model_copy(update={"micro_rows": None})
     batches = Stream(cache, TOKENS_ONLY, config, packed=packed).micro_batches({}, 0)
     return {step: sorted(batch.segments) for step, batch in enumerate(islice(batches, max(steps)), start=1) if step in steps}

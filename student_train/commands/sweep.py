@@ -24,10 +24,11 @@ from run_kit.executor import Executor, Job, LocalExecutor
 from signal_store.ledger.documents import refuse_inside_a_cache
 from signal_view.extras import pyplot
 from student_train.sweep_recipe import PlannedRun, SweepRecipe, planned_runs
-from student_train.train.claim import Claim
+from student_train.train.claim import Claim, refuse_strangers
 from student_train.train.metrics import METRICS
 
 POLL_SECONDS = 0.5
+REPORTS = ("report.json", "report.md", "report.png")
 SHOWN = ("validation_loss", "agreement", "kl", "calibration_error", "tokens_per_second")
 
 
@@ -92,13 +93,16 @@ def sweep(recipe: SweepRecipe, jobs: int = 1, executor: Executor | None = None) 
     where = LocalExecutor.of(jobs) if executor is None else executor
     pyplot()  # refuses now, not after hours, where the report could not be drawn
     runs = [Running(planned) for planned in planned_runs(recipe)]
+    if not any(run.out.is_dir() for run in runs):
+        refuse_strangers(recipe.out, own=("runs", *REPORTS))
     with Claim(recipe.out, "runs a sweep") as claim:
         claim.take()
         _carry_out(runs, where)
         report = summarise(recipe, runs)
-        (recipe.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        (recipe.out / "report.md").write_text(markdown(report))
-        plot(report, recipe.out / "report.png")
+        numbers, table, picture = (recipe.out / name for name in REPORTS)
+        numbers.write_text(json.dumps(report, indent=1) + "\n")
+        table.write_text(markdown(report))
+        plot(report, picture)
     return report
 
 

@@ -1,6 +1,7 @@
 """The student: built from a config or a checkpoint, and checked against the cache it will learn from."""
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.adapters import Adapter, adapter_of
+from model_taps.attention import refuse_unknown_kernel
+from model_taps.blocks import refuse_no_blocks
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from model_taps.neighbours import probe
-from run_kit.recipe_file import nearest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
+from signal_store.nearest import nearest
 from student_train.recipe import LoraSection, StreamSection, StudentSection
 
 
 def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model in float32, ready to train, and its tokenizer."""
     quiet()
+    if section.attn_implementation is not None and not section.trust_remote_code:  # whose code may bring its own
+        refuse_unknown_kernel(section.attn_implementation, "student.attn_implementation")
     tokenizer = _tokenizer(section, cache)
     adapter = None if section.checkpoint is None or section.lora is None else adapter_of(section.checkpoint)
     if section.checkpoint is not None:  # adapters that are not trained on are merged, and all of the student is trained
@@ -35,11 +40,16 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
         torch.manual_seed(section.seed)
         try:
             config = _config(section, cache, tokenizer)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=section.attn_implementation)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Initializing zero-element")  # which `_refuse_no_size` refuses
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation=section.attn_implementation
+                )
         except LOADING_ERRORS as error:
             if isinstance(error, SignalStoreError):
                 raise
             raise InputError("the student's config is wrong", found=str(error)[:300], where="student.config") from error
+        _refuse_no_size(model)
     _check(model, cache)
     if section.lora is not None:
         torch.manual_seed(section.seed)
@@ -122,6 +132,13 @@ def _refuse_unknown_fields(config: PretrainedConfig, fields: Mapping[str, object
             raise InputError(f"a {config.model_type} config has no such field", expected=near, found=name, where="student.config")
 
 
+def _refuse_no_size(model: PreTrainedModel) -> None:
+    """InputError where a width of 0 makes weights without numbers, which learn nothing."""
+    if empty := [name for name, weight in model.named_parameters() if not weight.numel()]:
+        shown = ", ".join(empty[:3])
+        raise InputError("the student's config gives weights no size", expected="1 or more", found=shown, where="student.config")
+
+
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
     own = section.tokenizer or section.checkpoint
     if section.tokenizer is None and own is not None and Path(own).is_dir() and not has_tokenizer(own):
@@ -148,6 +165,7 @@ def cached_tokenizer(cache: Cache) -> PreTrainedTokenizerFast:
 
 
 def _check(model: PreTrainedModel, cache: Cache) -> None:
+    refuse_no_blocks(model.config)
     vocab_size = cache.manifest.tokenizer.vocab_size
     rows = len(model.get_output_embeddings().weight)
     if rows < vocab_size:

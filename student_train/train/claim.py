@@ -3,6 +3,8 @@
 The claim is an operating-system lock (flock) on the file `claim.json`, whose text only says who holds it. The system drops it when
 the process ends, however it ends: the folder of a killed or requeued job is free at once, and no clock decides anything. Processes
 that this one forks (workers of a data loader) do not keep it. Where a file system has no locks, nothing is claimed; that is said.
+
+A folder that holds what is nobody's run is not claimed at all: what a run writes would be read there as a source's text.
 """
 
 import contextlib
@@ -13,6 +15,8 @@ import os
 import platform
 import sys
 import weakref
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +24,8 @@ from typing import Self
 from signal_store.errors import InputError
 
 NAME = "claim.json"
+BESIDE = (NAME, ".*", "*.yaml", "*.yml", "*.log", "*.out", "*.err")
+"""What may lie in a folder before a run begins there: its recipe, what was said of it, hidden files."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _held: "weakref.WeakSet[Claim]" = weakref.WeakSet()
 
@@ -81,6 +87,21 @@ class Claim:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
+
+
+def refuse_strangers(folder: Path, own: Collection[str] = ()) -> None:
+    """InputError where a folder, in which nothing of ours has begun, holds more than `BESIDE` and `own` names."""
+    if not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    if strangers := [name for name in names if name not in own and not any(fnmatchcase(name, pattern) for pattern in BESIDE)]:
+        raise InputError(
+            "the folder holds something else",
+            expected="an empty or new one, or a run's",
+            found=", ".join(strangers[:5]),
+            where=folder,
+            remedy="Give an out of its own.",
+        )
 
 
 def _text(descriptor: int) -> str:

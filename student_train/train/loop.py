@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from model_taps.attention import own_kernel
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import refuse_another_head
 from run_kit.progress import progress_bar
@@ -140,7 +141,7 @@ class Trainer:
 
     def _probing(self) -> contextlib.AbstractContextManager[None]:
         """Probes run in float32, where rounding is far below what they look for; FlashAttention has none."""
-        flash = "flash" in str(self.distiller.student.config._attn_implementation)  # noqa: SLF001
+        flash = "flash" in own_kernel(self.distiller.student)
         return self.accelerator.autocast() if flash else contextlib.nullcontext()
 
     def _cut(self, able: bool) -> bool:
@@ -149,7 +150,7 @@ class Trainer:
             raise MismatchError(
                 "the run's rows hold several segments, which this student does not keep apart here",
                 expected="the attention that the run began with",
-                found=self.distiller.student.config._attn_implementation,  # noqa: SLF001
+                found=own_kernel(self.distiller.student),
                 where="student.attn_implementation",
             )
         return able if self.packed is None else self.packed
@@ -288,7 +289,7 @@ class Trainer:
             "the loss is not finite",
             found=f"loss {loss}, gradient norm {norm}",
             where=f"step {step}, segments {segments[:20]}, which begin {'; '.join(texts)}",
-            remedy="Lower the learning rate, or look at these texts.",
+            remedy="Lower the learning rate, in an out of its own, or look at these texts.",
         )
 
     def _validate(self, shared: Shared, stream: Stream, progress: Progress, log: RunLog) -> Progress:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model_taps.blocks import decoder_blocks
-from signal_store.errors import MismatchError
+from signal_store.errors import InputError, MismatchError
 from student_train.recipe import SharingSection
 from student_train.train.distiller import Distiller
 
@@ -38,6 +38,18 @@ def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
     return made
 
 
+def refuse_lone_shard(section: SharingSection) -> None:
+    """InputError where one process alone would share: nothing would be split and nothing offloaded."""
+    if section.mode == "sharded" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise InputError(
+            "one process cannot share a student",
+            expected="several, started by torchrun or accelerate launch",
+            found=1,
+            where="sharing.mode",
+            remedy="Start several, or give sharing: {mode: replicated}, which one process may go on with.",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Shared:
     """A distiller as this run trains it. `model` is what is called."""
@@ -49,7 +61,7 @@ class Shared:
     @classmethod
     def of(cls, accelerator: Accelerator, distiller: Distiller, section: SharingSection) -> "Shared":
         """Wrap it; parameters of a sharded one are replaced, so the optimizer is made afterwards."""
-        if section.mode == "sharded" and accelerator.num_processes > 1:
+        if section.mode == "sharded":
             distiller.to(accelerator.device)
             policy = CPUOffloadPolicy() if section.cpu_offload else OffloadPolicy()
             for block in decoder_blocks(distiller.student):

@@ -18,6 +18,7 @@ from signal_store.canonical import digest
 from signal_store.errors import MismatchError
 from signal_store.io.local import LocalObjects
 from student_train.recipe import RunRecipe, flat
+from student_train.train import checkpoint
 from student_train.train.identity import differences, identity, role_of, rules_digest
 from student_train.train.metrics import read_json
 from student_train.train.precision import Precision
@@ -82,14 +83,17 @@ class Begun:
 
 
 def refuse_another_run(begun: Begun, recipe: RunRecipe, cache_id: str) -> None:
-    """MismatchError naming what differs, where the folder holds another run than this recipe's."""
+    """MismatchError naming what differs, where the folder holds another run than this recipe's. It is never replaced, even where it
+    died before its first checkpoint: its log says why."""
     if differ := begun.differs(recipe, cache_id):
+        bare = checkpoint.newest(recipe.out / "checkpoints") is None
         raise MismatchError(
             f"the folder holds another run ({', '.join(differ)} differ)",
             expected={place: held for place, (held, _) in differ.items()},
             found={place: asked for place, (_, asked) in differ.items()},
             where=recipe.out,
-            remedy="Give another out, or restore the recipe.",
+            remedy="Give another out, or restore the recipe"
+            + ("; that run has no checkpoint yet: remove the folder to begin anew in it." if bare else "."),
         )
 
 

@@ -13,11 +13,9 @@ from model_taps.machine import MachineClass, differences
 from model_taps.native_dtype import AUTO
 from model_taps.neighbours import Composition
 from run_kit.progress import tell
-from signal_store.cache import open_cache
 from signal_store.canonical import sha256
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.format.arrays import ArraySpec
-from signal_store.format.section import Section
 from signal_store.format.text import segment_arrays, token_arrays
 from signal_store.io.objects import Objects, objects_at
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, calibration_keys, commit, new_attempt, read_document
@@ -41,11 +39,13 @@ from teacher_cache.builder.workers import ALONE, Worker
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.calibrated import CalibratedTeacher
+from teacher_cache.signals.limits import refuse_beyond_teacher
 from teacher_cache.signals.registry import extractors_of
 from teacher_cache.teacher.batches import TeacherBatch, compose
 from teacher_cache.teacher.dtype import tell_of_emulation, with_dtype
 from teacher_cache.teacher.forward import think
-from teacher_cache.teacher.load import Teacher, load_teacher, placed
+from teacher_cache.teacher.identity import differing_fields, refuse_another_teacher, refuse_another_than_the_base
+from teacher_cache.teacher.load import Teacher, device_of, load_teacher, placed
 
 CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -59,19 +59,28 @@ class Calibrated(CalibratedTeacher):
 
 def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
+    device_of(placed(recipe.teacher, worker.local))  # refused before a text is read
     planned = plan(recipe, worker)
     load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
     return calibrate_planned(recipe, planned, worker)
 
 
 def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE) -> Calibrated:
-    """`calibrate`, with a plan that is there."""
+    """`calibrate`, with a plan that is there. Where a machine of another class settles the dtype of `auto` first, the teacher of
+    the first try is gone before the second is loaded."""
     wanted, objects = settled(recipe), objects_at(recipe.cache)
+    while (found := _calibrated(wanted, planned, objects, worker)) is None:
+        pass
+    return found
+
+
+def _calibrated(wanted: CacheRecipe, planned: Plan, objects: Objects, worker: Worker) -> Calibrated | None:
+    """One try, in the dtype that this machine takes for `auto` where none stands yet; None where another one stands at its end."""
     recipe, reason = with_dtype(wanted, objects, worker.local)
     tell_of_emulation(recipe, reason, worker.local)
     teacher = load_recipe_teacher(recipe, planned.vocab_size, worker)
     if recipe.base is not None:
-        _refuse_another_than_the_base(recipe.base, teacher.identity)
+        refuse_another_than_the_base(recipe.base, teacher.identity)
     machine = MachineClass.of(teacher.device)
     if worker.should_make(objects, "calibration", CALIBRATION):
         with noted(objects, worker, "calibrates"):
@@ -81,11 +90,11 @@ def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE
         commit(objects, CALIBRATION, body, new_attempt(), dtype_reason=reason, machine=machine.facts())
     standing = read_document(objects, CALIBRATION)
     body = standing.body
-    if wanted.teacher.dtype == AUTO and body["teacher"]["dtype"] != recipe.teacher.dtype:  # a machine of another class was first
-        return calibrate_planned(wanted, planned, worker)
+    if wanted.teacher.dtype == AUTO and body["teacher"]["dtype"] != recipe.teacher.dtype:
+        return None
     for line in differences(standing.about, machine, recipe.teacher.dtype):
         tell(line)
-    _refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
+    refuse_another_teacher(TeacherIdentity.model_validate(body["teacher"]), teacher.identity, recipe)
     made = completed_calibration(body["recipe"])
     refuse_another_recipe("calibrated", made, calibrated_part(recipe, planned.digest), recipe)
     arrays = read_calibration_arrays(objects, body["arrays_digest"])
@@ -114,7 +123,8 @@ def calibration_body(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objec
 
 
 def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = ALONE) -> Teacher:
-    """The teacher as the recipe's signals need it, on this worker's GPU if there are several."""
+    """The teacher as the settled recipe's signals need it, on this worker's GPU if there are several."""
+    refuse_beyond_teacher(recipe)
     extractors = extractors_of(recipe.signals, recipe.context)
     rows, head = any(e.needs_attention for e in extractors), any(e.needs_head for e in extractors)
     return load_teacher(placed(recipe.teacher, worker.local), vocab_size, capture_rows=rows, needs_head=head)
@@ -129,36 +139,6 @@ def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:
             if sha256(data) == arrays_digest:
                 return load(data)
     raise CorruptError("both copies of the calibration are damaged", expected=arrays_digest, where=", ".join(keys))
-
-
-def differing_fields(one: Section, other: Section) -> list[str]:
-    """Names of the fields that two sections of one kind, as this version reads them, do not share."""
-    return [name for name in type(one).model_fields if getattr(one, name) != getattr(other, name)]
-
-
-def _refuse_another_than_the_base(base: str, found: TeacherIdentity) -> None:
-    """`open_cache` would refuse the two, but only when all is done."""
-    made = open_cache(base).manifest.teacher
-    if made.weights_digest != found.weights_digest:
-        raise MismatchError(
-            "the overlay's teacher is not its base's",
-            expected=f"{made.name} in {made.dtype}, {made.weights_digest}",
-            found=f"{found.name} in {found.dtype}, {found.weights_digest}",
-            where=base,
-            remedy="Give the teacher and the dtype that the base was made with.",
-        )
-
-
-def _refuse_another_teacher(made: TeacherIdentity, found: TeacherIdentity, recipe: CacheRecipe) -> None:
-    names = [name for name in differing_fields(made, found) if name not in {"name", "revision"}]
-    if names:
-        raise MismatchError(
-            f"another teacher ({', '.join(names)} differ)",
-            expected={n: getattr(made, n) for n in names},
-            found={n: getattr(found, n) for n in names},
-            where=recipe.teacher.model,
-            remedy="Restore the teacher that began this cache, or build into another folder.",
-        )
 
 
 def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Manifest:

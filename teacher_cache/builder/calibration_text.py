@@ -24,8 +24,9 @@ class Pick:
 
 
 def picks(planned: Plan, objects: Objects, by_source: Sequence[int]) -> list[Pick]:
-    """Segments spread evenly over each source, until its share is reached; every source is met."""
-    chosen_units = _spread_units(planned)
+    """Segments spread evenly over what `sampled_units` hold of each source, until its share of tokens is reached; of every source
+    that has tokens one segment at least."""
+    chosen_units = sampled_units(planned)
     units = [planned.unit(objects, u) for u in chosen_units]
     picked: list[list[int]] = [[] for _ in units]
     for source in range(len(planned.sources)):
@@ -42,19 +43,15 @@ def picks(planned: Plan, objects: Objects, by_source: Sequence[int]) -> list[Pic
     ]
 
 
-def _spread_units(planned: Plan) -> list[int]:
-    """Units spread evenly over the plan, and one in the middle of each source's own range, so that a small one is not missed."""
-    count = planned.num_units
-    chosen = set(planned.spread_units(MAX_UNITS_READ))
-    ends = np.cumsum([unit["tokens"] for unit in planned.units])
-    in_units = {split: sum(u["tokens"] for u in planned.units if u["split"] == split) for split in SPLITS}
-    own = {split: sum(s.num_tokens for s in planned.sources if s.split == split) for split in SPLITS}
-    with_context = {split: in_units[split] / max(1, own[split]) for split in SPLITS}  # overlap shows tokens twice
-    for split in SPLITS:
-        start = 0 if split == "train" else in_units["train"]
-        for source in planned.sources:
-            if source.split == split:
-                tokens = round(source.num_tokens * with_context[split])
-                chosen.add(min(count - 1, int(np.searchsorted(ends, start + tokens // 2, side="right"))))
-                start += tokens
-    return sorted(int(unit) for unit in chosen)
+def sampled_units(planned: Plan) -> list[int]:
+    """The units that calibration reads: of a plan of `MAX_UNITS_READ` or fewer all, of a longer one so many spread evenly, and the
+    unit that holds the middle segment of each source, so that a small one is not missed. A plan lays segments out source by source,
+    train before validation, and counts them: no unit is read to know whose it is."""
+    chosen, first = set(planned.spread_units(MAX_UNITS_READ)), 0
+    for document in (planned.document, *planned.extensions):
+        counts = np.asarray([s["num_segments"] for split in SPLITS for s in document.body["sources"] if s["split"] == split])
+        ends = np.cumsum([unit["segments"] for unit in document.body["units"]])
+        middles = (np.cumsum(counts) - counts + counts // 2)[counts > 0]
+        chosen |= {first + int(unit) for unit in np.searchsorted(ends, middles, side="right")}
+        first += len(ends)
+    return sorted(chosen)

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from model_taps.loading import load_config, tokenizer_digest, vocabulary_size
+from model_taps.loading import tokenizer_digest, vocabulary_size
 from run_kit.progress import progress_bar
 from signal_store.canonical import digest, sha256
 from signal_store.errors import InputError, MismatchError, NotFoundError
@@ -46,6 +46,7 @@ from teacher_cache.builder.workers import ALONE, Worker
 from teacher_cache.corpus.sources import SourceReader
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
+from teacher_cache.signals.limits import refuse_beyond_teacher
 from teacher_cache.signals.registry import capacities_of, refuse_empty_signals
 
 
@@ -248,8 +249,8 @@ def plan_body(
     if known is not None:
         recipe = _only(recipe, known)
     limits = {} if known is None else {source.name: source for source in known}
+    refuse_beyond_teacher(recipe)
     tokenizer = load_recipe_tokenizer(recipe)
-    _check_context(recipe)
     if recipe.append_eos and tokenizer.eos_token_id is None and any(source.messages is None for source in recipe.sources):
         raise InputError(
             "the tokenizer has no end-of-text token", expected="one, or append_eos: false", found="none", where="append_eos"
@@ -340,19 +341,4 @@ def _refuse_base(recipe: CacheRecipe, base: Plan, below: Objects) -> None:
             expected=base.recipe["keywords"],
             found=list(attention.keywords),
             where="signals.attention",
-        )
-
-
-def _check_context(recipe: CacheRecipe) -> None:
-    config = load_config(
-        recipe.teacher.model, what="teacher", revision=recipe.teacher.revision, trust_remote_code=recipe.teacher.trust_remote_code
-    ).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.context > longest:
-        raise InputError(
-            "the context is longer than the teacher's",
-            expected=f"at most {longest}",
-            found=recipe.context,
-            where="context",
-            remedy="Lower context.",
         )

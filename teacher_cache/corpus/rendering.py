@@ -19,6 +19,7 @@ from teacher_cache.corpus.template import GENERATION, ChatTemplate
 
 FIRST_MARK = 0x100000
 BEGINS, ENDS, STANDS_FOR = range(FIRST_MARK, FIRST_MARK + 0xC000, 0x4000)
+MOST_SUBSTITUTES = ord(GENERATION[0]) - STANDS_FOR
 OURS = "[\U00100000-\U0010ffff]"
 """Characters that are set for others while a chat is rendered: the private use of the last plane."""
 TAG = r"</?[A-Za-z_][\w-]*>"
@@ -61,6 +62,11 @@ class Substitutes:
     def _character(self, match: re.Match[str]) -> str:
         if match[0] not in self.strings:
             self.strings.append(match[0])
+        if len(self.strings) > MOST_SUBSTITUTES:
+            raise InputError(
+                "a chat holds too many different characters of private use, and special tokens",
+                expected=f"at most {MOST_SUBSTITUTES}",
+            )
         return chr(STANDS_FOR + self.strings.index(match[0]))
 
     def places(self, text: str) -> Iterator[tuple[int, str]]:

@@ -108,26 +108,30 @@ def documents_of(row: Row, source: Source, tokenizer: PreTrainedTokenizerFast) -
     """The documents of one row. InputError, which names the row, for what that alone is to blame for."""
     if isinstance(row.content, Document):
         return (row.content,)
+    lexer = source.lexer or (_lexer_for(row.where) if source.folder is not None else None)
+    prose_keywords = source.tagger is not None and source.tagger.keywords and lexer is None
     try:
         made = _documents(_values(row), source, tokenizer, row.where) if source.folder is None else (_file_text(row),)
         for document in made:
             _refuse_unusable(document, row.where)
+        spelled = [_spelled(document, source, tokenizer) for document in made]
     except InputError as error:
         error.where = error.where or row.where
         raise
-    lexer = source.lexer or (_lexer_for(row.where) if source.folder is not None else None)
-    prose_keywords = source.tagger is not None and source.tagger.keywords and lexer is None
     return tuple(
-        replace(document, lexer=lexer, prose_keywords=prose_keywords, spelled=_spelled(document, source, tokenizer))
-        for document in made
+        replace(document, lexer=lexer, prose_keywords=prose_keywords, spelled=spans)
+        for document, spans in zip(made, spelled, strict=True)
     )
 
 
 def _spelled(document: Document, source: Source, tokenizer: PreTrainedTokenizerFast) -> tuple[Span, ...]:
-    """Special tokens that a plain text spells and that are text; a chat knows its own."""
-    if document.complete or source.special_tokens == "tokens":
-        return document.spelled
-    return special_text(tokenizer).spelled(document.text)
+    """Special tokens that a plain text spells and that are text; a chat knows its own. InputError where the others cannot be told
+    from them."""
+    special, own = special_text(tokenizer), document.complete or source.special_tokens == "tokens"
+    spans = document.spelled if own else special.spelled(document.text)
+    if spans:
+        special.marker(document.text)
+    return spans
 
 
 def _refuse_unusable(document: Document, where: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from model_taps.attention_statistics import normalised_entropy
 from signal_store.codecs.attention import encode_attention
@@ -107,11 +108,17 @@ class AttentionExtractor(SampledExtractor[AttentionSignal, tuple[AttentionLayout
         """Always."""
         return True
 
+    def refuse_beyond(self, config: PretrainedConfig) -> None:
+        """Blocks or heads that are not there."""
+        super().refuse_beyond(config)
+        wanted, heads, where = self.section.heads, getattr(config, "num_attention_heads", None), "signals.attention.heads"
+        if isinstance(wanted, int) and heads is not None and wanted > heads:
+            raise InputError("more than the teacher has", expected=f"at most {heads}", found=wanted, where=where)
+        if isinstance(wanted, tuple) and heads is not None and not all(0 <= head < heads for head in wanted):
+            raise InputError("no such head", expected=f"0 to {heads - 1}", found=list(wanted), where=where)
+
     def decide(self, teacher: Teacher) -> Facts:
         """The layers, checked: `last` is the last whose attention rows can be had."""
-        wanted, most = self.section.heads, teacher.identity.num_heads
-        if isinstance(wanted, int) and most is not None and wanted > most:
-            raise InputError("more than the teacher has", expected=f"at most {most}", found=wanted, where="signals.attention.heads")
         refuse_no_rows(teacher, "attention")
         if self.section.layers == "last":
             return [{"layer": teacher.row_layers[-1]}]
@@ -142,11 +149,10 @@ class AttentionExtractor(SampledExtractor[AttentionSignal, tuple[AttentionLayout
 
     def fit(self, facts: Facts, collected: Sequence[Any], sample: CalibrationSample) -> tuple[Facts, Arrays]:
         """The heads of each layer."""
-        heads = sample.teacher.identity.num_heads
         return [
             {
                 "layer": layer,
-                "head_ids": chosen_heads(self.section.heads, torch.cat([segment[layer] for segment in collected]), heads),
+                "head_ids": chosen_heads(self.section.heads, torch.cat([segment[layer] for segment in collected])),
                 "max_columns": self.max_columns,
             }
             for layer in _layers(facts)
@@ -174,12 +180,9 @@ def _layers(facts: Facts) -> tuple[int, ...]:
     return tuple(fact["layer"] for fact in facts)
 
 
-def chosen_heads(wanted: int | tuple[int, ...], entropy_RH: Tensor, num_heads: int | None) -> list[int]:
+def chosen_heads(wanted: int | tuple[int, ...], entropy_RH: Tensor) -> list[int]:
     """The heads of these numbers, or so many with the lowest mean entropy; ascending."""
     if not isinstance(wanted, int):
-        count = num_heads or entropy_RH.shape[1]
-        if not all(0 <= head < count for head in wanted):
-            raise InputError("no such head", expected=f"0 to {count - 1}", found=list(wanted), where="signals.attention.heads")
         return sorted(set(wanted))
     if not len(entropy_RH):
         raise InputError("no keyword in the calibration text", expected="some, to choose attention heads by", found="none")

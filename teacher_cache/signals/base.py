@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
+from signal_store.errors import InputError
 from signal_store.format.arrays import ArraySpec
 from signal_store.format.capacities import Capacities
 from signal_store.manifest import Manifest
@@ -100,6 +101,12 @@ class SignalExtractor(ABC, Generic[S, C]):
         """InputError where the whole plan gives it nothing to be taken at. `needs`: the most of any unit."""
 
     # Of the teacher.
+
+    def refuse_beyond(self, config: PretrainedConfig) -> None:
+        """InputError where no teacher of this (text) config has what the section asks: here, blocks that it names as `layers`."""
+        layers, count = getattr(self.section, "layers", None), getattr(config, "num_hidden_layers", None)
+        if isinstance(layers, tuple) and isinstance(count, int) and not all(1 <= layer <= count for layer in layers):
+            raise InputError("no such block", expected=f"1 to {count}", found=list(layers), where=f"signals.{self.name}.layers")
 
     @property
     def needs_head(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.codecs.zigzag import to_zigzag
@@ -54,14 +55,12 @@ class DistributionExtractor(SignalExtractor[DistributionSignal, Prepared]):
         """Always."""
         return True
 
-    def decide(self, teacher: Teacher) -> Facts:
-        """No tail so far."""
-        rank, width = self.section.rank, teacher.identity.hidden_size
-        if isinstance(rank, int) and rank > width:
-            raise InputError(
-                "more than the teacher has", expected=f"at most {width}", found=rank, where="signals.distribution.rank"
-            )
-        return {}
+    def refuse_beyond(self, config: PretrainedConfig) -> None:
+        """A rank above the teacher's width."""
+        rank, width = self.section.rank, getattr(config, "hidden_size", None)
+        if isinstance(rank, int) and width is not None and rank > width:
+            where = "signals.distribution.rank"
+            raise InputError("more than the teacher has", expected=f"at most {width}", found=rank, where=where)
 
     def collect(self, facts: Facts, batch: SignalBatch) -> tuple[Tensor, Tensor | None]:
         """float32 [n, D], what the head reads; of a teacher without one [n, V], its logits."""

@@ -6,12 +6,10 @@ from teacher_cache.teacher.load import Teacher
 
 
 def chosen_layers(numbers: tuple[int, ...] | None, depths: tuple[float, ...], teacher: Teacher) -> tuple[int, ...]:
-    """The blocks of these numbers (from 1), ascending, or those at these depths; InputError where there is no such block."""
+    """The blocks of these numbers (from 1), ascending, or those at these depths."""
     count = teacher.identity.num_layers
     if numbers is None:
         return tuple(sorted({layer_at_depth(f, count) for f in depths}))
-    if not all(1 <= layer <= count for layer in numbers):
-        raise InputError("no such block", expected=f"1 to {count}", found=list(numbers), where="signals, layers")
     return tuple(sorted(set(numbers)))
 
 

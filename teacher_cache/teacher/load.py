@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from model_taps.attention import captured_layers
+from model_taps.attention import captured_layers, own_kernel
 from model_taps.blocks import num_layers
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import MAX_HEAD_ERROR, OutputHead, head_error, output_head
@@ -47,7 +47,6 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     else:
         device = next(model.parameters()).device
     model.requires_grad_(False)
-    attn_implementation = model.config._attn_implementation  # noqa: SLF001
     config = model.config.get_text_config(decoder=True)
     refuse_look_ahead(model, min(vocab_size, int(config.vocab_size)), "teacher")
     head, why = _usable_head(model, vocab_size, device)
@@ -67,7 +66,7 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
         config_digest=config_digest(model.config),
         weights_digest=weights_digest(model),
         dtype=section.dtype,
-        attn_implementation=attn_implementation,
+        attn_implementation=own_kernel(model),
         hidden_size=config.hidden_size,
         num_layers=num_layers(model),
         num_heads=getattr(config, "num_attention_heads", None),

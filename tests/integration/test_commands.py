@@ -22,12 +22,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from run_kit.command_line import guarded
-from run_kit.recipe_file import validate
+from run_kit.recipe_file import load_recipe, validate
 from signal_store.cache import Cache
 from signal_store.errors import InputError
 from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import read_document
 from student_train.recipe import RunRecipe
+from student_train.train.metrics import METRICS, read_metrics
+from teacher_cache.corpus.sources import SourceReader
 from teacher_cache.recipe import CacheRecipe
 from tests.processes import say_into
 from tests.tiny import COMMON, CONTEXT, make_model, make_tokenizer
@@ -107,13 +109,25 @@ def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
         ("signals.distribution.temperatures=[2.0]", ["hold 1"]),
         ("sources.0.pattern='*.txt'", ["pattern goes with folder"]),
         ("signals.hidden={depths: [0.1], layers: [1]}", ["depths and layers exclude each other"]),
+        ("teacher.device=gpu", ["no such device", "cpu, or cuda", "gpu", "teacher.device"]),
+        ("teacher.device=cuda:9", ["no such device here", "cuda:9", "teacher.device"]),
+        ("teacher={model: MODEL, device_map: gpu}", ["no such device", "balanced", "teacher.device_map"]),
+        ("teacher.attn_implementation=spda", ["no such attention implementation", "perhaps sdpa", "teacher.attn_implementation"]),
+        ("signals.hidden.layers=[1, 9]", ["no such block", "1 to 4", "9", "signals.hidden.layers"]),
+        ("signals.attention.layers=[9]", ["no such block", "1 to 4", "9", "signals.attention.layers"]),
+        ("signals.stats={layers: [0]}", ["no such block", "1 to 4", "0", "signals.stats.layers"]),
+        ("signals.attention.heads=[1, 4]", ["no such head", "0 to 3", "4", "signals.attention.heads"]),
+        ("signals.attention.heads=5", ["more than the teacher has", "at most 4", "5", "signals.attention.heads"]),
+        ("signals.distribution.rank=33", ["more than the teacher has", "at most 32", "33", "signals.distribution.rank"]),
         ("overlap=48", ["overlap must be below context"]),
+        ("context=yes", ["context: true and false", "no value of this key"]),
         ("cache", ["not an override"]),
     ],
 )
 def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, words: list[str]) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    refused(cli("teacher_cache", "build", write(tmp_path, recipe), change.replace("EMPTY", str(tmp_path / "empty.jsonl"))), *words)
+    change = change.replace("EMPTY", str(tmp_path / "empty.jsonl")).replace("MODEL", recipe["teacher"]["model"])
+    refused(cli("teacher_cache", "build", write(tmp_path, recipe), change), *words)
     assert not list((tmp_path / "cache.zarr").glob("ledger/plan.json"))
 
 
@@ -127,13 +141,24 @@ def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, 
         ("student.config.vocab_size=9", ["vocabulary is smaller"]),
         ("student.config.hidden_sise=9", ["no such field", "expected hidden_size", "hidden_sise"]),
         ("student.config.hidden_size=nine", ["config is wrong", "expected int, got str"]),
+        ("student.attn_implementation=eagre", ["no such attention implementation", "perhaps eager", "student.attn_implementation"]),
         ("student.config.dtype=bfloat16", ["weights are float32", "precision: bfloat16"]),
         ("student.config.num_key_value_heads=3", ["the student cannot run"]),
         ("student.config.model_type=bert", ["looks ahead", "bert"]),
+        ("student.config.num_hidden_layers=0", ["a model without blocks", "num_hidden_layers of 1 or more", "found 0"]),
+        ("student.config.intermediate_size=0", ["gives weights no size", "mlp"]),
+        ("student.config.num_attention_heads=0", ["config is wrong", "zero"]),
+        ("sharing.mode=sharded", ["one process cannot share", "torchrun", "sharing.mode", "replicated"]),
         ("student.lora={rank: 2}", ["lora needs a checkpoint"]),
         ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1", "less than 1"]),
         ("stream.mix={weights: {trian: 1}}", ["trian"]),
         ("learning_rate=1", ["unknown key learning_rate (perhaps optimizer.learning_rate)"]),
+        ("stream.rows_per_step=99999999999999999999", ["stream.rows_per_step: a number must be", "below 2**53"]),
+        ("steps=true", ["steps: true and false", "no value of this key"]),
+        ("student.config.rms_norm_eps=.nan", ["student.config.rms_norm_eps: a number must be finite"]),
+        ("student.config.rope_scaling={1: 2}", ["student.config.rope_scaling.1: a key must be text"]),
+        ("student.config.name=2024-01-01", ["student.config.name", "found date"]),
+        ("student.config.name=&a [*a]", ["it holds itself"]),
         ("losses.tal={}", ["unknown key losses.tal (perhaps losses.tla)"]),
         ("losses.tla.weight=much", ["losses.tla.weight", "expected a number"]),
         ("preset=flash", ["preset must be one of"]),
@@ -147,6 +172,38 @@ def test_bad_run_recipes(tmp_path: Path, run_recipe: dict[str, Any], change: str
         run_recipe["student"]["config"].pop("num_key_value_heads", None)
     refused(cli("student_train", "run", write(tmp_path, run_recipe), change), *words)
     assert not (tmp_path / "run").exists()  # nothing claims the folder before it can begin
+
+
+@pytest.mark.parametrize(
+    "overrides", [["steps=8", "steps=9"], ["steps=8", "steps=8"], ["optimizer.learning_rate=0.1", "optimizer={warmup_steps: 3}"]]
+)
+def test_an_override_that_is_lost_to_a_later_one_is_refused(
+    tmp_path: Path, run_recipe: dict[str, Any], overrides: list[str]
+) -> None:
+    path = write(tmp_path, run_recipe)
+    refused(cli("student_train", "explain", path, *overrides), "lost to a later one", f"{overrides[0].partition('=')[0]} once")
+    kept = load_recipe(path, ["steps=9", "optimizer={warmup_steps: 3}", "optimizer.learning_rate=0.1", "stream.seed=1"], RunRecipe)
+    assert (kept.optimizer.warmup_steps, kept.optimizer.learning_rate) == (3, 0.1)
+
+
+def test_a_trial_that_ends_in_its_warm_up_says_so(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
+    run_recipe |= {"preset": "demo_kl", "losses": {}, "validation": None, "steps": 1}
+    done = cli("student_train", "run", write(tmp_path, run_recipe), "optimizer.warmup_steps=4")
+    assert done.returncode == 0, done.stderr
+    assert "the warm-up, 4 steps, is longer than the run, 1: the learning rate ends at 0.0025" in done.stderr
+    assert read_metrics(tmp_path / "run" / METRICS)[0]["learning_rate"] == 0.0025
+    again = cli("student_train", "run", write(tmp_path, run_recipe), "out=" + str(tmp_path / "warm"), "optimizer.warmup_steps=1")
+    assert (again.returncode, "warm-up" in again.stderr) == (0, False)
+
+
+def test_a_plan_is_made_where_the_teacher_will_not_run(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("teacher.device=cuda:9", "teacher.attn_implementation=flash_attention_2")
+    assert cli("teacher_cache", "plan", write(tmp_path, recipe), *changes).returncode == 0
+    monkeypatch.setattr(SourceReader, "rows", lambda _: pytest.fail("a text was read"))
+    for change in ("signals.hidden.layers=[9]", "teacher.attn_implementation=spda"):
+        refused(cli("teacher_cache", "plan", write(tmp_path, recipe), f"cache={tmp_path / 'other.zarr'}", change), "no such")
 
 
 def test_one_seed_is_for_all(run_recipe: dict[str, Any]) -> None:

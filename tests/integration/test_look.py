@@ -451,6 +451,25 @@ def test_a_step_that_holds_a_segment_twice_has_its_spike_named(hostile_cache: Ca
     assert sorted(suspect.segment for suspect in spike.suspects) == sorted(set(repeated))
 
 
+def test_spikes_cut_rows_as_the_record_says(
+    finished_run: Path, cache: CacheView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the student would do here; only a record that does not say asks it."""
+    about = json.loads((finished_run / "run.json").read_text())
+    records = read_metrics(finished_run / METRICS)
+    step = 20
+    next(record for record in records if record["step"] == step and "loss" in record)["loss"] = 1e3
+    (tmp_path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr("student_train.commands.spikes.packs_rows", lambda *_: not about["packed"])
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    (spike,) = spikes(tmp_path, suspects=99)
+    seen = segments_of(RunRecipe.model_validate(about["recipe"]), cache, {step}, about["packed"])[step]
+    assert (spike.step, sorted(suspect.segment for suspect in spike.suspects)) == (step, seen)
+    (tmp_path / "run.json").write_text(json.dumps({name: value for name, value in about.items() if name != "packed"}))
+    with pytest.raises(MismatchError, match="the record does not say"):
+        spikes(tmp_path)
+
+
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
 def test_a_quiet_run_has_no_spikes_and_a_jump_is_one(losses: list[float]) -> None:
     quiet = [(n, 3 - 0.01 * n) for n in range(40)]

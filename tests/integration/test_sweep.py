@@ -52,6 +52,8 @@ def test_a_sweep_is_every_combination_with_every_seed(cache: Cache, tmp_path: Pa
         {"base": {**content["base"], "seed": 42}},
         {"base": {**content["base"], "stream": {"seed": 42}}},
         {"variants": {"x": {"optimizer": {"learning_rate": 1.0}}}},
+        {"variants": {"x": {"optimizer.eps": 1e-6, "optimizer": {"weight_decay": 0.1}}}, "matrix": {}},
+        {"matrix": {"optimizer.eps": [1e-6], "optimizer": [{"weight_decay": 0.1}]}},
         {"metric": "val_loss"},
         {"metric": "agreement", "base": {**content["base"], "validation": None}},
     ]

@@ -11,8 +11,10 @@ import pytest
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
 from student_train.commands.run import run
+from student_train.commands.sweep import sweep
 from student_train.evaluate.gradient_shares import save_shares, shares_of
 from student_train.recipe import RunRecipe
+from student_train.sweep_recipe import SweepRecipe
 from student_train.train import loop as trainer
 from student_train.train.claim import Claim
 from tests.integration.test_parallel import losses, recipe_of
@@ -23,6 +25,15 @@ def test_a_loss_that_is_not_finite_names_its_texts(cache: Cache, tmp_path: Path)
     with pytest.raises(SignalStoreError, match=r"not finite.* segments \[.*which begin \d+: '") as caught:
         run(recipe)
     assert "\n" not in str(caught.value)
+    assert "Lower the learning rate, in an out of its own" in str(caught.value)
+    lower = recipe_of(cache, tmp_path, steps=30)
+    with pytest.raises(
+        MismatchError, match=r"another run \(.*learning_rate.*Give another out.*no checkpoint yet: remove the folder"
+    ) as caught:
+        run(lower)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(tmp_path)
+    assert run(lower.model_copy(update={"steps": 2}))["steps"] == 2
 
 
 def test_another_cache_is_refused_unless_told_so(cache: Cache, exact_cache: Cache, tmp_path: Path) -> None:
@@ -37,6 +48,28 @@ def test_another_cache_is_refused_unless_told_so(cache: Cache, exact_cache: Cach
     result = run(other.model_copy(update={"checkpoint": other.checkpoint.model_copy(update={"accept_other_cache": True})}))
     assert result["steps"] == 4
     assert json.loads((tmp_path / "run.json").read_text())["cache_id"] == exact_cache.manifest.cache_id
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, cache: Cache) -> None:
+    """A source's, say. A recipe, logs and what is hidden may wait there for a run; a run goes on beside whatever has come since."""
+    recipe = recipe_of(cache, tmp_path, steps=1, validation=None)
+    base = {"cache": cache.uri, "student": {"config": {"model_type": "llama"}}, "losses": {"cross_entropy": {}}, "steps": 1}
+    many = SweepRecipe(out=tmp_path, base=base, metric="parameters")
+    for name in ("recipe.yaml", "run.log", "slurm-1.out", ".keep"):
+        (tmp_path / name).write_text("")
+    for name in ("a.txt", "data.jsonl", "student"):
+        (tmp_path / name).mkdir() if name == "student" else (tmp_path / name).write_text("x")
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(InputError, match=f"holds something else.*found {name}; in {tmp_path}"):
+            run(recipe)
+        with pytest.raises(InputError, match=f"holds something else.*found {name}"):
+            sweep(many)
+        assert sorted(tmp_path.iterdir()) == before
+        (tmp_path / name).rmdir() if name == "student" else (tmp_path / name).unlink()
+    run(recipe)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "result.json").unlink()
+    assert run(recipe)["steps"] == 1
 
 
 def test_a_run_folder_says_what_it_was(cache: Cache, tmp_path: Path) -> None:

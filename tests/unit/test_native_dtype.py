@@ -1,6 +1,7 @@
 """Which dtype is taken on which device, what is said of an emulated one, and what of another machine."""
 
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, read_document, unit_key
+from teacher_cache.builder import calibrate
 from teacher_cache.builder.fill import fill
 from teacher_cache.builder.unit_staging import tokenizer_files
 from teacher_cache.commands.build import build
+from teacher_cache.teacher.load import Teacher
 from tests.tiny import COMMON, make_model
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -171,6 +174,43 @@ def test_auto_is_settled_once_for_a_cache(
     assert both.manifest.teacher.dtype == "bfloat16"
     other = recipe_for(tmp_path / "other.zarr", teacher=teacher, signals={"distribution": {"rank": 8}})
     assert fill(other).manifest.teacher.dtype == "float32"
+
+
+def test_the_teacher_of_a_lost_race_is_gone_before_the_next_is_loaded(
+    tmp_path: Path,
+    recipe_for: Callable[..., Any],
+    tokenizer: Any,
+    processor: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine without units for bfloat16 calibrates, and finds that one with them was first."""
+    folder = tmp_path / "teacher"
+    make_model("llama", len(tokenizer), scale=8.0).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recipe = recipe_for(tmp_path / "cache.zarr", teacher={"model": str(folder), "device": "cpu"}, signals={"hidden": {}})
+    load, measured = calibrate.load_recipe_teacher, calibrate.calibration_body
+    loaded: list[weakref.ref[Any]] = []
+
+    def loading(*arguments: Any) -> Teacher:
+        assert not [found for found in loaded if found() is not None], "two teachers in memory"
+        teacher = load(*arguments)
+        loaded.append(weakref.ref(teacher.model))
+        return teacher
+
+    def late(*arguments: Any) -> Any:
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr(calibrate, "load_recipe_teacher", load)
+            undisturbed.setattr(calibrate, "calibration_body", measured)
+            processor("avx2 avx512_bf16")
+            assert calibrate.calibrate(recipe).manifest.teacher.dtype == "bfloat16"
+            processor("avx2")
+        return measured(*arguments)
+
+    monkeypatch.setattr(calibrate, "load_recipe_teacher", loading)
+    monkeypatch.setattr(calibrate, "calibration_body", late)
+    processor("avx2")
+    assert calibrate.calibrate(recipe).manifest.teacher.dtype == "bfloat16"
+    assert len(loaded) == 2
 
 
 def test_a_cache_of_before_there_was_auto_goes_on(

@@ -13,10 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
+from teacher_cache.corpus.chat import render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.segments import COUNTS, cut, loss_mask_of
-from teacher_cache.corpus.sources import documents
-from teacher_cache.corpus.special_text import OWN, SpecialText
+from teacher_cache.corpus.sources import SourceReader, documents
+from teacher_cache.corpus.special_text import SpecialText
 from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
 from teacher_cache.recipe import Source
 from tests.tiny import CODE, PROSE, make_tokenizer, write_jsonl
@@ -133,11 +134,50 @@ def test_plain_text_stays_plain_unless_the_recipe_says_otherwise(tmp_path: Path)
     assert (tokens_of(document, tokenizer).input_ids == 0).sum() == 2
 
 
-def test_a_mark_of_ours_in_a_text_that_spells_special_tokens_is_refused() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own", ["\U0010ffff", "\U0010ffff\U0010fffe", "\U0010fffd\U0010ffff"])
+def test_a_text_may_hold_what_marks_others(kind: Callable[[], PreTrainedTokenizerFast], own: str) -> None:
+    """It reads as with others of their kind."""
+    special, others = special_of(kind), str.maketrans("\U0010ffff\U0010fffe\U0010fffd", "\U0001ffff\U0002fffe\U000f0000")
+    found = []
+    for odd in (own, own.translate(others)):
+        text = f"The {odd}</s> speaks <s>{odd} once {odd}<|user|>"
+        spelled = special.spelled(text)
+        (read,) = special.encode([text], [spelled[:1]], add_special_tokens=False)
+        around = special.encode(["a <s>", text], [[(2, 5)], spelled[:1]], add_special_tokens=False)[1]
+        assert (around.input_ids.tolist(), around.spans.tolist()) == (read.input_ids.tolist(), read.spans.tolist())
+        assert [text[a:b] for i, (a, b) in zip(read.input_ids, read.spans.tolist(), strict=True) if i in (1, 2, 3)] == [
+            "<s>",
+            "<|user|>",
+        ]
+        found.append((len(read.input_ids), read.spans.tolist()))
+    assert found[0] == found[1]
+
+
+def test_a_text_that_holds_noncharacters_beside_special_tokens_comes_back(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(InputError, match="noncharacter"):
-        tokens_of(Document(f"{OWN}<|end|>", spelled=((1, 8),)), tokenizer)
-    assert OWN in str(tokenizer.decode(tokens_of(Document(f"{OWN}a"), tokenizer).input_ids))
+    text = "".join(map(chr, range(0x10FFF0, 0x110000))) + "a<|end|>\U0010ffff<|end|>"
+    (document,) = read(tmp_path, tokenizer, [text])
+    found = tokens_of(document, tokenizer)
+    assert tokenizer.decode(found.input_ids) == text + "<|end|>"
+    assert np.flatnonzero(found.input_ids == 0).tolist() == [len(found.input_ids) - 1]
+    assert found.byte_end[-1] == len(text.encode())
+
+
+def test_a_text_of_every_character_is_a_bad_row(tmp_path: Path) -> None:
+    every = "".join(map(chr, range(0xF0000, 0x110000)))
+    path = write_jsonl(tmp_path / "t.jsonl", ["a", every + "<|end|>", every, "b"])
+    for source in (Source(name="s", jsonl=path), Source(name="s", jsonl=path, on_bad_row="skip")):
+        reader = SourceReader(source, make_tokenizer())
+        if source.on_bad_row == "stop":
+            with pytest.raises(InputError, match=r"no character to mark .* in .*t\.jsonl:2"):
+                list(reader.documents())
+        else:
+            assert [document.text for document in reader.documents()] == ["a", every, "b"]
+            assert [row.row for row in reader.skips.listed] == [2]
+    chat = [{"role": "user", "content": every}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(InputError, match="too many different characters"):
+        render_chat(make_tokenizer(), chat, where="t.jsonl:1")
 
 
 @pytest.mark.parametrize("trim", [True, False])

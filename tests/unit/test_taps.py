@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from model_taps.attention import RowQuery, enable_row_capture, softmax_attention_layers, tap_attention_rows
+from model_taps.attention import (
+    RowQuery,
+    captured_layers,
+    enable_row_capture,
+    own_kernel,
+    softmax_attention_layers,
+    tap_attention_rows,
+)
 from model_taps.blocks import layer_at_depth
 from model_taps.head import final_hidden, head_error
 from model_taps.neighbours import probe
@@ -46,6 +54,35 @@ def test_rows_and_states_equal_eager(family: str) -> None:
     assert set(rows) == {2, 4}
     for (_, layer), found in blocks.items():
         assert (found - expected.hidden_states[layer]).abs().max() <= 1e-5
+
+
+@pytest.fixture
+def hub_kernels(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Two kernels as transformers registers those of its hub, whose names differ in what a registered name cannot hold."""
+    checked = PreTrainedModel._check_and_adjust_attn_implementation
+    names = ("kernels-community/attention_a", "kernels-community_attention/a")
+
+    def without_loading(model: PreTrainedModel, name: str, *rest: Any, **options: Any) -> str:
+        return name if name in names else checked(model, name, *rest, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", without_loading)
+    for name in names:
+        AttentionInterface.register(name, AttentionInterface()["sdpa"])
+        AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
+    return names
+
+
+def test_a_kernel_of_the_hub_is_captured_under_its_own_name(hub_kernels: tuple[str, str]) -> None:
+    for name in (*hub_kernels, "sdpa", "eager"):
+        model = make_model("llama", VOCAB)
+        model.set_attn_implementation(name)
+        for _ in range(2):
+            assert own_kernel(model) == name
+            assert captured_layers(model, VOCAB) == (1, 2, 3, 4)
+        assert model.config._attn_implementation != name
+        with torch.no_grad(), tap_attention_rows({2: ROWS}) as rows:
+            final_hidden(model, ids(), None)
+        assert set(rows) == {2}
 
 
 def test_rows_carry_gradients_to_queries_and_keys() -> None:
