@@ -22,11 +22,9 @@ from teacher_cache.signals.rows import Extracted, numpy_of
 from teacher_cache.signals.tail.basis import TailFit, headless_codec
 from teacher_cache.signals.tail.choice import choose_codec
 from teacher_cache.signals.tail.cost import fit_flops, search_flops
-from teacher_cache.signals.unit_work import SignalBatch
+from teacher_cache.signals.unit_work import LOGITS_BYTES, SignalBatch
 from teacher_cache.teacher.load import Teacher
 
-LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Of one chunk of logits, whose tokens share one reading of the output head."""
 ENCODE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 """Of the logits that are encoded at a time: what stays in a core's cache; a GPU takes the whole chunk."""
 SEEN_BYTES = (40.0, 250.0)

@@ -15,6 +15,9 @@ from teacher_cache.teacher.batches import TeacherBatch
 from teacher_cache.teacher.forward import Thoughts
 from teacher_cache.teacher.load import Teacher
 
+LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+"""Of one chunk of logits, whose tokens share one reading of the output head."""
+
 Made = TypeVar("Made")
 Places = NDArray[np.int64]
 """Of tokens, counted from the unit's first; ascending."""
@@ -99,3 +102,9 @@ class SignalBatch:
             return self.teacher.head.logits(self.thoughts.hidden[rows])
         assert self.thoughts.logits is not None
         return self.thoughts.logits[rows]
+
+    def over_logits(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a function makes of float32 logits [rows, V], for all rows [n, ...]: in chunks, so that [n, V] is never held."""
+        step = max(1, LOGITS_BYTES.get(self.device.type, 2**26) // (4 * self.teacher.vocab_size))
+        with torch.inference_mode():
+            return torch.cat([of(self.logits(slice(start, start + step))) for start in range(0, len(self.thoughts.hidden), step)])

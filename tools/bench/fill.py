@@ -28,8 +28,7 @@ from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
 from teacher_cache.builder.fill import UnitWriters
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.batch import extract_batch, plan_rows
-from teacher_cache.signals.distribution import LOGITS_BYTES
-from teacher_cache.signals.unit_work import UnitWork
+from teacher_cache.signals.unit_work import LOGITS_BYTES, UnitWork
 from teacher_cache.teacher.forward import think
 
 TOKENIZER = Path(__file__).parent.parent / "demo_teacher"
