@@ -5,6 +5,7 @@ import json
 import shutil
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def recipe(once: Once, recipe_for: RecipeMaker, texts: dict[str, Path]) -> Cache
     """Of a cache with every signal that this version has, built once."""
 
     def make(folder: Path) -> CacheRecipe:
-        others = {name: {} for name in Signals.model_fields if name not in SIGNALS}
+        others: dict[str, Any] = {name: {} for name in Signals.model_fields if name not in SIGNALS}
         sources = [{**source, "max_documents": 10} for source in every_source(folder, texts)]
         return recipe_for(folder / "cache.zarr", signals={**SIGNALS, **others}, sources=sources, overlap=8)
 
