@@ -8,6 +8,7 @@ from pydantic_core import InitErrorDetails
 
 from run_kit.recipe_file import LocalPath, ModelName
 from signal_store.format.section import Section, Seed
+from student_train.data.sections import StreamSection as StreamSection
 from student_train.losses.config import KINDS, PRESETS, Kind, Losses, Term
 
 
@@ -57,32 +58,6 @@ class OptimizerSection(Section):
     min_factor: float = Field(0.0, ge=0, le=1)
     """Of the learning rate, at the end of the cosine."""
     clip_norm: float | None = Field(1.0, gt=0)
-
-
-class MixSection(Section):
-    """Train sources in other proportions (REQUIREMENTS 86): a weight for each by name, 0 to leave one out, counted by tokens or
-    by samples (segments)."""
-
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
-    by: Literal["tokens", "samples"] = "tokens"
-
-
-class StreamSection(Section):
-    """How the cache is read. A step is `rows_per_step` rows of `row_tokens` tokens over all ranks and micro-steps."""
-
-    row_tokens: int = Field(1024, ge=2)
-    rows_per_step: int = Field(32, ge=1)
-    micro_rows: int | None = Field(None, ge=1)
-    """Rows of one forward pass; None is all of a rank's."""
-    lanes: int = Field(4, ge=1)
-    """Rows come from this many places of the order in turn; ranks whose runs lie in different lanes read different units."""
-    window_units: int = Field(1, ge=1)
-    """Units of a lane that are shuffled together. A process holds two windows of each lane that it draws from."""
-    mix: MixSection | None = None
-    workers: int = Field(1, ge=0)
-    """Processes that make micro-batches ahead of the step; 0 makes them in line."""
-    seed: Seed = 0
-    """Of the order; the run's own `seed` where it is left out."""
 
 
 class ValidationSection(Section):

@@ -20,7 +20,8 @@ from signal_store.cache import Cache
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
 from student_train.data.codecs import Codecs
 from student_train.data.collate import collate
-from student_train.data.reader import Needs, load_units
+from student_train.data.request import SignalRequest
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 
 CHUNK = 512
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -64,25 +65,26 @@ def held_out(cache: Cache, teacher_folder: str, student_folder: str, min_tokens:
     """At least `min_tokens` tokens of the validation split, one segment a row, through both models."""
     teacher = load_model(teacher_folder, what="teacher", dtype=getattr(torch, cache.manifest.teacher.dtype))
     student = load_model(student_folder, what="student", dtype=torch.float32)
-    needs = Needs(distribution=True, hidden=(), attention=())
-    codec = Codecs.of(cache, needs, torch.device("cpu")).distribution
+    request = SignalRequest.of(DistributionRequest())
+    codec = Codecs.of(cache, request, torch.device("cpu")).distribution
     assert codec is not None
     rows, tokens = [], 0
     for unit in cache.units("validation"):
-        (loaded,) = load_units(cache, [int(unit)], needs)
+        (loaded,) = request.load(cache, [int(unit)])
         for segment, length in enumerate(loaded.segments["length"]):
             rows.append([(loaded, segment)])
             tokens += int(length)
             if tokens >= min_tokens:
                 break
-    batch = collate(rows, cache.manifest.plan.context, needs, packed=False, cursor={})
-    assert batch.distribution is not None
+    batch = collate(rows, cache.manifest.plan.context, request, packed=False, cursor={})
+    part = batch.part(DistributionPart)
+    assert part is not None
     hidden = [
         torch.cat([final_hidden(model, ids, None) for ids in batch.input_ids.split(16)]).flatten(0, 1)[batch.flat]
         for model in (teacher, student)
     ]
     heads = output_head(teacher).float(), output_head(student)
-    return HeldOut(hidden[0], hidden[1], heads[0], heads[1], batch.labels, batch.distribution, codec)
+    return HeldOut(hidden[0], hidden[1], heads[0], heads[1], batch.labels, part.codes, codec)
 
 
 CachedLogprobs = Callable[[slice, float, Tensor], Tensor]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from signal_store.cache import Cache
 from signal_store.codecs.zigzag import from_zigzag
 from signal_store.errors import InputError, MismatchError
-from signal_view.decoded import place_among
 from signal_view.extras import pyplot
+from signal_view.segment_rows import place_among
 
 if TYPE_CHECKING:
     from signal_view.views import SegmentView

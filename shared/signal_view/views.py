@@ -13,8 +13,9 @@ from signal_store.cache import Cache
 from signal_store.io.disk_cache import DiskCacheOptions
 from signal_store.manifest import Split
 from signal_store.segment import Segment
-from signal_view import coloured, decoded, lazy, search, summary
+from signal_view import coloured, lazy, search, segment_tree, summary
 from signal_view.segment_text import SegmentText
+from signal_view.signals import attention, coverage, distribution, evidence, hidden, tags
 
 
 class SegmentView(SegmentText):
@@ -25,40 +26,40 @@ class SegmentView(SegmentText):
     def top(self, n: int = 10, temperature: float = 1.0, tokens: slice = slice(None)) -> Any:
         """pandas DataFrame of each row's n likeliest tokens, indexed by (token, rank): piece, id, probability, nats, is_next;
         `tokens`: of these places only."""
-        return decoded.top(self, n, temperature, tokens)
+        return distribution.top(self, n, temperature, tokens)
 
     def logprobs(self, temperature: float = 1.0) -> Any:
         """xarray DataArray [token, vocabulary] float32: the teacher's log-probabilities in nats, at a cached temperature."""
-        return decoded.logprobs(self, temperature)
+        return distribution.logprobs(self, temperature)
 
     def scalars(self) -> Any:
         """xarray Dataset over `token`: entropy, log-probability of the favourite and of the next token (nats, T = 1), head
         masses."""
-        return decoded.scalars(self)
+        return distribution.scalars(self)
 
     def hidden(self, tap: str, layer: int) -> Any:
         """xarray DataArray [token, channel] float32 of a cached tap of a layer (1 is the first block), at the sampled places."""
-        return decoded.hidden(self, tap, layer)
+        return hidden.hidden(self, tap, layer)
 
     def attention(self, layer: int) -> Any:
         """xarray DataArray [token, head, key] float32: probabilities of keyword rows; NaN where nothing is stored."""
-        return decoded.attention(self, layer)
+        return attention.attention(self, layer)
 
     def evidence(self) -> Any:
         """pandas DataFrame: a question's sentences, and their shares of the answer's attention by layer."""
-        return decoded.evidence(self)
+        return evidence.evidence(self)
 
     def coverage(self) -> Any:
         """pandas DataFrame: a text's key words, and the probability that its summary says each."""
-        return decoded.coverage(self)
+        return coverage.coverage(self)
 
     def roles(self) -> Any:
         """pandas DataFrame: what part each token's word plays."""
-        return decoded.roles(self)
+        return tags.roles(self)
 
     def to_xarray(self) -> Any:
         """xarray DataTree of what the cache holds of it, decoded; not the dense distribution (`logprobs`), drawn ids, gradients."""
-        return decoded.to_xarray(self)
+        return segment_tree.to_xarray(self)
 
     def _repr_html_(self) -> str:
         return coloured.segment_html(self)

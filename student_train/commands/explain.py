@@ -135,16 +135,7 @@ def _reads(objective: Objective, name: str) -> list[str]:
         return ["distribution", "tags, where there are some"]
     if name not in objective.states:
         return ["tokens" if name in {"cross_entropy", "router_balance"} else "distribution"]
-    needs = objective.states[name].reads.cache
-    return [
-        *(f"hidden/{tap}/{layer}" for tap, layer in needs.hidden),
-        *(f"attention/{layer}" for layer in needs.attention),
-        *(f"stats/attention/{layer}" for layer in needs.statistics),
-        *(["stats/ffn"] if needs.sparsity else []),
-        *(["replay"] if needs.replay else []),
-        *(f"evidence/{layer}" for layer in needs.evidence),
-        *(["coverage"] if needs.coverage else []),
-    ]
+    return [what for request in objective.states[name].reads.cache for what in request.described()]
 
 
 def _taps(objective: Objective, name: str) -> list[str]:

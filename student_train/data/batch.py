@@ -1,67 +1,33 @@
 """What travels from the cache to a training step: tokens and codes, nothing decoded.
 
-Legend: B rows, S tokens a row, N rows of the distribution that count, P sampled hidden states, R keyword rows, E their entries.
-`flat` positions count b * S + s.
+Legend: B rows, S tokens a row, N rows of the distribution that count. `flat` positions count b * S + s.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Self
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from model_taps.slices import State
 from signal_store.codecs.distribution import DistributionCodes
-from signal_store.signals import Tap
+from student_train.data.signals.attention import AttentionCodes as AttentionCodes
+from student_train.data.signals.attention import AttentionPart
+from student_train.data.signals.base import Part
+from student_train.data.signals.coverage import CoveragePart
+from student_train.data.signals.distribution import DistributionPart
+from student_train.data.signals.evidence import EvidencePart
+from student_train.data.signals.hidden import HiddenCodes as HiddenCodes
+from student_train.data.signals.hidden import HiddenPart
+from student_train.data.signals.replay import ReplayPart
+from student_train.data.signals.stats import StatsPart
+from student_train.data.signals.tags import TagsPart
+from student_train.data.unit import IGNORE as IGNORE
 
-
-@dataclass(frozen=True, slots=True)
-class HiddenCodes:
-    """Sampled outputs of one teacher layer: int8 `values` [P, width or rank], float32 `scale` [P]."""
-
-    values: Tensor
-    scale: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCodes:
-    """Keyword rows of one teacher layer, entries end to end: uint8 `weights` [E, H]; `columns` int32 [E, H] and float16
-    `residual` [R, H] where only the heaviest columns are kept, else None."""
-
-    weights: Tensor
-    columns: Tensor | None
-    residual: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayCodes:
-    """Paths of sampled tokens: `flat` int64 [P] where they are, `labels` int64 [P] what follows them, int8 `values` [P, K, width]
-    in units of `scale` float32 [P], losses `nll` float32 [P, K + 1] in nats."""
-
-    flat: Tensor
-    labels: Tensor
-    values: Tensor
-    scale: Tensor
-    nll: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class EvidenceCodes:
-    """Sentences of questions: `segment` int64 [E] number in the batch, `ranges` int64 [E, 2] first token and the one after the
-    last, counted from the segment's first; `shares` float16 [E] by teacher layer."""
-
-    segment: Tensor
-    ranges: Tensor
-    shares: dict[int, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class CoverageCodes:
-    """Key words: `segment` int64 [W] number in the batch, `token` int64 [W], `probability` float16 [W] that it is said."""
-
-    segment: Tensor
-    token: Tensor
-    probability: Tensor
+Kind = TypeVar("Kind", bound=Part)
+CoverageCodes = CoveragePart
+"""An old name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +45,10 @@ class CodedBatch:
     """One micro-batch.
 
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
-    counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None; `importance` float32
-    [N] their weights and `types` uint8 [N] of the tokens that they predict (`signal_store.format.roles.TOKEN_TYPES`), or None.
-    `hidden_flat` [P] and `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length:
-    stored entries), `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics`
-    float16 [segments, H, 4] by teacher layer, `sparsity` float16 [segments, layers, 2] of FFNs or None. `replay` paths, `evidence`
-    and `coverage` or None. `segments`: which segments are in it, `sources` their sources' numbers, `segment_rows` how many of the
-    N rows each has, `hidden_rows` how many of the P states, `context_only` how many of its first tokens are there as context only.
-    `cursor`: where the lanes that it drew from go on.
+    counts; `labels` int64 [N], IGNORE where the label is not stored; `importance` float32 [N] their weights, or None. `segments`:
+    which segments are in it, `sources` their sources' numbers, `segment_rows` how many of the N rows each has, `context_only` how
+    many of its first tokens are there as context only. `cursor`: where the lanes that it drew from go on. `signals`: by class, the
+    part of each signal that was asked for; none where there is no segment.
     """
 
     input_ids: Tensor
@@ -94,29 +56,120 @@ class CodedBatch:
     real: Tensor
     flat: Tensor
     labels: Tensor
-    distribution: DistributionCodes | None
     importance: Tensor | None
-    types: Tensor | None
-    hidden_flat: Tensor
-    hidden: dict[tuple[Tap, int], HiddenCodes]
-    row_batch: Tensor
-    row_query: Tensor
-    row_first: Tensor
-    row_length: Tensor
-    row_keyword: Tensor
-    attention: dict[int, AttentionCodes]
-    statistics: dict[int, Tensor]
-    sparsity: Tensor | None
-    replay: ReplayCodes | None
-    evidence: EvidenceCodes | None
-    coverage: CoverageCodes | None
     segments: tuple[int, ...]
     sources: tuple[int, ...]
     segment_rows: tuple[int, ...]
-    hidden_rows: tuple[int, ...]
     context_only: tuple[int, ...]
     packed: bool
     cursor: dict[int, LaneCursor]
+    signals: dict[type[Part], Part]
+
+    def part(self, kind: type[Kind]) -> Kind | None:
+        """What it holds of a signal; None where that was not asked for, or the batch has no segment."""
+        found = self.signals.get(kind)
+        return found if isinstance(found, kind) else None
+
+    def with_parts(self, *parts: Part) -> Self:
+        """The batch with these in the place of those of their classes."""
+        return replace(self, signals={**self.signals, **{type(part): part for part in parts}})
+
+    # Below: what the losses knew parts by, until they take them by class.
+
+    @property
+    def distribution(self) -> DistributionCodes | None:
+        """Codes of the N rows."""
+        part = self.part(DistributionPart)
+        return None if part is None else part.codes
+
+    @property
+    def types(self) -> Tensor | None:
+        """See `TagsPart`."""
+        part = self.part(TagsPart)
+        return None if part is None else part.types
+
+    @property
+    def hidden_flat(self) -> Tensor:
+        """See `HiddenPart`."""
+        part = self.part(HiddenPart)
+        return self.flat[:0] if part is None else part.flat
+
+    @property
+    def hidden(self) -> dict[State, HiddenCodes]:
+        """See `HiddenPart`."""
+        part = self.part(HiddenPart)
+        return {} if part is None else part.states
+
+    @property
+    def hidden_rows(self) -> tuple[int, ...]:
+        """See `HiddenPart`."""
+        part = self.part(HiddenPart)
+        return () if part is None else part.segment_rows
+
+    @property
+    def row_batch(self) -> Tensor:
+        """See `AttentionPart`."""
+        part = self.part(AttentionPart)
+        return self.flat[:0] if part is None else part.batch
+
+    @property
+    def row_query(self) -> Tensor:
+        """See `AttentionPart`."""
+        part = self.part(AttentionPart)
+        return self.flat[:0] if part is None else part.query
+
+    @property
+    def row_first(self) -> Tensor:
+        """See `AttentionPart`."""
+        part = self.part(AttentionPart)
+        return self.flat[:0] if part is None else part.first
+
+    @property
+    def row_length(self) -> Tensor:
+        """See `AttentionPart`."""
+        part = self.part(AttentionPart)
+        return self.flat[:0] if part is None else part.length
+
+    @property
+    def row_keyword(self) -> Tensor:
+        """See `AttentionPart`."""
+        part = self.part(AttentionPart)
+        return self.flat[:0].bool() if part is None else part.keyword
+
+    @property
+    def attention(self) -> dict[int, AttentionCodes]:
+        """See `AttentionPart`."""
+        part = self.part(AttentionPart)
+        return {} if part is None else part.layers
+
+    @property
+    def statistics(self) -> dict[int, Tensor]:
+        """See `StatsPart`."""
+        part = self.part(StatsPart)
+        return {} if part is None else part.attention
+
+    @property
+    def sparsity(self) -> Tensor | None:
+        """See `StatsPart`."""
+        part = self.part(StatsPart)
+        return None if part is None else part.ffn
+
+    @property
+    def replay(self) -> ReplayPart | None:
+        """See `ReplayPart`."""
+        return self.part(ReplayPart)
+
+    @property
+    def evidence(self) -> EvidencePart | None:
+        """See `EvidencePart`."""
+        return self.part(EvidencePart)
+
+    @property
+    def coverage(self) -> CoveragePart | None:
+        """See `CoveragePart`."""
+        return self.part(CoveragePart)
+
+    # Above: the old names.
 
     def mapped(self, change: Callable[[Any], Any], kind: type) -> Self:
         """The batch with everything of this kind in it changed."""

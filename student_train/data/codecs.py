@@ -1,33 +1,36 @@
 """The cache's calibrated constants on the training device: what codes are decoded with."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from model_taps.slices import State
 from signal_store.cache import Cache
-from signal_store.codecs.cached import distribution_codec, hidden_codec
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.codecs.hidden import HiddenCodec
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
 
 
 @dataclass(slots=True)
 class Codecs:
     """`distribution`, or None where nobody needs it, of as many directions as training uses, and `whole`, of all: what validation
-    compares with. `hidden` by (tap, teacher layer)."""
+    compares with. `signals`: by name, what the codes of each signal that is read are decoded with."""
 
-    distribution: DistributionCodec | None
+    distribution: DistributionCodec | None = None
     whole: DistributionCodec | None = None
-    hidden: dict[State, HiddenCodec] = field(default_factory=dict)
+    signals: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cache: Cache, needs: Needs, device: torch.device, tail_rank: int | None = None) -> "Codecs":
+    def of(cls, cache: Cache, request: SignalRequest, device: torch.device, tail_rank: int | None = None) -> "Codecs":
         """Read what is needed of `calibration/`; of the tail, the first `tail_rank` directions."""
-        distribution = whole = None
-        if needs.distribution and cache.manifest.signals.distribution is not None:
-            whole = distribution_codec(cache).to(device)
-            distribution = whole.with_rank(whole.rank if tail_rank is None else min(whole.rank, tail_rank))
-        wanted = [layout for layout in cache.manifest.calibration.hidden if (layout.tap, layout.layer) in needs.hidden]
-        hidden = {(layout.tap, layout.layer): hidden_codec(cache, layout).to(device) for layout in wanted}
-        return cls(distribution, whole, hidden)
+        signals = {signal.signal(): signal.codecs(cache, device) for signal in request}
+        whole: DistributionCodec | None = signals.get("distribution")
+        used = whole if whole is None or tail_rank is None else whole.with_rank(min(whole.rank, tail_rank))
+        return cls(used, whole, signals)
+
+    @property
+    def hidden(self) -> dict[State, HiddenCodec]:
+        """Of hidden states, by (tap, teacher layer)."""
+        found: dict[State, HiddenCodec] = self.signals.get("hidden", {})
+        return found

@@ -17,12 +17,12 @@ from signal_store.errors import InputError
 from student_train.data.batch import LaneCursor
 from student_train.data.mixing import Mixing
 from student_train.data.order import key_of, permuted, shuffled
-from student_train.data.reader import Needs, UnitReader, load_units
+from student_train.data.placement import Row
+from student_train.data.request import SignalRequest
+from student_train.data.unit import UnitReader
 
 EMPTY_EPOCHS = 8
 """A lane that has no row in so many epochs never will."""
-Row = list[tuple[UnitReader, int]]
-"""Segments of a row, end to end: the unit and the segment's number in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Lane:
 
     cache: Cache
     train_units: NDArray[np.int64]
-    needs: Needs
+    request: SignalRequest
     cut: Cut
     mixing: Mixing
     number: int
@@ -104,7 +104,7 @@ class Lane:
         if self._next is not None and self._next[0] == (epoch, window):
             loaded = self._next[1].result()
         else:
-            loaded = load_units(self.cache, self._units(epoch, window), self.needs)
+            loaded = self.request.load(self.cache, self._units(epoch, window))
         self._next = None
         segments = [
             (unit, segment)
@@ -119,11 +119,11 @@ class Lane:
             last = self.at.window + 1 >= self._windows
             following = (self.at.epoch + last, 0 if last else self.at.window + 1)
             units = self._units(*following)
-            self._next = (following, ahead.submit(_read_whole, self.cache, units, self.needs))
+            self._next = (following, ahead.submit(_read_whole, self.cache, units, self.request))
 
 
-def _read_whole(cache: Cache, units: Sequence[int], needs: Needs) -> list[UnitReader]:
-    loaded = load_units(cache, units, needs)
+def _read_whole(cache: Cache, units: Sequence[int], request: SignalRequest) -> list[UnitReader]:
+    loaded = request.load(cache, units)
     for unit in loaded:
         unit.read_all()
     return loaded

@@ -1,4 +1,4 @@
-"""Sources in other proportions than the cache's, chosen at training time (REQUIREMENTS 86).
+"""Sources in other proportions than the cache's, chosen at training time.
 
 A source's weight becomes a number of copies of each of its segments in an epoch: the whole part always, the rest by a keyed coin.
 The epoch stays as long as it was, in what is counted (tokens or segments). Deterministic, and O(1) memory.
@@ -12,7 +12,7 @@ from typing import Literal, Self
 from signal_store.cache import Cache
 from signal_store.errors import InputError
 from student_train.data.order import key_of
-from student_train.data.reader import UnitReader
+from student_train.data.unit import UnitReader
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ from signal_store.errors import InputError
 from signal_store.manifest import Split
 from student_train.data.batch import CodedBatch, LaneCursor
 from student_train.data.collate import collate
-from student_train.data.lanes import Cut, Lane, Row, cut_rows
+from student_train.data.lanes import Cut, Lane, cut_rows
 from student_train.data.mixing import Mixing
-from student_train.data.reader import TOKENS_ONLY, Needs, load_units
+from student_train.data.placement import Row
+from student_train.data.request import TOKENS_ONLY, SignalRequest
+from student_train.data.sections import StreamSection
 from student_train.importance.weigher import Weigher
-from student_train.recipe import StreamSection
 
 Cursor = dict[int, LaneCursor]
 """Where each lane goes on; one that is absent has not begun."""
@@ -33,7 +34,7 @@ class Stream:
     """How one rank sees a cache."""
 
     cache: Cache
-    needs: Needs
+    request: SignalRequest
     config: StreamSection
     packed: bool
     rank: int = 0
@@ -105,7 +106,7 @@ class Stream:
         return Lane(
             self.cache,
             self._train_units,
-            self.needs,
+            self.request,
             cut,
             self._mixing,
             number,
@@ -131,32 +132,32 @@ class Stream:
                         lanes[lane] = self.lane(lane, cursor.get(lane, LaneCursor()))
                     rows.append(lanes[lane].row(inside, ahead))
                     after[lane] = lanes[lane].at
-                yield collate(rows, self.config.row_tokens, self.needs, packed=self.packed, cursor=after, weigher=self.weigher)
+                yield collate(rows, self.config.row_tokens, self.request, packed=self.packed, cursor=after, weigher=self.weigher)
                 micro += workers
 
-    def once(self, split: Split, needs: Needs = TOKENS_ONLY, max_tokens: int | None = None) -> Iterator[CodedBatch]:
+    def once(self, split: Split, request: SignalRequest = TOKENS_ONLY, max_tokens: int | None = None) -> Iterator[CodedBatch]:
         """A split in order, once, dealt out to the ranks row by row; filler rows at the end."""
         per_batch = self.micro_rows * self.world_size
         pending: list[Row] = []
-        for row in self._rows_once(split, needs, max_tokens):
+        for row in self._rows_once(split, request, max_tokens):
             pending.append(row)
             if len(pending) == per_batch:
-                yield self._dealt(pending, needs)
+                yield self._dealt(pending, request)
                 pending = []
         if pending:
-            yield self._dealt([*pending, *([] for _ in range(per_batch - len(pending)))], needs)
+            yield self._dealt([*pending, *([] for _ in range(per_batch - len(pending)))], request)
 
-    def _rows_once(self, split: Split, needs: Needs, max_tokens: int | None) -> Iterator[Row]:
+    def _rows_once(self, split: Split, request: SignalRequest, max_tokens: int | None) -> Iterator[Row]:
         cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
         tokens = 0
         for unit in self.cache.units(split):
-            (loaded,) = load_units(self.cache, [int(unit)], needs)
+            (loaded,) = request.load(self.cache, [int(unit)])
             for row in cut_rows([(loaded, segment) for segment in range(len(loaded.segments["length"]))], cut, key=0):
                 if max_tokens is not None and tokens >= max_tokens:
                     return
                 yield row
                 tokens += sum(int(loaded.segments["length"][segment]) for _, segment in row)
 
-    def _dealt(self, rows: Sequence[Row], needs: Needs) -> CodedBatch:
+    def _dealt(self, rows: Sequence[Row], request: SignalRequest) -> CodedBatch:
         mine = rows[self.rank :: self.world_size]
-        return collate(mine, self.config.row_tokens, needs, packed=self.packed, cursor={})
+        return collate(mine, self.config.row_tokens, request, packed=self.packed, cursor={})

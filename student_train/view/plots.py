@@ -15,8 +15,8 @@ from signal_store.errors import MismatchError
 from signal_store.manifest import Split
 from signal_store.signals import Tap
 from signal_view import CacheView, SegmentView
-from signal_view.decoded import labels_of, place_among
 from signal_view.plots import axes_of, label_tokens, shown
+from signal_view.segment_rows import labels_of, place_among
 from student_train.losses.cka import debiased_cka
 from student_train.losses.features import MIN_TOKENS
 from student_train.view.students import student_logprobs

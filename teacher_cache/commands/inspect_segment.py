@@ -11,7 +11,7 @@ from rich.text import Text
 from signal_store.errors import InputError
 from signal_view import CacheView, SegmentView
 from signal_view.coloured import surprise_and_entropy
-from signal_view.decoded import place_among
+from signal_view.segment_rows import place_among
 from signal_view.summary import printable
 
 TOP = 10

@@ -6,7 +6,7 @@ goes on to calibrate looks for its device first.
 
 import torch
 
-from model_taps.attention import refuse_unknown_kernel
+from model_taps.attention_interface import refuse_unknown_kernel
 from model_taps.blocks import refuse_no_blocks
 from model_taps.loading import load_config
 from signal_store.errors import InputError

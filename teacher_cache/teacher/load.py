@@ -1,12 +1,14 @@
 """The teacher in memory: loaded as the recipe says, and identified."""
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from model_taps.attention import captured_layers, own_kernel
+from model_taps.attention import captured_layers
+from model_taps.attention_interface import own_kernel
 from model_taps.blocks import num_layers
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import MAX_HEAD_ERROR, OutputHead, head_error, output_head
@@ -40,6 +42,12 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     options |= {"trust_remote_code": section.trust_remote_code, "attn_implementation": section.attn_implementation}
     device = device_of(section)
     if section.device_map is not None:
+        if find_spec("accelerate") is None:
+            raise InputError(
+                "accelerate, which spreads a teacher over devices, is not installed",
+                expected='pip install "teacher-cache[all]"',
+                where="teacher.device_map",
+            )
         options["device_map"] = section.device_map
     model = load_model(section.model, what="teacher", **options)
     if section.device_map is None:

@@ -14,8 +14,10 @@ from model_taps.slices import tap_states
 from signal_store.cache import Cache
 from signal_store.codecs.attention import MAX_ERROR, decode_attention
 from student_train.data.codecs import Codecs
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
 from student_train.data.rows import Stream
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import Losses
 from student_train.losses.dense import dense_divergence
@@ -85,18 +87,20 @@ def test_full_rank_or_full_head_equals_a_live_teacher(
 ) -> None:
     cache = whole_head_cache if whole_head else exact_cache
     model = live(cache)
-    needs = Needs(distribution=True, hidden=(), attention=())
+    request = SignalRequest.of(DistributionRequest())
     config = StreamSection(row_tokens=CONTEXT, rows_per_step=16)
-    batch = next(Stream(cache, needs, config, packed=True).micro_batches({}, 0))
+    batch = next(Stream(cache, request, config, packed=True).micro_batches({}, 0))
     student = make_model("llama", len(output_head(model).weight), seed=5)
-    codec = Codecs.of(cache, needs, torch.device("cpu")).distribution
+    codec = Codecs.of(cache, request, torch.device("cpu")).distribution
     with torch.no_grad():
         hidden_T, hidden_S = (
             final_hidden(m, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.flat] for m in (model, student)
         )
         logp = (output_head(model).logits(hidden_T) / temperature).log_softmax(-1)
     weight = output_head(student).weight.detach().clone().requires_grad_()
-    targets = OutputTargets(batch.labels, batch.distribution, codec)
+    part = batch.part(DistributionPart)
+    assert part is not None
+    targets = OutputTargets(batch.labels, part.codes, codec)
     scale = 1 / len(batch.flat)
     total, _ = output_loss(hidden_S, OutputHead(weight, None, 1.0, None), targets, [OutputTerm(kind, scale, temperature)])
     total.backward()
@@ -194,11 +198,10 @@ def test_overlap_rows_hold_no_signal(recipe_for: object, tmp_path: Path) -> None
     assert np.isnan(scalars[: later.context_only]).all()
     assert not np.isnan(scalars[later.context_only :, 0]).any()
     assert (later.loss_mask[: later.context_only] == 0).all()
-    batch = next(
-        Stream(
-            cache, Needs(True, (("block_output", 1),), ()), StreamSection(row_tokens=32, rows_per_step=64), packed=True
-        ).micro_batches({}, 0)
-    )
-    assert batch.distribution is not None
-    assert not torch.isnan(batch.distribution.scalars[:, 0]).any()
-    assert (batch.hidden["block_output", 1].scale > 0).all()
+    request = SignalRequest.of(DistributionRequest(), HiddenRequest((("block_output", 1),)))
+    batch = next(Stream(cache, request, StreamSection(row_tokens=32, rows_per_step=64), packed=True).micro_batches({}, 0))
+    distribution, hidden = batch.part(DistributionPart), batch.part(HiddenPart)
+    assert distribution is not None
+    assert hidden is not None
+    assert not torch.isnan(distribution.codes.scalars[:, 0]).any()
+    assert (hidden.states["block_output", 1].scale > 0).all()

@@ -29,6 +29,8 @@ from signal_view.coloured import surprise_and_entropy
 from signal_view.extras import pyplot
 from signal_view.lazy import to_xarray
 from signal_view.meaning import meaning
+from signal_view.signals import view_of, views_of
+from signal_view.signals.base import SignalView
 from signal_view.summary import html_of, printable, signal_bytes, summarise, text_of
 from signal_view.tokens import TokenTexts, token_texts
 from student_train.cli import app as student_app
@@ -184,6 +186,38 @@ def test_every_decoded_array_has_a_name_and_a_unit(knowing_cache: CacheView, hos
                 for name, variable in node.dataset.data_vars.items():
                     assert variable.attrs.get("units", "unknown") != "unknown", (node.path, name)
                     assert variable.attrs["long_name"], (node.path, name)
+
+
+def test_a_signal_without_a_file_is_shown_as_it_is_stored(knowing_cache: CacheView, hostile_cache: CacheView) -> None:
+    assert type(view_of("hidden")) is not SignalView
+    assert type(view_of("of_another_version")) is SignalView
+    for looked in (knowing_cache, hostile_cache):
+        segment = looked[3]
+        held = {view.name for view in views_of(looked)}
+        assert held == {*dict(looked.manifest.signals.cached()), "tags"} & {path.partition("/")[0] for path in looked.capacity_rows}
+        shown = {place: part for name in held for place, part in SignalView(name).parts(segment).items()}
+        unshown = {path.rpartition("/")[0] for path in looked.capacity_rows} - {place[1:] for place in shown}
+        assert unshown == {"tokens", "segments"} | {group for group in unshown if group.endswith("/segments")}
+        for place, part in shown.items():
+            for name, array in part.data_vars.items():
+                assert array.attrs["units"] != "unknown", (place, name)
+                assert array.attrs["long_name"]
+        ids = looked.read("distribution/head_ids", segment.token_start, segment.token_start + len(segment))
+        np.testing.assert_array_equal(shown["/distribution"].head_ids.values, ids[segment.context_only :])
+        assert shown["/distribution"].scalar.values[:3].tolist() == list(SCALARS)
+        layer = looked.manifest.calibration.attention[0].layer
+        rows = segment.columns("attention/segments", "row_start", "rows")
+        each = range(rows["row_start"], rows["row_start"] + rows["rows"])
+        offset, length = (looked.read(f"attention/rows/{name}", each.start, each.stop) for name in ("offset", "length"))
+        entries = [
+            looked.read(f"attention/{layer}/weights", n, n + count) for n, count in zip(offset, length.tolist(), strict=True)
+        ]
+        if entries:
+            np.testing.assert_array_equal(shown[f"/attention/{layer}"].weights.values, np.concatenate(entries))
+        positions = looked.read("attention/rows/position", each.start, each.stop)
+        np.testing.assert_array_equal(shown["/attention/rows"].place.values, positions - segment.token_start)
+    values = knowing_cache[3].row_of("stats/ffn/values")
+    np.testing.assert_array_equal(SignalView("stats").parts(knowing_cache[3])["/stats/ffn"]["values"].values, values)
 
 
 @settings(max_examples=15)

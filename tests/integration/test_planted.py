@@ -6,6 +6,7 @@ nothing about. Random teachers attend to nothing in particular, so the attention
 own. Nearness is the term itself on the validation split.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 
 from signal_store.cache import Cache
 from signal_store.codecs.attention import encode_attention
-from student_train.data.batch import AttentionCodes, CodedBatch, HiddenCodes
+from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.rows import Stream
+from student_train.data.signals.attention import AttentionCodes, AttentionPart
+from student_train.data.signals.base import Part
+from student_train.data.signals.coverage import CoveragePart
+from student_train.data.signals.evidence import EvidencePart
+from student_train.data.signals.hidden import HiddenCodes, HiddenPart
+from student_train.data.signals.replay import ReplayPart
+from student_train.data.signals.stats import StatsPart
 from student_train.losses.config import Losses
 from student_train.losses.objective import Objective, resolve
 from student_train.recipe import StreamSection
@@ -48,19 +56,23 @@ def shuffled(batch: CodedBatch) -> CodedBatch:
     def moved(tensor: Tensor) -> Tensor:
         return tensor.roll(len(tensor) // 2, 0)
 
-    hidden = {state: HiddenCodes(moved(codes.values), moved(codes.scale)) for state, codes in batch.hidden.items()}
-    attention = {layer: AttentionCodes(moved(codes.weights), None, None) for layer, codes in batch.attention.items()}
-    statistics = {layer: moved(values) for layer, values in batch.statistics.items()}
-    replay = batch.replay
-    if replay is not None:
-        replay = replace(replay, values=moved(replay.values), scale=moved(replay.scale), nll=moved(replay.nll))
-    evidence, coverage = batch.evidence, batch.coverage
-    if evidence is not None:
-        evidence = replace(evidence, shares={layer: moved(shares) for layer, shares in evidence.shares.items()})
-    if coverage is not None:
-        coverage = replace(coverage, probability=moved(coverage.probability))
-    found = {"hidden": hidden, "attention": attention, "statistics": statistics, "replay": replay}
-    return replace(batch, **found, evidence=evidence, coverage=coverage)  # type: ignore[arg-type]
+    def parts() -> Iterator[Part]:
+        for part in batch.signals.values():
+            match part:
+                case HiddenPart(states=states):
+                    yield replace(part, states={at: HiddenCodes(moved(c.values), moved(c.scale)) for at, c in states.items()})
+                case AttentionPart(layers=layers):
+                    yield replace(part, layers={n: AttentionCodes(moved(c.weights), None, None) for n, c in layers.items()})
+                case StatsPart(attention=attention):
+                    yield replace(part, attention={n: moved(values) for n, values in attention.items()})
+                case ReplayPart():
+                    yield replace(part, values=moved(part.values), scale=moved(part.scale), nll=moved(part.nll))
+                case EvidencePart(shares=shares):
+                    yield replace(part, shares={n: moved(values) for n, values in shares.items()})
+                case CoveragePart():
+                    yield replace(part, probability=moved(part.probability))
+
+    return batch.with_parts(*parts())
 
 
 STRENGTH = 3 * torch.rand(10_000, generator=torch.Generator().manual_seed(5))
@@ -70,7 +82,7 @@ def drawn(batch: CodedBatch) -> CodedBatch:
     """What a teacher would give to whom each token, by its id, is so and so strong: attention goes to the strong ones, and a summary
     says them."""
     batch = drawn_attention(batch)
-    evidence, coverage = batch.evidence, batch.coverage
+    evidence, coverage = batch.part(EvidencePart), batch.part(CoveragePart)
     if evidence is not None and len(evidence.segment):
         starts = [int(((batch.position_ids == 0) & batch.real).flatten().nonzero()[s]) for s in evidence.segment.tolist()]
         ids = batch.input_ids.flatten()
@@ -78,27 +90,25 @@ def drawn(batch: CodedBatch) -> CodedBatch:
         mass = torch.stack([STRENGTH[ids[at + first : at + last]].exp().sum() for at, (first, last) in pairs])
         whole = torch.zeros(len(batch.segments)).index_add(0, evidence.segment, mass)
         shares = (mass / whole[evidence.segment]).half()
-        evidence = replace(evidence, shares=dict.fromkeys(evidence.shares, shares))
+        batch = batch.with_parts(replace(evidence, shares=dict.fromkeys(evidence.shares, shares)))
     if coverage is not None:
-        coverage = replace(coverage, probability=(STRENGTH[coverage.token] / 3).half())
-    return replace(batch, evidence=evidence, coverage=coverage)
+        batch = batch.with_parts(replace(coverage, probability=(STRENGTH[coverage.token] / 3).half()))
+    return batch
 
 
 def drawn_attention(batch: CodedBatch) -> CodedBatch:
     """Rows of attention that go to each token by its own strength, the same for all text."""
-    strength = STRENGTH
-    rows = [
-        strength[batch.input_ids[b, first : query + 1]].softmax(0)
-        for b, first, query in zip(batch.row_batch, batch.row_first, batch.row_query, strict=True)
-    ]
-    if not rows:
+    part = batch.part(AttentionPart)
+    if part is None or not len(part.batch):
         return batch
+    places = zip(part.batch, part.first, part.query, strict=True)
+    rows = [STRENGTH[batch.input_ids[b, first : query + 1]].softmax(0) for b, first, query in places]
     weights = encode_attention(torch.cat(rows))[:, None]
-    attention = {
+    layers = {
         layer: AttentionCodes(weights.expand(-1, codes.weights.shape[1]).contiguous(), None, None)
-        for layer, codes in batch.attention.items()
+        for layer, codes in part.layers.items()
     }
-    return replace(batch, attention=attention)
+    return batch.with_parts(replace(part, layers=layers))
 
 
 def prepared(cache: Cache, name: str) -> tuple[Distiller, Objective, Stream]:

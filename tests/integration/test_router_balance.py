@@ -17,7 +17,7 @@ from signal_store.errors import InputError, MismatchError
 from student_train.commands.explain import explain
 from student_train.commands.run import run
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import TOKENS_ONLY
+from student_train.data.request import TOKENS_ONLY
 from student_train.data.rows import Stream
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve

@@ -23,8 +23,11 @@ from signal_store.ledger.documents import CALIBRATION, read_document
 from signal_store.segment import Segment
 from signal_store.signals import HEAD_SIZES, QUALITIES, DistributionSignal
 from student_train.data.codecs import Codecs
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
 from student_train.data.rows import Stream
+from student_train.data.signals.attention import AttentionPart
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.signals.hidden import HiddenPart
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import StreamSection
@@ -116,9 +119,10 @@ def test_the_steps_before_a_keyword_are_stored_and_only_keywords_train(full: Cac
     for number in batch.segments:
         mine = rows_of(full, full[number], "attention")
         own += int((full.read("attention/rows/keyword", mine.start, mine.stop) == 1).sum())
-    assert len(batch.row_query) == own
-    lengths = (batch.row_query - batch.row_first + 1).tolist()
-    assert len(batch.attention[2].weights) == sum(lengths)
+    part = batch.part(AttentionPart)
+    assert part is not None
+    assert len(part.query) == own
+    assert len(part.layers[2].weights) == sum((part.query - part.first + 1).tolist())
 
 
 def test_statistics_are_means_over_each_segments_rows(full: Cache, teacher: PreTrainedModel) -> None:
@@ -215,8 +219,10 @@ def test_an_overlay_adds_what_nobody_thought_of(
     batch = next(
         Stream(joined, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=8), packed=True).micro_batches({}, 0)
     )
-    assert batch.distribution is not None
-    assert len(batch.hidden_flat)
+    hidden = batch.part(HiddenPart)
+    assert batch.part(DistributionPart) is not None
+    assert hidden is not None
+    assert len(hidden.flat)
     assert Codecs.of(joined, objective.needs, torch.device("cpu")).hidden
     with pytest.raises(MismatchError, match="exactly one that is no overlay"):
         open_cache(tmp_path / "over.zarr")
@@ -317,7 +323,7 @@ def test_a_quality_settles_the_head_and_a_calibration_of_before_keeps_its_codes(
     assert stored.dtype == np.uint8
     body = read_document(objects_at(str(tmp_path / "cache.zarr")), CALIBRATION).body
     assert max(body["fidelity"]["scaled_kl_nats"]) <= signal.max_scaled_kl_nats
-    segment, codecs = cache[0], Codecs.of(cache, Needs(distribution=True, hidden=(), attention=()), torch.device("cpu"))
+    segment, codecs = cache[0], Codecs.of(cache, SignalRequest.of(DistributionRequest()), torch.device("cpu"))
     model = load_model(cache.manifest.teacher.name, what="teacher", dtype=torch.float32)
     with torch.no_grad():
         logp = model(ids_of(segment), use_cache=False).logits[0, :, : cache.manifest.tokenizer.vocab_size].log_softmax(-1)

@@ -2,10 +2,12 @@
 
 import json
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,20 +16,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import InputError
+from student_train.data import signals
 from student_train.data.batch import CodedBatch, LaneCursor
-from student_train.data.lanes import Row
 from student_train.data.loader import load
 from student_train.data.order import key_of, permuted, shuffled
-from student_train.data.reader import Needs
+from student_train.data.placement import Row
+from student_train.data.request import TOKENS_ONLY, SignalRequest
 from student_train.data.rows import Cursor, Stream
-from student_train.recipe import StreamSection
+from student_train.data.sections import StreamSection
+from student_train.data.signals.attention import AttentionPart, AttentionRequest
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.signals.hidden import HiddenPart, HiddenRequest
+from student_train.data.signals.stats import StatsRequest
 from teacher_cache.commands.build import build
 from tests.tiny import CODE, CONTEXT, PROSE, write_jsonl
 
-ALL = Needs(distribution=True, hidden=tuple(("block_output", n) for n in (1, 2, 3)), attention=(4,))
-TOKENS = Needs(distribution=False, hidden=(), attention=())
+ALL = SignalRequest.of(DistributionRequest(), HiddenRequest(tuple(("block_output", n) for n in (1, 2, 3))), AttentionRequest((4,)))
 
 
 @given(size=st.integers(1, 400), key=st.integers(0, 2**64 - 1))
@@ -41,9 +48,12 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert len(orders) == 9
 
 
-def stream_of(cache: Cache, needs: Needs = TOKENS, **config: Any) -> Stream:
+def stream_of(cache: Cache, request: SignalRequest = TOKENS_ONLY, **config: Any) -> Stream:
     return Stream(
-        cache, needs, StreamSection.model_validate({"row_tokens": 64, "rows_per_step": 6, "window_units": 2, **config}), packed=True
+        cache,
+        request,
+        StreamSection.model_validate({"row_tokens": 64, "rows_per_step": 6, "window_units": 2, **config}),
+        packed=True,
     )
 
 
@@ -200,6 +210,10 @@ def check_batch(cache: Cache, batch: CodedBatch) -> None:
     starts = torch.nonzero((batch.position_ids == 0) & batch.real).tolist()
     assert len(starts) == len(batch.segments)
     rows = hidden_rows = attention_rows = 0
+    distribution, hidden, attention = batch.part(DistributionPart), batch.part(HiddenPart), batch.part(AttentionPart)
+    assert distribution is not None
+    assert hidden is not None
+    assert attention is not None
     for (row, column), number in zip(starts, batch.segments, strict=True):
         segment = cache[number]
         n = len(segment)
@@ -212,31 +226,26 @@ def check_batch(cache: Cache, batch: CodedBatch) -> None:
                 continue
             assert batch.flat[rows] == row * width + column + t
             assert batch.labels[rows] == (labels[t] if segment.loss_mask[t] == 1 else -100)
-            if batch.distribution is not None:
-                place = segment.token_start + t
-                assert np.array_equal(
-                    batch.distribution.head_codes[rows], cache.read("distribution/head_codes", place, place + 1)[0]
-                )
-                assert np.array_equal(
-                    batch.distribution.tail_codes[rows], cache.read("distribution/tail_codes", place, place + 1)[0]
-                )
+            place = segment.token_start + t
+            for name in ("head_codes", "tail_codes"):
+                codes = getattr(distribution.codes, name)[rows]
+                assert np.array_equal(codes, cache.read(f"distribution/{name}", place, place + 1)[0])
             rows += 1
-        for (tap, layer), codes in batch.hidden.items():
+        for (tap, layer), states in hidden.states.items():
             stored = cache.read(f"hidden/{tap}/{layer}/values", segment.token_start, segment.token_start + n)
-            assert np.array_equal(codes.values[hidden_rows : hidden_rows + n], stored)
-        hidden_rows += n if batch.hidden else 0
-        if batch.attention:
-            positions = cache.read("attention/rows/position")
-            mine = np.flatnonzero((positions >= segment.token_start) & (positions < segment.token_start + n))
-            for i in mine:
-                assert batch.row_query[attention_rows] == column + positions[i] - segment.token_start
-                assert batch.row_first[attention_rows] == column
-                assert batch.row_batch[attention_rows] == row
-                attention_rows += 1
+            assert np.array_equal(states.values[hidden_rows : hidden_rows + n], stored)
+        hidden_rows += n
+        positions = cache.read("attention/rows/position")
+        mine = np.flatnonzero((positions >= segment.token_start) & (positions < segment.token_start + n))
+        for i in mine:
+            assert attention.query[attention_rows] == column + positions[i] - segment.token_start
+            assert attention.first[attention_rows] == column
+            assert attention.batch[attention_rows] == row
+            attention_rows += 1
     assert rows == len(batch.flat)
-    assert hidden_rows == len(batch.hidden_flat)
-    assert attention_rows == len(batch.row_batch)
-    assert int(batch.row_length.sum()) == (len(batch.attention[4].weights) if batch.attention else 0)
+    assert hidden_rows == len(hidden.flat)
+    assert attention_rows == len(attention.batch)
+    assert int(attention.length.sum()) == len(attention.layers[4].weights)
 
 
 def test_batches_hold_what_the_cache_holds(cache: Cache) -> None:
@@ -259,3 +268,84 @@ def test_bad_rows_are_refused(cache: Cache) -> None:
         stream_of(cache, row_tokens=CONTEXT - 1)
     with pytest.raises(InputError, match="divide evenly"):
         stream_of(cache, micro_rows=4)
+
+
+def test_requests_join_and_ask_for_no_signal_twice() -> None:
+    state: State = ("block_output", 1)
+    one = SignalRequest.of(HiddenRequest((state,)), AttentionRequest((4,)), StatsRequest(()))
+    other = SignalRequest.of(HiddenRequest((state, ("block_output", 2))), AttentionRequest((2,), steps=True))
+    both = one | other
+    assert both.get(HiddenRequest) == HiddenRequest((state, ("block_output", 2)))
+    assert both.get(AttentionRequest) == AttentionRequest((4, 2), steps=True)
+    assert both.get(StatsRequest) is None  # it asked for nothing
+    assert one | TOKENS_ONLY == one
+    assert [what for request in both for what in request.described()] == [
+        "hidden/block_output/1",
+        "hidden/block_output/2",
+        "attention/4",
+        "attention/2",
+    ]
+
+
+def test_every_signal_of_a_cache_is_found_by_its_name_and_read(knowing_cache: Cache) -> None:
+    request = SignalRequest.whole(knowing_cache)
+    assert {kind.signal() for kind in request} == {*dict(knowing_cache.manifest.signals.cached()), "tags"}
+    batch = next(stream_of(knowing_cache, request).micro_batches({}, 0))
+    names = {type(part).__module__.rpartition(".")[2] for part in batch.signals.values()}
+    assert names == {kind.signal() for kind in request}
+    read = request.reads(knowing_cache)
+    unread = {path for path in knowing_cache.capacity_rows if path not in read}
+    assert not [path for path in unread if not path.startswith(("segments/", "tokens/byte_end")) and "/segments/" not in path]
+
+
+FURTHER = """
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from student_train.data.placement import Placement
+from student_train.data.signals.base import Part, Request
+
+
+@dataclass(frozen=True, slots=True)
+class FurtherPart(Part):
+    flat: Tensor
+    ends: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FurtherRequest(Request):
+    def groups(self) -> tuple[str, ...]:
+        return ("tokens/byte_end",)
+
+    def gather(self, placement: Placement) -> FurtherPart:
+        rows = placement.rows("further")
+        return FurtherPart(placement.flat(placement.places("further", rows)), placement.gathered("tokens/byte_end", rows))
+"""
+
+
+def test_a_signal_that_is_one_file_more_is_found_and_batched(
+    knowing_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "further.py").write_text(FURTHER)
+    monkeypatch.setattr(signals, "__path__", [*signals.__path__, str(tmp_path)])
+    signals.request_kinds.cache_clear()
+    try:
+        request = SignalRequest.of(signals.request_kinds()["further"]())
+        batch = next(stream_of(knowing_cache, request, workers=0).micro_batches({}, 0))
+        (part,) = batch.signals.values()
+        flat, ends = part.flat, part.ends  # type: ignore[attr-defined]
+        segments = [knowing_cache[number] for number in batch.segments]
+        stored = [knowing_cache.read("tokens/byte_end", s.token_start, s.token_start + len(s)) for s in segments]
+        assert ends.tolist() == np.concatenate(stored).tolist()
+        assert batch.input_ids.flatten()[flat].tolist() == np.concatenate([s.input_ids for s in segments]).tolist()
+        moved = batch.mapped(lambda tensor: tensor.clone(), torch.Tensor)
+        assert moved.signals[type(part)].ends.tolist() == ends.tolist()  # type: ignore[attr-defined]
+        (tmp_path / "further.py").write_text("")
+        sys.modules.pop("student_train.data.signals.further")
+        signals.request_kinds.cache_clear()
+        with pytest.raises(TypeError, match="one class of Request, and has 0"):
+            signals.request_kinds()
+    finally:
+        sys.modules.pop("student_train.data.signals.further", None)
+        signals.request_kinds.cache_clear()

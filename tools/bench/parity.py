@@ -34,8 +34,9 @@ from signal_store.codecs.bf16_units import has_bf16_units
 from step import make_student
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
 from student_train.data.rows import Stream
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
 from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
@@ -45,7 +46,7 @@ from student_train.train.loop import build_optimizer, learning_rate_factor
 
 TOOLS = Path(__file__).parent.parent
 TEMPERATURES = (1.0, 2.0, 3.0)
-NEEDS = Needs(distribution=True, hidden=(), attention=())
+NEEDS = SignalRequest.of(DistributionRequest())
 Loss = Callable[[PreTrainedModel, CodedBatch, Tensor], Tensor]
 """From student, batch and the teacher's final hidden states [N, D] to the mean loss."""
 
@@ -90,7 +91,8 @@ def cross_entropy(_room: Room) -> Loss:
 
 def from_cache(room: Room, temperature: float) -> Loss:
     def loss(student: PreTrainedModel, batch: CodedBatch, _thought: Tensor) -> Tensor:
-        targets = OutputTargets(batch.labels, batch.distribution, room.codecs.distribution)
+        part = batch.part(DistributionPart)
+        targets = OutputTargets(batch.labels, None if part is None else part.codes, room.codecs.distribution)
         term = OutputTerm("tla", 1 / len(batch.flat), temperature)
         return output_loss(student_hidden(student, batch), output_head(student), targets, [term])[0]
 

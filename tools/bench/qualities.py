@@ -23,6 +23,7 @@ from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import open_cache
 from signal_store.signals import QUALITIES, DistributionSignal, Quality
 from student_train.data.codecs import Codecs
+from student_train.data.signals.distribution import DistributionPart
 from teacher_cache.signals.budget import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
 from teacher_cache.signals.tail.basis import TailFit
 from teacher_cache.signals.tail.choice import Choice, choose_codec
@@ -49,7 +50,7 @@ def recoded(room: Room, quality: Quality) -> Recoded:
     steps = []
     for batch, thought in room.steps:
         codes, _ = choice.codec.encode(thought.float(), head.logits(thought), batch.labels.clamp(min=-1))
-        steps.append((replace(batch, distribution=codes), thought))
+        steps.append((batch.with_parts(DistributionPart(codes)), thought))
     return Recoded(replace(room, steps=steps, codecs=Codecs(choice.codec)), choice)
 
 

@@ -27,23 +27,18 @@ from peers_distillkit import RECOMMENDED, DistillKit
 from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import Cache, open_cache
 from student_train.data.codecs import Codecs
-from student_train.data.reader import TOKENS_ONLY, Needs
+from student_train.data.request import TOKENS_ONLY, SignalRequest
 from student_train.data.rows import Stream
-from student_train.recipe import StreamSection
+from student_train.data.sections import StreamSection
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 
-DISTRIBUTION = Needs(distribution=True, hidden=(), attention=())
-
-
-def everything(cache: Cache) -> Needs:
-    """All signals that a student can be trained with."""
-    calibration = cache.manifest.calibration
-    return Needs(True, tuple((h.tap, h.layer) for h in calibration.hidden), tuple(a.layer for a in calibration.attention))
+DISTRIBUTION = SignalRequest.of(DistributionRequest())
 
 
-def stream_of(cache: Cache, needs: Needs, rank: int = 0, ranks: int = 1) -> Stream:
+def stream_of(cache: Cache, request: SignalRequest, rank: int = 0, ranks: int = 1) -> Stream:
     rows = 16 * ranks
     config = StreamSection(row_tokens=max(1024, cache.manifest.plan.context), rows_per_step=rows, lanes=4, workers=0)
-    return Stream(cache, needs, config, packed=True, rank=rank, world_size=ranks)
+    return Stream(cache, request, config, packed=True, rank=rank, world_size=ranks)
 
 
 def delivered(stream: Stream, tokens: int) -> tuple[int, float, float]:
@@ -97,8 +92,9 @@ def concurrent(uri: str, readers: int, tokens: int) -> list[float]:
 def memmap_rate(stream: Stream, tokens: int, folder: Path) -> float:
     """Tokens a second of raw rows of the same bytes, gathered from a memmap in the stream's rows of segments."""
     batch = next(stream.micro_batches({}, 0))
-    codes = batch.distribution
-    assert codes is not None
+    part = batch.part(DistributionPart)
+    assert part is not None
+    codes = part.codes
     parts = (codes.head_ids, codes.head_codes, codes.tail_codes, codes.scalars)
     width = sum(part[0].numel() * part.element_size() for part in parts) + 2
     raw = np.memmap(folder / "raw.bin", dtype=np.uint8, mode="w+", shape=(tokens, width))
@@ -121,10 +117,10 @@ def distillkit_rate(cache: Cache, checkout: Path, folder: Path, tokens: int) -> 
     length = 256
     rows: list[dict[str, Any]] = []
     for batch in stream_of(cache, DISTRIBUTION).micro_batches({}, 0):
-        assert batch.distribution is not None
-        for first in range(0, len(batch.distribution) - length + 1, length):
-            part = batch.distribution[slice(first, first + length)]
-            logp = codec.logprobs(part, 1.0)
+        part = batch.part(DistributionPart)
+        assert part is not None
+        for first in range(0, len(part.codes) - length + 1, length):
+            logp = codec.logprobs(part.codes[slice(first, first + length)], 1.0)
             packed = compressor.compress(logp[None])
             row = {name: packed[name][0].tolist() for name in ("compressed_logprobs", "bytepacked_indices")}
             rows.append({"input_ids": batch.input_ids.flatten()[:length].tolist(), **row})
@@ -150,13 +146,13 @@ def distillkit_rate(cache: Cache, checkout: Path, folder: Path, tokens: int) -> 
 def measured(cache: Cache, tokens: int, rounds: int) -> Iterator[tuple[str, list[float], float]]:
     """(what, tokens a second by round, row fill) on one core; cold: from opening, most of the first epoch, read-ahead of the next included."""
     epoch = sum(source.num_tokens for source in cache.sources if source.split == "train") * 9 // 10
-    for name, needs in (("tokens", TOKENS_ONLY), ("distribution", DISTRIBUTION), ("every signal", everything(cache))):
+    for name, request in (("tokens", TOKENS_ONLY), ("distribution", DISTRIBUTION), ("every signal", SignalRequest.whole(cache))):
         for state, wanted in (("cold", epoch), ("warm", tokens)):
             rates = []
             for _ in range(rounds):
                 if state == "cold":
                     forget_pages(Path(cache.parts[0].uri))
-                found, seconds, fill = delivered(stream_of(open_cache(cache.parts[0].uri), needs), wanted)
+                found, seconds, fill = delivered(stream_of(open_cache(cache.parts[0].uri), request), wanted)
                 rates.append(found / seconds)
             yield f"{name}, {state}", rates, fill
 

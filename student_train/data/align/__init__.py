@@ -1,0 +1,1 @@
+"""Which tokens the student reads, and where those of the cache stand among them."""
