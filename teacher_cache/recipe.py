@@ -228,11 +228,3 @@ class CacheRecipe(Section):
         """What counts as a keyword: the attention signal's, or the default, so that an overlay can add the signal."""
         attention = self.signals.attention
         return attention.keywords if attention is not None else DEFAULT_KEYWORDS
-
-    @property
-    def resolved_max_columns(self) -> int | None:
-        """Columns kept of an attention row, or None for all."""
-        attention = self.signals.attention
-        if attention is None or attention.max_columns is not None:
-            return None if attention is None else attention.max_columns
-        return 64 if self.context > 1024 else None

@@ -140,12 +140,13 @@ def knowing_cache(once: Once, recipe_for: RecipeMaker, texts: dict[str, Path]) -
     """A sealed cache with everything that any term reads, as exact as it can be stored."""
 
     def make(folder: Path) -> None:
-        build(recipe_for(folder / "cache.zarr", signals=EVERY_SIGNAL, sources=_every_source(folder, texts)))
+        build(recipe_for(folder / "cache.zarr", signals=EVERY_SIGNAL, sources=every_source(folder, texts)))
 
     return open_cache(once("knowing", make) / "cache.zarr")
 
 
-def _every_source(folder: Path, texts: dict[str, Path]) -> list[dict[str, Any]]:
+def every_source(folder: Path, texts: dict[str, Path]) -> list[dict[str, Any]]:
+    """What gives each signal something to be taken at."""
     tagger = {"parser": "pygments"}
     sources = [
         {"name": "train", "jsonl": texts["train"], "lexer": "python", "tagger": tagger},

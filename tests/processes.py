@@ -8,7 +8,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 PRELOADED = ["student_train.commands.run", "teacher_cache.builder.fill"]
-OURS = ("teacher_cache", "student_train", "signal_store", "model_taps")
+OURS = ("teacher_cache", "student_train", "signal_store", "signal_view", "model_taps", "run_kit")
 
 
 def fresh() -> ForkServerContext:

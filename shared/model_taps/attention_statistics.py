@@ -1,4 +1,4 @@
-"""How attention rows are spread (REQUIREMENTS 5): the same numbers of the teacher, into the cache, and of the student, in the
+"""How attention rows are spread: the same numbers of the teacher, into the cache, and of the student, in the
 graph.
 
 Legend: R rows, H heads, L keys of the longest row.
@@ -29,6 +29,12 @@ def row_statistics(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
     length = lengths_R.to(rows)[:, None]
     columns_L = torch.arange(rows.shape[2], device=rows.device)
     back_RL = (lengths_R[:, None] - 1 - columns_L).clamp(min=0)
-    entropy = -(rows * rows.clamp(min=TINY).log()).sum(-1) / length.log()  # xlogy has no finite gradient at 0
+    entropy = normalised_entropy(rows, lengths_R)
     lookback = (rows * back_RL[:, None]).sum(-1) / length
     return torch.stack([entropy, lookback, rows.amax(-1), rows[..., 0]], -1)
+
+
+def normalised_entropy(rows_RHL: Tensor, lengths_R: Tensor) -> Tensor:
+    """[R, H], of the rows' dtype: entropy of each row over the log of its length, which is above 1; 0 focused, 1 flat."""
+    # xlogy has no finite gradient at 0
+    return -(rows_RHL * rows_RHL.clamp(min=TINY).log()).sum(-1) / lengths_R.to(rows_RHL)[:, None].log()

@@ -1,8 +1,8 @@
 """calibrate: fix what depends on the teacher (`calibration_fit`). Then the layout is known and the manifest is frozen. The first to
 commit wins; every worker recomputes one segment and compares."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,8 @@ from safetensors.numpy import load, save
 from model_taps.machine import MachineClass, differences
 from model_taps.native_dtype import AUTO
 from model_taps.neighbours import Composition
-from model_taps.slices import State
 from run_kit.progress import tell
 from signal_store.canonical import sha256
-from signal_store.codecs.distribution import DistributionCodec
-from signal_store.codecs.hidden import HiddenCodec
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.format.arrays import ArraySpec
 from signal_store.format.text import segment_arrays, token_arrays
@@ -32,62 +29,37 @@ from signal_store.manifest import (
     TokenizerIdentity,
     parse_manifest,
 )
-from signal_store.signals import AttentionLayout, Dimensions, HiddenLayout, Signals, StatsLayout, TagsSignal
+from signal_store.signals import AttentionLayout, Dimensions, HiddenLayout, Signal, StatsLayout
 from teacher_cache.builder.calibration_fit import Arrays, checked_values, measure
 from teacher_cache.builder.plan import Plan, plan, settled
 from teacher_cache.builder.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
-from teacher_cache.builder.unit_plan import UnitPlan
 from teacher_cache.builder.unit_staging import load_plan_tokenizer
 from teacher_cache.builder.worker_notes import noted
 from teacher_cache.builder.workers import ALONE, Worker
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.signals.calibrated import CalibratedTeacher
+from teacher_cache.signals.limits import refuse_beyond_teacher
+from teacher_cache.signals.registry import extractors_of
+from teacher_cache.teacher.batches import TeacherBatch, compose
 from teacher_cache.teacher.dtype import tell_of_emulation, with_dtype
-from teacher_cache.teacher.forward import Listening, Teacher, TeacherBatch, compose, device_of, load_teacher, placed, think
+from teacher_cache.teacher.forward import think
 from teacher_cache.teacher.identity import differing_fields, refuse_another_teacher, refuse_another_than_the_base
-from teacher_cache.teacher.limits import refuse_beyond_teacher
-from teacher_cache.teacher.supported import listening_of
+from teacher_cache.teacher.load import Teacher, device_of, load_teacher, placed
 
 CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """The frozen manifest, the matrices it speaks of, and the teacher that made or matched them."""
+class Calibrated(CalibratedTeacher):
+    """And the plan that it was calibrated on."""
 
-    manifest: Manifest
-    arrays: Arrays
     plan: Plan
-    teacher: Teacher
-
-    @cached_property
-    def distribution(self) -> DistributionCodec:
-        """Codec of the distribution, on the teacher's device."""
-        signal = self.manifest.signals.distribution
-        assert signal is not None
-        codec = DistributionCodec.from_arrays(self.arrays, signal, self.manifest.teacher.logit_softcap)
-        return codec.to(self.teacher.device)
-
-    @cached_property
-    def hidden(self) -> dict[str, HiddenCodec]:
-        """Codec of each cached group of hidden states, on the teacher's device."""
-        signal = self.manifest.signals.hidden
-        bits = 8 if signal is None or signal.values == "int8" else 16
-        groups = [h.group for h in self.manifest.calibration.hidden]
-        return {group: HiddenCodec.from_arrays(self.arrays, group, bits).to(self.teacher.device) for group in groups}
-
-    @property
-    def listening(self) -> Listening:
-        """What of the teacher is read while it runs."""
-        found, last = self.manifest.calibration, self.manifest.teacher.num_layers
-        states: list[State] = [(h.tap, h.layer) for h in found.hidden]
-        rows = [a.layer for a in found.attention]
-        others = (found.stats, found.replay_layers, found.evidence_layers, last)
-        return listening_of(self.manifest.signals, states, rows, *others)
 
 
 def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
-    device_of(placed(recipe.teacher, worker))  # refused before a text is read
+    device_of(placed(recipe.teacher, worker.local))  # refused before a text is read
     planned = plan(recipe, worker)
     load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
     return calibrate_planned(recipe, planned, worker)
@@ -104,8 +76,8 @@ def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE
 
 def _calibrated(wanted: CacheRecipe, planned: Plan, objects: Objects, worker: Worker) -> Calibrated | None:
     """One try, in the dtype that this machine takes for `auto` where none stands yet; None where another one stands at its end."""
-    recipe, reason = with_dtype(wanted, objects, worker)
-    tell_of_emulation(recipe, reason, worker)
+    recipe, reason = with_dtype(wanted, objects, worker.local)
+    tell_of_emulation(recipe, reason, worker.local)
     teacher = load_recipe_teacher(recipe, planned.vocab_size, worker)
     if recipe.base is not None:
         refuse_another_than_the_base(recipe.base, teacher.identity)
@@ -137,7 +109,7 @@ def _calibrated(wanted: CacheRecipe, planned: Plan, objects: Objects, worker: Wo
             found=manifest.cache_id,
             where=recipe.cache,
         )
-    calibrated = Calibrated(found, arrays, planned, teacher)
+    calibrated = Calibrated(found, arrays, teacher, planned)
     _check_teacher(calibrated, objects)
     return calibrated
 
@@ -153,11 +125,9 @@ def calibration_body(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objec
 def load_recipe_teacher(recipe: CacheRecipe, vocab_size: int, worker: Worker = ALONE) -> Teacher:
     """The teacher as the settled recipe's signals need it, on this worker's GPU if there are several."""
     refuse_beyond_teacher(recipe)
-    signals = recipe.signals
-    needs_head = (signals.distribution is not None and signals.distribution.rank != 0) or signals.replay is not None
-    needs_head |= signals.stats is not None and signals.stats.gradient
-    rows = signals.attention is not None or (signals.stats is not None and signals.stats.attention) or signals.evidence is not None
-    return load_teacher(placed(recipe.teacher, worker), vocab_size, capture_rows=rows, needs_head=needs_head)
+    extractors = extractors_of(recipe.signals, recipe.context)
+    rows, head = any(e.needs_attention for e in extractors), any(e.needs_head for e in extractors)
+    return load_teacher(placed(recipe.teacher, worker.local), vocab_size, capture_rows=rows, needs_head=head)
 
 
 def read_calibration_arrays(objects: Objects, arrays_digest: str) -> Arrays:
@@ -175,11 +145,10 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
     """The manifest of a settled recipe, its plan and the body of its calibration."""
     files = planned.document.body["tokenizer"]
     tokenizer = TokenizerIdentity(digest=files["digest"], vocab_size=files["vocab_size"])
-    signals = recipe.signals
-    if signals.distribution is not None:
-        head = body["head"] if "head" in body else min(signals.distribution.head_size, tokenizer.vocab_size)
-        signal = signals.distribution.model_copy(update={"head": head})
-        signals = signals.model_copy(update={"distribution": signal})
+    extractors = extractors_of(recipe.signals, recipe.context, tags=planned.has_tags)
+    settled_signals = {e.name: e.settled(body, tokenizer.vocab_size) for e in extractors}
+    cached = {name: settled_signals[name] for name, _ in recipe.signals.cached()}
+    signals = recipe.signals.model_copy(update=cached)
     calibration = CalibrationIdentity(
         digest=body["arrays_digest"],
         tail_rank=body["tail_rank"],
@@ -189,6 +158,7 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
         stats=None if body["stats"] is None else StatsLayout.model_validate(body["stats"]),
         replay_layers=tuple(body["replay_layers"]),
         evidence_layers=tuple(body.get("evidence_layers", ())),
+        signals=body.get("signals", {}),
     )
     teacher = TeacherIdentity.model_validate(body["teacher"])
     first = planned.document.body
@@ -211,11 +181,11 @@ def manifest_of(recipe: CacheRecipe, planned: Plan, body: dict[str, Any]) -> Man
         ),
         calibration=calibration,
         signals=signals,
-        arrays=tuple(spec.to_json() for spec in _specs(recipe, signals, body, planned)),
+        arrays=tuple(spec.to_json() for spec in _specs(recipe, settled_signals.values(), body, planned)),
     )
 
 
-def _specs(recipe: CacheRecipe, signals: Signals, body: dict[str, Any], planned: Plan) -> list[ArraySpec]:
+def _specs(recipe: CacheRecipe, sections: Iterable[Signal], body: dict[str, Any], planned: Plan) -> Iterator[ArraySpec]:
     """The arrays of the cache, from what it holds and the body of its calibration; an overlay leaves tokens and segments to its
     base."""
     dimensions = Dimensions(
@@ -225,13 +195,10 @@ def _specs(recipe: CacheRecipe, signals: Signals, body: dict[str, Any], planned:
         capacities=planned.capacities,
         calibration=body,
     )
-    specs: list[ArraySpec] = []
     if recipe.base is None:
-        specs += [*token_arrays(dimensions.unit_tokens), *segment_arrays(dimensions.capacities.segments)]
-        specs += TagsSignal().arrays(dimensions) if planned.has_tags else ()
-    for _, signal in signals.cached():
-        specs += signal.arrays(dimensions)
-    return specs
+        yield from (*token_arrays(dimensions.unit_tokens), *segment_arrays(dimensions.capacities.segments))
+    for section in sections:
+        yield from section.arrays(dimensions)
 
 
 def _check_teacher(calibrated: Calibrated, objects: Objects) -> None:

@@ -30,8 +30,9 @@ from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
 from teacher_cache.builder.worker_notes import noted
 from teacher_cache.builder.workers import ALONE, Worker
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.signals.batch import UnitWork, extract_batch, plan_rows
+from teacher_cache.signals.batch import extract_batch, plan_rows
 from teacher_cache.signals.rows import Extracted, Rows
+from teacher_cache.signals.unit_work import UnitWork
 
 MAX_SATURATION = 1e-3
 
@@ -127,9 +128,9 @@ def compute_unit(
     on_tokens: Callable[[int], None] = lambda _n: None,
 ) -> UnitRecord:
     """Run the teacher over a unit and write its shards below `prefix`."""
-    work = UnitWork(calibrated.manifest, unit, calibrated.plan.unit(objects, unit))
+    work = UnitWork(unit, calibrated.plan.unit(objects, unit))
     with UnitWriters(objects, prefix, calibrated.manifest.specs, unit) as writers:
-        writers.append(plan_rows(work))
+        writers.append(plan_rows(calibrated, work))
         for batch in batches_of(calibrated, work.plan):
             writers.append_later(extract_batch(calibrated, work, batch))
             on_tokens(int(work.plan.length[batch.first : batch.last].sum()))

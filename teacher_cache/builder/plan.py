@@ -32,9 +32,7 @@ from signal_store.ledger.documents import (
     tokenizer_key,
 )
 from signal_store.manifest import SourceIdentity, parse_manifest
-from teacher_cache.builder.positions import capacities_of
 from teacher_cache.builder.recipe_parts import completed_plan, planned_part, refuse_another_recipe
-from teacher_cache.builder.unit_plan import UnitPlan
 from teacher_cache.builder.unit_staging import (
     NO_ROOM,
     Tally,
@@ -46,8 +44,10 @@ from teacher_cache.builder.unit_staging import (
 )
 from teacher_cache.builder.workers import ALONE, Worker
 from teacher_cache.corpus.sources import SourceReader
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, Source
-from teacher_cache.teacher.limits import refuse_beyond_teacher
+from teacher_cache.signals.limits import refuse_beyond_teacher
+from teacher_cache.signals.registry import capacities_of, refuse_empty_signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,7 @@ def plan_body(
     ]
     staged = stage_units(recipe, objects, prefix, tokenizer, tallies, None, processes)
     refuse_useless(tallies)
-    _refuse_empty_signals(recipe, staged.needs)
+    refuse_empty_signals(recipe.signals, recipe.context, staged.needs)
     files = _kept_tokenizer_files(objects, tokenizer)
     publish_units(objects, prefix, staged.units, first=0)
     return {
@@ -301,15 +301,15 @@ def _overlay_body(recipe: CacheRecipe, objects: Objects) -> dict[str, Any]:
     base = read_plan(below)
     _refuse_base(recipe, base, below)
     needs = NO_ROOM
-    max_columns = recipe.resolved_max_columns
     with progress_bar() as progress:
         bar = progress.add_task("plan", total=base.num_units, unit="units")
         for number, unit in enumerate(base.units):
             data = below.read(plan_unit_key(number, unit["digest"]))
-            needs = needs.union(capacities_of(UnitPlan.from_bytes(data, unit["digest"], recipe.base), recipe.signals, max_columns))
+            planned_unit = UnitPlan.from_bytes(data, unit["digest"], recipe.base)
+            needs = needs.union(capacities_of(planned_unit, recipe.signals, recipe.context))
             objects.put(plan_unit_key(number, unit["digest"]), data)
             progress.advance(bar)
-    _refuse_empty_signals(recipe, needs)
+    refuse_empty_signals(recipe.signals, recipe.context, needs)
     for name in base.document.body["tokenizer"]["files"]:
         objects.put(tokenizer_key(name), below.read(tokenizer_key(name)))
     return {
@@ -342,37 +342,3 @@ def _refuse_base(recipe: CacheRecipe, base: Plan, below: Objects) -> None:
             found=list(attention.keywords),
             where="signals.attention",
         )
-
-
-def _refuse_empty_signals(recipe: CacheRecipe, needs: Capacities) -> None:
-    signals = recipe.signals
-    if signals.attention is not None and needs.attention_entries <= 1:
-        raise InputError(
-            "no keyword was found for the attention signal",
-            expected="a source whose keywords are found, and some in its text",
-            found="none",
-            remedy="Give sources a lexer (prose: a tagger with keywords: true), or leave signals.attention out.",
-        )
-    if signals.hidden is not None and signals.hidden.positions == "keywords" and needs.hidden_rows <= 1:
-        raise InputError(
-            "no keyword was found for the hidden signal's positions",
-            expected="a source whose keywords are found, and some in its text",
-            found="none",
-            remedy="Give sources a lexer (prose: a tagger with keywords: true), or take other positions.",
-        )
-    if signals.replay is not None and needs.replay_rows <= 1:
-        raise InputError(
-            "no text ends as the model would end it, so the replay signal has no position",
-            expected="append_eos, or chats that end with the assistant",
-            found="none",
-            where="signals.replay",
-        )
-    for name, needed, task in (("evidence", needs.evidence_rows, "qa"), ("coverage", needs.coverage_rows, "summary")):
-        if getattr(signals, name) is not None and not needed:
-            raise InputError(
-                f"the {name} signal has nothing to look at",
-                expected=f"a source with task: {task} whose prompts hold "
-                + ("two sentences" if task == "qa" else "nouns or names"),
-                found="none",
-                where=f"signals.{name}",
-            )

@@ -10,9 +10,18 @@ from typing import Any
 from signal_store.errors import MismatchError
 from signal_store.signals import HiddenSignal, Signals
 from teacher_cache.recipe import LOCAL_PLACES, CacheRecipe, CalibrationSection, Source
+from teacher_cache.signals.registry import planned_positions
 
 PLANNED_DEFAULTS: dict[str, Any] = {"replay_share": 1.0, "evidence": False, "coverage_words": None}
 """Of parts that came after the first plans."""
+TAKEN_NOWHERE: dict[str, Any] = {
+    "max_columns": None,
+    "previous_steps": 0,
+    "hidden_positions": None,
+    "replay_positions": None,
+    **PLANNED_DEFAULTS,
+}
+"""Of signals that are off."""
 TAGGER_DEFAULTS: dict[str, Any] = {"keywords": False}
 SOURCE_BEFORE: dict[str, Any] = {"special_tokens": "tokens"}
 """What was done before there was a key, where today's default is another."""
@@ -37,15 +46,7 @@ def completed_source(part: dict[str, Any]) -> dict[str, Any]:
 def planned_part(recipe: CacheRecipe) -> dict[str, Any]:
     """What of the recipe decides the plan, as JSON: the text, and where each signal is taken. An overlay's text is its base's."""
     signals = recipe.signals
-    positions = {
-        "max_columns": recipe.resolved_max_columns,
-        "previous_steps": signals.attention.previous_steps if signals.attention else 0,
-        "hidden_positions": signals.hidden.model_dump(mode="json")["positions"] if signals.hidden else None,
-        "replay_positions": [signals.replay.positions_per_segment, signals.replay.seed] if signals.replay else None,
-        "replay_share": signals.replay.share if signals.replay else 1.0,
-        "evidence": signals.evidence is not None,
-        "coverage_words": signals.coverage.words if signals.coverage else None,
-    }
+    positions = {**TAKEN_NOWHERE, **planned_positions(signals, recipe.context)}
     if recipe.base is not None:
         return {"keywords": list(signals.attention.keywords), **positions} if signals.attention else positions
     part = recipe.model_dump(mode="json", include={"context", "overlap", "append_eos"})
@@ -59,6 +60,9 @@ def completed_plan(part: dict[str, Any]) -> dict[str, Any]:
     if whole["hidden_positions"] is not None:
         positions = HiddenSignal.model_validate({"positions": whole["hidden_positions"]})
         whole["hidden_positions"] = positions.model_dump(mode="json")["positions"]
+    if "signals" in whole:
+        stored = Signals.model_validate({"distribution": None, **whole["signals"]})
+        whole["signals"] = stored.model_dump(mode="json", include=set(whole["signals"]))
     return {**whole, "sources": [completed_source(source) for source in whole["sources"]]}
 
 

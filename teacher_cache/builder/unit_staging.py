@@ -19,8 +19,6 @@ from signal_store.format.grid import rounded_capacity
 from signal_store.io.objects import Objects
 from signal_store.ledger.documents import plan_unit_key
 from signal_store.manifest import ChatCounts, SourceIdentity, Split, TaggerIdentity
-from teacher_cache.builder.positions import capacities_of
-from teacher_cache.builder.unit_plan import UnitPlan
 from teacher_cache.corpus.cutting import BadRow, Cutter, Job
 from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.processes import Cutting
@@ -29,7 +27,9 @@ from teacher_cache.corpus.rows import Row
 from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, PlannedSegment
 from teacher_cache.corpus.sources import Skips, SourceReader
 from teacher_cache.corpus.template import template_of
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe, Source
+from teacher_cache.signals.registry import capacities_of
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 NOTHING = Capacities(segments=0, hidden_rows=0, attention_rows=0, attention_entries=0, replay_rows=0)
@@ -178,7 +178,7 @@ def stage_units(
     needs = NO_ROOM
     _prepare(tallies, tokenizer)
     cutter = Cutter(recipe, tokenizer, {tally.source.name: tally.words for tally in tallies})
-    max_columns, vocabulary = recipe.resolved_max_columns, vocabulary_size(tokenizer)
+    vocabulary = vocabulary_size(tokenizer)
     with progress_bar() as progress, Cutting(cutter, processes) as cutting:
         bar = progress.add_task("plan", total=None, unit="tokens")
         for split in SPLITS:
@@ -187,7 +187,7 @@ def stage_units(
                 data = unit.to_bytes()
                 objects.put(f"{prefix}/{len(units):07d}", data)
                 units.append({"digest": sha256(data), "split": split, "segments": len(unit.length), "tokens": unit.num_tokens})
-                needs = needs.union(capacities_of(unit, recipe.signals, max_columns))
+                needs = needs.union(capacities_of(unit, recipe.signals, recipe.context))
                 progress.advance(bar, unit.num_tokens)
         for tally in tallies:
             _tell_skips(tally, progress.console)
@@ -267,7 +267,7 @@ def _units(recipe: CacheRecipe, cutting: Cutting, tallies: list[Tally], room: Ca
     pending: list[PlannedSegment] = []
     free, used = recipe.resolved_unit_tokens, NOTHING
     for tally, segment in _segments(cutting, tallies):
-        needed = NOTHING if room is None else capacities_of(UnitPlan.of([segment]), recipe.signals, recipe.resolved_max_columns)
+        needed = NOTHING if room is None else capacities_of(UnitPlan.of([segment]), recipe.signals, recipe.context)
         if room is not None and not room.holds(needed):
             raise InputError(
                 "a new segment has more rows than the cache has room for",

@@ -21,18 +21,16 @@ from model_taps.loading import LOADING_ERRORS, load_config, quiet
 from model_taps.tiny_config import tiny_config, tiny_model
 from run_kit.check import Check
 from signal_store.errors import SignalStoreError
+from signal_store.signals import Signals
 from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.signals.registry import extractor_class
 
 CONTEXT = 48
 MOST_OWN_PARAMETERS = 200_000_000
 """A model of up to so many is tried with its own weights."""
 SIGNALS: Mapping[str, Mapping[str, Any]] = {
-    "distribution": {"distribution": {"rank": 8, "head": 8}},
-    "hidden": {"hidden": {"taps": ["block_input", "block_output"]}},
-    "attention": {"attention": {"heads": 1}},
-    "stats": {"stats": {"gradient": True}},
-    "replay": {"replay": {"gradient": True}},
+    name: trial for name in Signals.model_fields if (trial := extractor_class(name).trial) is not None
 }
 LOG_PROBABILITIES = {"distribution": {"rank": 0, "head": 8}}
 _LINES = (
@@ -78,13 +76,12 @@ def try_signals(model: str | Path) -> Tried:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in _LINES))
-        every = {name: setting for signal in SIGNALS.values() for name, setting in signal.items()}
-        forward, why = _built(model, folder, "every", every)
+        forward, why = _built(model, folder, "every", SIGNALS)
         if not why:
             return Tried(forward, dict.fromkeys(SIGNALS, "yes"))
         found = {}
-        for signal, setting in SIGNALS.items():
-            way, why = _built(model, folder, signal, {"distribution": None, **setting})
+        for signal, trial in SIGNALS.items():
+            way, why = _built(model, folder, signal, {"distribution": None, signal: trial})
             if why and signal == "distribution":
                 way, other = _built(model, folder, "rank-0", LOG_PROBABILITIES)
                 why = why if other else "rank 0"

@@ -14,13 +14,12 @@ from signal_store.cache import open_cache
 from signal_store.errors import CorruptError
 from signal_store.io.objects import Objects
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, find_document
-from teacher_cache.builder.workers import ALONE, Worker
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.teacher.forward import device_of, placed
+from teacher_cache.teacher.load import device_of, placed
 
 
-def with_dtype(recipe: CacheRecipe, objects: Objects, worker: Worker = ALONE) -> tuple[CacheRecipe, str]:
-    """The recipe with a dtype in the place of `auto`, and why that one."""
+def with_dtype(recipe: CacheRecipe, objects: Objects, local: int = 0) -> tuple[CacheRecipe, str]:
+    """The recipe with a dtype in the place of `auto`, and why that one. `local`: this worker's number on its machine."""
     section = recipe.teacher
     if section.dtype != AUTO:
         return recipe, ASKED
@@ -30,7 +29,7 @@ def with_dtype(recipe: CacheRecipe, objects: Objects, worker: Worker = ALONE) ->
         name, reason = open_cache(recipe.base).manifest.teacher.dtype, "the base was made in it"
     else:
         config = load_config(section.model, what="teacher", revision=section.revision, trust_remote_code=section.trust_remote_code)
-        chosen = choose_dtype(AUTO, trained_dtype(config), device_of(placed(section, worker)))
+        chosen = choose_dtype(AUTO, trained_dtype(config), device_of(placed(section, local)))
         name, reason = chosen.name, chosen.reason
     return recipe.model_copy(update={"teacher": section.model_copy(update={"dtype": name})}), reason
 
@@ -44,9 +43,9 @@ def _standing(objects: Objects) -> str | None:
     return None
 
 
-def tell_of_emulation(recipe: CacheRecipe, reason: str, worker: Worker = ALONE) -> None:
+def tell_of_emulation(recipe: CacheRecipe, reason: str, local: int = 0) -> None:
     """A line on standard error where the settled dtype is emulated here. `reason` is why it was taken."""
-    device = device_of(placed(recipe.teacher, worker))
+    device = device_of(placed(recipe.teacher, local))
     advice = "`auto` takes what is native" if reason == ASKED else f"taken because {reason}"
     if warning := emulation_warning(DTYPES[recipe.teacher.dtype], device, "teacher.dtype", advice):
         tell(warning)

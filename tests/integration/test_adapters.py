@@ -22,7 +22,7 @@ from student_train.recipe import RunRecipe
 from student_train.student.build import build_student
 from student_train.student.sections import StudentSection
 from teacher_cache.recipe import TeacherSection
-from teacher_cache.teacher.forward import load_teacher
+from teacher_cache.teacher.load import load_teacher
 from tests.integration.test_parallel import recipe_of
 from tests.tiny import make_model
 

@@ -16,13 +16,13 @@ from signal_store.ledger.documents import PLAN
 from signal_view import CacheView, open_cache
 from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from teacher_cache.builder import calibration_fit
 from teacher_cache.builder.plan import plan, read_plan
 from teacher_cache.builder.workers import Worker
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
 from teacher_cache.corpus import processes
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.signals import distribution
 from tests.conftest import RecipeMaker
 from tests.tiny import CODE, PROSE, make_model, make_tokenizer, write_jsonl
 
@@ -159,7 +159,7 @@ def test_too_little_text_to_calibrate_on_is_named(tmp_path: Path, recipe_for: Re
         tmp_path / "cache.zarr", sources=[{"name": "tiny", "jsonl": tiny}], signals={"distribution": {}}
     )
     with monkeypatch.context() as patched, pytest.raises(InputError, match="too little text") as caught:
-        patched.setattr(calibration_fit, "choose_codec", no_codec)
+        patched.setattr(distribution, "choose_codec", no_codec)
         build(recipe)
     assert "256 tokens or more" in str(caught.value)
     assert "Give the sources more text." in str(caught.value)

@@ -28,7 +28,7 @@ from teacher_cache.builder import calibrate
 from teacher_cache.builder.fill import fill
 from teacher_cache.builder.unit_staging import tokenizer_files
 from teacher_cache.commands.build import build
-from teacher_cache.teacher.forward import Teacher
+from teacher_cache.teacher.load import Teacher
 from tests.tiny import COMMON, make_model
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

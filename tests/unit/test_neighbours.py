@@ -13,7 +13,7 @@ from model_taps.blocks import decoder_blocks
 from model_taps.neighbours import Composition, probe, relative_difference
 from model_taps.packing import Forward, position_ids
 from signal_store.errors import InputError
-from teacher_cache.teacher.forward import compose
+from teacher_cache.teacher.batches import compose
 from tests.tiny import COMMON, FAMILIES, make_model
 
 VOCAB = 97

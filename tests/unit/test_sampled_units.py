@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from signal_store.ledger.documents import Document
 from signal_store.manifest import SourceIdentity, Split
-from teacher_cache.builder.calibration_fit import MAX_UNITS_READ, sampled_units
+from teacher_cache.builder.calibration_text import MAX_UNITS_READ, sampled_units
 from teacher_cache.builder.plan import Plan
 from teacher_cache.builder.unit_staging import SPLITS
 

@@ -11,10 +11,10 @@ from model_taps.head import OutputHead
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.errors import InputError
 from signal_store.signals import QUALITIES, DistributionSignal
-from teacher_cache.builder.calibration_fit import budget, held_out
-from teacher_cache.builder.tail_basis import TailFit
-from teacher_cache.builder.tail_choice import choose_codec, encode_rows, interpolate
-from teacher_cache.builder.tail_fidelity import SKETCH, Fidelity, fold, measure
+from teacher_cache.signals.budget import budget, held_out
+from teacher_cache.signals.tail.basis import TailFit
+from teacher_cache.signals.tail.choice import choose_codec, encode_rows, interpolate
+from teacher_cache.signals.tail.fidelity import SKETCH, Fidelity, fold, measure
 
 WIDTH, VOCAB = 24, 2100
 
@@ -180,7 +180,7 @@ def test_fidelity_compares_with_its_bounds() -> None:
 def test_the_counted_products_are_those_that_run(head: OutputHead, hidden: Tensor) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from teacher_cache.builder.calibration_cost import fit_flops, search_flops
+    from teacher_cache.signals.tail.cost import fit_flops, search_flops
 
     with FlopCounterMode(display=False) as counted:
         fit = TailFit.of(hidden[:1800], head, DistributionSignal())

@@ -38,7 +38,7 @@ from signal_store.codecs.zigzag import to_zigzag
 from signal_store.io.shard_writer import encode_chunk
 from signal_store.signals import DistributionSignal
 from signal_store.signals.distribution import distribution_arrays
-from teacher_cache.builder.tail_basis import TailFit
+from teacher_cache.signals.tail.basis import TailFit
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
 STEP_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0)

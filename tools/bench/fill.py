@@ -27,8 +27,8 @@ from stdlib_corpus import modules
 from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
 from teacher_cache.builder.fill import UnitWriters
 from teacher_cache.recipe import CacheRecipe
-from teacher_cache.signals.batch import UnitWork, extract_batch, plan_rows
-from teacher_cache.signals.distribution import LOGITS_BYTES
+from teacher_cache.signals.batch import extract_batch, plan_rows
+from teacher_cache.signals.unit_work import LOGITS_BYTES, UnitWork
 from teacher_cache.teacher.forward import think
 
 TOKENIZER = Path(__file__).parent.parent / "demo_teacher"
@@ -99,11 +99,11 @@ def overhead(recipe: CacheRecipe, batches: int) -> dict[str, Any]:
     """Seconds of each batch both ways, in turns; the writing of a batch overlaps what comes next, as in fill."""
     calibrated = calibrate(recipe)
     objects = LocalObjects(recipe.cache)
-    work = UnitWork(calibrated.manifest, 0, calibrated.plan.unit(objects, 0))
+    work = UnitWork(0, calibrated.plan.unit(objects, 0))
     chosen = batches_of(calibrated, work.plan)[: batches + 1]
     plain, dumped, tokens = [], [], 0
     with UnitWriters(objects, "ledger/staging/bench", calibrated.manifest.specs, 0) as writers:
-        writers.append(plan_rows(work))
+        writers.append(plan_rows(calibrated, work))
         for number, batch in enumerate(chosen):
             started = time.perf_counter()
             forward_only(calibrated, work, batch)

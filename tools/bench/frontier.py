@@ -32,9 +32,9 @@ from run_kit.command_line import guarded, keep_freed_memory
 from run_kit.progress import progress_bar
 from signal_store.codecs.distribution import DistributionCodec
 from signal_store.signals import QUALITIES, DistributionSignal
-from teacher_cache.builder.tail_basis import TailFit, logit_chunks
-from teacher_cache.builder.tail_choice import choose_codec, encode_rows, step_of_error, stored_bytes, tail_codes
-from teacher_cache.builder.tail_fidelity import PART_TOKENS, fold, measure
+from teacher_cache.signals.tail.basis import TailFit, logit_chunks
+from teacher_cache.signals.tail.choice import choose_codec, encode_rows, step_of_error, stored_bytes, tail_codes
+from teacher_cache.signals.tail.fidelity import PART_TOKENS, fold, measure
 
 TEMPERATURES = (1.0, 2.0, 3.0)
 ERRORS = (0.64, 0.32, 0.16, 0.08, 0.04, 0.02, 0.01, 0.005)

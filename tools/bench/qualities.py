@@ -24,9 +24,9 @@ from signal_store.cache import open_cache
 from signal_store.signals import QUALITIES, DistributionSignal, Quality
 from student_train.data.codecs import Codecs
 from student_train.data.signals.distribution import DistributionPart
-from teacher_cache.builder.calibration_fit import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
-from teacher_cache.builder.tail_basis import TailFit
-from teacher_cache.builder.tail_choice import Choice, choose_codec
+from teacher_cache.signals.budget import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
+from teacher_cache.signals.tail.basis import TailFit
+from teacher_cache.signals.tail.choice import Choice, choose_codec
 
 
 @dataclass(frozen=True)

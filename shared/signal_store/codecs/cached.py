@@ -29,7 +29,7 @@ def hidden_codec(cache: Cache, layout: HiddenLayout) -> HiddenCodec:
     names = ("mean", "spread", *(("basis",) if layout.rank is not None else ()))
     place, signal = layout.group.replace("/", "."), cache.manifest.signals.hidden
     found = {f"{layout.group}/{name}": _constant(cache, f"{place}/{name}") for name in names}
-    bits = 8 if signal is None or signal.values == "int8" else 16
+    bits = 8 if signal is None else signal.value_bits
     return HiddenCodec.from_arrays(found, layout.group, bits)
 
 

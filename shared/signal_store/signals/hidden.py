@@ -69,6 +69,11 @@ class HiddenSignal(Signal):
     values: Literal["int8", "float16"] = "int8"
     """How a coordinate is stored, in units of its row's scale."""
 
+    @property
+    def value_bits(self) -> int:
+        """Of a stored coordinate."""
+        return 8 if self.values == "int8" else 16
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(set(self.taps)) != len(self.taps):

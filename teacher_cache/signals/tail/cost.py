@@ -4,9 +4,9 @@ Exponentials are not counted: they take about as long as the products on a CPU w
 Legend: V vocabulary, D width.
 """
 
-from teacher_cache.builder.tail_basis import WEIGHT_TOKENS
-from teacher_cache.builder.tail_choice import PILOT_FACTORS, PILOT_TOKENS
-from teacher_cache.builder.tail_fidelity import SKETCH
+from teacher_cache.signals.tail.basis import WEIGHT_TOKENS
+from teacher_cache.signals.tail.choice import PILOT_FACTORS, PILOT_TOKENS
+from teacher_cache.signals.tail.fidelity import SKETCH
 
 ROUNDS = 2
 """Measurements of the chosen head on all held-out tokens, as a rule."""

@@ -21,8 +21,8 @@ from signal_store.errors import InputError
 from signal_store.io.shard_writer import encode_chunk
 from signal_store.signals import DistributionSignal
 from signal_store.signals.distribution import distribution_arrays
-from teacher_cache.builder.tail_basis import TailFit, logit_chunks
-from teacher_cache.builder.tail_fidelity import Fidelity, measure
+from teacher_cache.signals.tail.basis import TailFit, logit_chunks
+from teacher_cache.signals.tail.fidelity import Fidelity, measure
 
 PILOT_TOKENS = 512
 PILOT_FACTORS = (2.0, 1.0, 0.5)

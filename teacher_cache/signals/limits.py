@@ -4,17 +4,14 @@ Whether a device or a kernel is there is a machine's own matter: a plan may be m
 goes on to calibrate looks for its device first.
 """
 
-from collections.abc import Iterator
-
 import torch
-from transformers import PretrainedConfig
 
 from model_taps.attention_interface import refuse_unknown_kernel
 from model_taps.blocks import refuse_no_blocks
 from model_taps.loading import load_config
 from signal_store.errors import InputError
-from signal_store.signals import Signals
 from teacher_cache.recipe import CacheRecipe, TeacherSection
+from teacher_cache.signals.registry import extractors_of
 
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """What `device_map` may be besides a device."""
@@ -38,8 +35,8 @@ def refuse_beyond_teacher(recipe: CacheRecipe) -> None:
             where="context",
             remedy="Lower context.",
         )
-    _refuse_blocks(recipe.signals, text)
-    _refuse_too_many(recipe.signals, text)
+    for extractor in extractors_of(recipe.signals, recipe.context):
+        extractor.refuse_beyond(text)
 
 
 def refuse_no_device(section: TeacherSection) -> None:
@@ -54,34 +51,3 @@ def refuse_no_device(section: TeacherSection) -> None:
             raise InputError("no such device", expected=f"cpu, or cuda{others}", found=wanted, where=where) from error
         if device.type == "meta":
             raise InputError("a device without memory", expected=f"cpu, or cuda{others}", found=wanted, where=where)
-
-
-def _refuse_blocks(signals: Signals, config: PretrainedConfig) -> None:
-    count = getattr(config, "num_hidden_layers", None)
-    if not isinstance(count, int):
-        return  # that family is refused by name when it is loaded
-    for name, layers in _numbered(signals):
-        if not all(1 <= layer <= count for layer in layers):
-            raise InputError("no such block", expected=f"1 to {count}", found=list(layers), where=f"signals.{name}.layers")
-
-
-def _numbered(signals: Signals) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of the signals that name blocks by number, those."""
-    for name, signal in signals:
-        layers = getattr(signal, "layers", None)
-        if isinstance(layers, tuple):
-            yield name, layers
-
-
-def _refuse_too_many(signals: Signals, config: PretrainedConfig) -> None:
-    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    wanted = signals.attention.heads if signals.attention else None
-    asked = {
-        "distribution.rank": (signals.distribution.rank if signals.distribution else None, width),
-        "attention.heads": (wanted, heads),
-    }
-    for name, (number, most) in asked.items():
-        if isinstance(number, int) and most is not None and number > most:
-            raise InputError("more than the teacher has", expected=f"at most {most}", found=number, where=f"signals.{name}")
-    if isinstance(wanted, tuple) and heads is not None and not all(0 <= head < heads for head in wanted):
-        raise InputError("no such head", expected=f"0 to {heads - 1}", found=list(wanted), where="signals.attention.heads")

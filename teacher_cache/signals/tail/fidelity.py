@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model_taps.head import OutputHead
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
-from teacher_cache.builder.tail_basis import logit_chunks
+from teacher_cache.signals.tail.basis import logit_chunks
 
 PART_TOKENS = 1024
 SKETCH = 1024

@@ -1,4 +1,4 @@
-"""The low-rank basis of the distribution's tail, fitted in calibration (DESIGN 5).
+"""The low-rank basis of the distribution's tail, fitted in calibration.
 
 The basis minimises the expected squared error of the logits, each token weighted by the mass the teacher gives it outside the
 head (averaged over the softened distributions, mixed with uniform so that no direction is lost): with W the output head
