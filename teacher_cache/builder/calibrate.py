@@ -38,16 +38,17 @@ from signal_store.io.objects import Objects, objects_at
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, calibration_keys, commit, new_attempt, read_document
 from signal_store.signals import Section, Signals
 from teacher_cache.builder.calibration_fit import Arrays, checked_values, measure
-from teacher_cache.builder.plan import Plan, plan, settled
+from teacher_cache.builder.plan import Plan
+from teacher_cache.builder.planning import ensure_plan, settled
 from teacher_cache.builder.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
-from teacher_cache.builder.unit_plan import UnitPlan
-from teacher_cache.builder.unit_staging import load_plan_tokenizer
+from teacher_cache.builder.tokenizer import load_plan_tokenizer
 from teacher_cache.builder.worker_notes import noted
-from teacher_cache.builder.workers import ALONE, Worker
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher.dtype import tell_of_emulation, with_dtype
 from teacher_cache.teacher.forward import Listening, Teacher, TeacherBatch, compose, load_teacher, placed, think
 from teacher_cache.teacher.supported import listening_of
+from teacher_cache.worker import ALONE, Worker
 
 CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -89,8 +90,8 @@ class Calibrated:
 
 def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
     """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
-    planned = plan(recipe, worker)
-    load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
+    planned = ensure_plan(recipe, worker)
+    load_plan_tokenizer(recipe.teacher, planned.document.body["tokenizer"]["digest"], recipe.cache)
     return calibrate_planned(recipe, planned, worker)
 
 

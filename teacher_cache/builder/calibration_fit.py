@@ -24,8 +24,8 @@ from teacher_cache.builder.plan import Plan
 from teacher_cache.builder.positions import attention_rows
 from teacher_cache.builder.tail_basis import TailFit, headless_codec
 from teacher_cache.builder.tail_choice import choose_codec
-from teacher_cache.builder.unit_plan import UnitPlan
 from teacher_cache.builder.unit_staging import SPLITS
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher.forward import Listening, Teacher, TeacherBatch, attention_layers, refuse_no_rows, resolve_forward, think
 from teacher_cache.teacher.supported import listening_of, refuse_unsupported

@@ -15,7 +15,7 @@ from model_taps.attention_statistics import STATISTICS_EVERY
 from model_taps.spread import evenly
 from signal_store.format.manifest import Capacities
 from signal_store.signals import EveryNth, Positions, RandomFraction, ReplaySignal, Signals, Stratified
-from teacher_cache.builder.unit_plan import UnitPlan
+from teacher_cache.corpus.unit_plan import UnitPlan
 
 Places = NDArray[np.int64]
 

@@ -27,13 +27,14 @@ from signal_store.ledger.documents import calibration_keys, plan_unit_key
 from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
 from teacher_cache.builder.calibration_cost import fit_flops, search_flops
 from teacher_cache.builder.calibration_fit import budget
-from teacher_cache.builder.plan import Plan, plan, settled
+from teacher_cache.builder.plan import Plan
+from teacher_cache.builder.planning import ensure_plan, settled
 from teacher_cache.builder.positions import capacities_of
-from teacher_cache.builder.unit_plan import UnitPlan
-from teacher_cache.builder.workers import ALONE, Worker
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.batch import UnitWork, extract_batch, plan_rows
 from teacher_cache.teacher.forward import TeacherBatch
+from teacher_cache.worker import ALONE, Worker
 
 MIN_SEGMENTS = 64
 MIN_TOKENS = 32_768
@@ -244,7 +245,7 @@ BYTES_PER_TOKEN = {"distribution": (40.0, 250.0), "tokens": (1.5, 4.0), "ledger"
 
 def _quick(recipe: CacheRecipe, worker: Worker) -> Estimate:
     """From plan and config alone."""
-    planned = plan(recipe, worker)
+    planned = ensure_plan(recipe, worker)
     recipe = settled(recipe)
     objects = objects_at(recipe.cache)
     signals = recipe.signals

@@ -30,7 +30,7 @@ from teacher_cache.builder.positions import (
     replay_positions,
     statistics_positions,
 )
-from teacher_cache.builder.unit_plan import UnitPlan
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.signals.attention import extract_attention
 from teacher_cache.signals.distribution import extract_distribution
 from teacher_cache.signals.hidden import extract_states

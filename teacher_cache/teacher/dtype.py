@@ -14,9 +14,9 @@ from signal_store.cache import open_cache
 from signal_store.errors import CorruptError
 from signal_store.io.objects import Objects
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, find_document
-from teacher_cache.builder.workers import ALONE, Worker
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher.forward import device_of, placed
+from teacher_cache.worker import ALONE, Worker
 
 
 def with_dtype(recipe: CacheRecipe, objects: Objects, worker: Worker = ALONE) -> tuple[CacheRecipe, str]:

@@ -21,9 +21,9 @@ from model_taps.packing import Forward, best_fit, position_ids
 from model_taps.slices import State, refuse_silent_taps, tap_states
 from signal_store.errors import InputError, MismatchError, SignalStoreError, memory_error
 from signal_store.format.manifest import TeacherIdentity
-from teacher_cache.builder.unit_plan import UnitPlan
-from teacher_cache.builder.workers import Worker
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import TeacherSection
+from teacher_cache.worker import Worker
 
 LOSS_ROWS = 512
 

@@ -10,7 +10,7 @@ from model_taps.neighbours import relative_difference, tolerance
 from model_taps.slices import State
 from signal_store.format.manifest import StatsLayout
 from signal_store.signals import Signals
-from teacher_cache.builder.unit_plan import UnitPlan
+from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.teacher.forward import Listening, Teacher, TeacherBatch, think
 
 

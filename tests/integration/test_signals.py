@@ -29,10 +29,11 @@ from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.recipe import StreamSection
 from teacher_cache.builder.calibrate import manifest_of
-from teacher_cache.builder.plan import plan, settled
+from teacher_cache.builder.planning import settled
 from teacher_cache.builder.tail_basis import TailFit
 from teacher_cache.builder.tail_choice import choose_codec
 from teacher_cache.commands.build import build
+from teacher_cache.commands.plan import plan
 from teacher_cache.signals.distribution import extract_distribution
 from tests.tiny import CONTEXT, HEADS, LAYERS, WIDTH, make_model
 

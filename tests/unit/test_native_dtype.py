@@ -23,9 +23,9 @@ from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, read_document, unit_key
-from teacher_cache.builder.fill import fill
-from teacher_cache.builder.unit_staging import tokenizer_files
+from teacher_cache.builder.tokenizer import tokenizer_files
 from teacher_cache.commands.build import build
+from teacher_cache.commands.fill import fill
 from tests.tiny import COMMON, make_model
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

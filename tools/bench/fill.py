@@ -126,7 +126,7 @@ def overhead(recipe: CacheRecipe, batches: int) -> dict[str, Any]:
 
 def peak_bytes(recipe: CacheRecipe, answer: Any) -> None:
     """Fill a cache in a process of its own and say its peak memory."""
-    from teacher_cache.builder.fill import fill
+    from teacher_cache.commands.fill import fill
 
     keep_freed_memory()
     fill(recipe)

@@ -13,8 +13,8 @@ from typing import Self
 from run_kit.progress import progress_bar
 from signal_store.errors import InputError
 from signal_store.io.objects import Objects
+from signal_store.ledger.documents import CLAIMS
 
-CLAIMS = "ledger/claims"
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 1800.0
 """A waiter that has seen nothing for this long does the work itself: the claimant may be dead."""
