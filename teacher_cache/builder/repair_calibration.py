@@ -8,8 +8,9 @@ from safetensors.numpy import save
 from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.io.objects import Objects
-from signal_store.ledger.catalogue import Entry, Ledger, Origin, calibration_entries, manifest_entries
+from signal_store.ledger.catalogue import calibration_entries, manifest_entries
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, calibration_keys, new_attempt
+from signal_store.ledger.entries import Entry, Ledger, Origin
 from teacher_cache.builder.calibrate import calibration_body, load_recipe_teacher, manifest_of, read_calibration_arrays
 from teacher_cache.builder.repair_texts import replace_damaged
 from teacher_cache.builder.session import BuildSession

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from signal_store.cache import newest_generation, sealed_metadata
 from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError
-from signal_store.ledger.catalogue import Entry, Ledger, constant_entries, seal_entries
+from signal_store.ledger.catalogue import constant_entries, seal_entries
 from signal_store.ledger.documents import UnitRecord, listed_seals, new_attempt, newest_records, replace_document, seal_key
+from signal_store.ledger.entries import Entry, Ledger
 from signal_store.ledger.seal import Seal
 from teacher_cache.builder.generation import Draft, draft_generation, publish_constants, write_metadata
 from teacher_cache.builder.seal import seal_cache

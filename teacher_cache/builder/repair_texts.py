@@ -11,7 +11,7 @@ from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.format.manifest import SourceIdentity
 from signal_store.io.objects import objects_at
-from signal_store.ledger.catalogue import Entry, Ledger, plan_entry, planned_unit_entries, tokenizer_entries
+from signal_store.ledger.catalogue import plan_entry, planned_unit_entries, tokenizer_entries
 from signal_store.ledger.documents import (
     EXTENSIONS,
     PLAN,
@@ -21,6 +21,7 @@ from signal_store.ledger.documents import (
     replace_document,
     unit_key,
 )
+from signal_store.ledger.entries import Entry, Ledger
 from teacher_cache.builder.extension import extension_body
 from teacher_cache.builder.plan import Plan
 from teacher_cache.builder.planned_texts import same_texts

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from run_kit.progress import progress_bar
 from signal_store.canonical import digest
 from signal_store.io.objects import Objects
-from signal_store.ledger.catalogue import Entry, Ledger, Origin, unit_entries
+from signal_store.ledger.catalogue import unit_entries
 from signal_store.ledger.documents import (
     UnitRecord,
     commit,
@@ -20,6 +20,7 @@ from signal_store.ledger.documents import (
     staging_prefix,
     unit_key,
 )
+from signal_store.ledger.entries import Entry, Ledger, Origin
 from teacher_cache.builder.calibrate import Calibrated
 from teacher_cache.builder.fill import compute_unit, publish_shards
 from teacher_cache.builder.session import BuildSession

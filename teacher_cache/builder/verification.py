@@ -12,7 +12,7 @@ from signal_store.cache import newest_generation
 from signal_store.canonical import digest, sha256
 from signal_store.errors import NotFoundError, StorageError
 from signal_store.io.objects import Objects, join_uri
-from signal_store.ledger.catalogue import Entry, Ledger, Origin, catalogue
+from signal_store.ledger.catalogue import catalogue
 from signal_store.ledger.documents import (
     CLAIMS,
     MANIFEST,
@@ -23,6 +23,7 @@ from signal_store.ledger.documents import (
     UnitRecord,
     seal_key,
 )
+from signal_store.ledger.entries import Entry, Ledger, Origin
 from signal_store.signals import Signals
 
 OWN_FOLDERS = frozenset(("ledger", "units", "calibration", "tokens", "segments", *Signals.model_fields, "tags"))

@@ -25,8 +25,8 @@ class Repaired:
 
 def repair(recipe: CacheRecipe) -> Repaired:
     """Mend the cache of a recipe; CorruptError or MismatchError, and nothing is removed, if it cannot be."""
-    from signal_store.ledger.catalogue import Ledger
     from signal_store.ledger.documents import PLAN, listed_records, listed_seals
+    from signal_store.ledger.entries import Ledger
     from teacher_cache.builder.repair_calibration import repair_calibration
     from teacher_cache.builder.repair_seals import repair_constants, repair_seals, seal_if_complete
     from teacher_cache.builder.repair_texts import repair_texts

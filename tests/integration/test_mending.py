@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from signal_store.cache import open_cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
 from signal_store.io.local import LocalObjects
-from signal_store.ledger.catalogue import Ledger, Origin, catalogue
+from signal_store.ledger.catalogue import catalogue
 from signal_store.ledger.documents import EXTENSIONS, listed_seals
+from signal_store.ledger.entries import Ledger, Origin
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
 from teacher_cache.commands.repair import repair
