@@ -21,6 +21,7 @@ from teacher_cache.builder.recipe_parts import calibrated_part, completed_calibr
 from teacher_cache.builder.tokenizer import load_plan_tokenizer
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.teacher.dtype import with_dtype
+from teacher_cache.teacher.forward import device_of, placed
 from teacher_cache.worker import ALONE, Worker
 
 
@@ -72,6 +73,10 @@ class BuildSession:
         """The session after its plan was extended; the teacher stays."""
         plan = read_plan(self.objects)
         return replace(self, known_plan=plan, known_calibrated=replace(self.calibrated, plan=plan))
+
+    def refuse_absent_device(self) -> None:
+        """InputError where this machine lacks the teacher's device: before a text is read."""
+        device_of(placed(self.recipe.teacher, self.worker))
 
     def refuse_another_tokenizer(self) -> None:
         """MismatchError where the recipe's is not the one that the cache was planned with: before the teacher is loaded."""

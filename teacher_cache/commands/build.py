@@ -21,9 +21,13 @@ def build(recipe: CacheRecipe, worker: Worker = ALONE) -> "Cache":
     from teacher_cache.builder.seal import seal_cache
     from teacher_cache.builder.session import BuildSession
 
-    session = BuildSession.of(recipe, worker).planned()
+    session = BuildSession.of(recipe, worker)
     objects = session.objects
-    if newest_generation(objects) is not None and len(finished_units(objects)) >= session.plan.num_units:
+    was_sealed = newest_generation(objects) is not None
+    if not was_sealed:
+        session.refuse_absent_device()
+    session = session.planned()
+    if was_sealed and len(finished_units(objects)) >= session.plan.num_units:
         session.refuse_another_calibration()
     else:
         session.refuse_another_tokenizer()

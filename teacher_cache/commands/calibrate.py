@@ -15,7 +15,9 @@ def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> "Calibrated":
     """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
     from teacher_cache.builder.session import BuildSession
 
-    session = BuildSession.of(recipe, worker).planned()
+    session = BuildSession.of(recipe, worker)
+    session.refuse_absent_device()
+    session = session.planned()
     session.refuse_another_tokenizer()
     return session.calibrated
 

@@ -16,7 +16,9 @@ def fill(recipe: CacheRecipe, worker: Worker = ALONE) -> "Calibrated":
     from teacher_cache.builder.fill import fill_units
     from teacher_cache.builder.session import BuildSession
 
-    session = BuildSession.of(recipe, worker).planned()
+    session = BuildSession.of(recipe, worker)
+    session.refuse_absent_device()
+    session = session.planned()
     session.refuse_another_tokenizer()
     fill_units(session.calibrated, session.objects, worker)
     return session.calibrated
