@@ -5,6 +5,7 @@ sealing twice, or after a kill, gives the same bytes.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from signal_store.cache import newest_generation
@@ -12,7 +13,7 @@ from signal_store.canonical import digest
 from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
 from signal_store.format.manifest import Manifest, parse_manifest
 from signal_store.io.objects import Objects
-from signal_store.ledger.catalogue import shard_keys
+from signal_store.ledger.catalogue import calibration_entries, shard_keys, text_entries, tokenizer_entries
 from signal_store.ledger.documents import (
     CLAIMS,
     MANIFEST,
@@ -31,6 +32,7 @@ from signal_store.ledger.documents import (
     seal_key,
     unit_key,
 )
+from signal_store.ledger.entries import Ledger
 from signal_store.ledger.seal import Seal
 from teacher_cache.builder.fill import publish_unit
 from teacher_cache.builder.generation import Draft, draft_generation, publish_constants, write_metadata
@@ -54,6 +56,7 @@ def seal_cache(objects: Objects) -> Seal:
     for unit, document in enumerate(documents):
         _refuse_another_unit(document, manifest, unit)
         publish_unit(objects, document, manifest.specs)
+    _check_planned(objects)
     _check_lengths(objects, manifest, records)
     generation = 0 if standing is None else standing.generation + 1
     sealed = _commit_draft(objects, draft_generation(objects, planned, manifest, records, generation))
@@ -121,6 +124,22 @@ def _commit_draft(objects: Objects, draft: Draft) -> Seal:
     if standing.digest != digest(draft.body):
         raise MismatchError("another worker sealed other units", expected=digest(draft.body), found=standing.digest, where=key)
     return Seal.from_body(standing.body)
+
+
+def _check_planned(objects: Objects) -> None:
+    """CorruptError where a tokenizer file or the calibration is not what it was, or a unit's plan is gone: the cache would be
+    sealed damaged."""
+    ledger = Ledger(objects, listed_seals(objects))
+    lost = ledger.failing(chain(tokenizer_entries(ledger), calibration_entries(ledger)))
+    lost += [entry for entry in text_entries(ledger) if not objects.exists(entry.key)]
+    if lost:
+        raise CorruptError(
+            "an object that was made before is gone or altered",
+            expected="what was planned and calibrated",
+            found=f"{len(lost)} such objects",
+            where=lost[0].key,
+            remedy="Run teacher-cache repair with its recipe.",
+        )
 
 
 def _check_lengths(objects: Objects, manifest: Manifest, records: Sequence[UnitRecord]) -> None:
