@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from signal_store.io.objects import objects_at
 from teacher_cache.options import AsJson, CacheAddress, say
 
 if TYPE_CHECKING:
@@ -11,6 +10,7 @@ if TYPE_CHECKING:
 
 def seal(uri: str) -> "Seal":
     """Seal the cache at an address; IncompleteError, with the numbers of the missing units, if some are not filled."""
+    from signal_store.io.objects import objects_at
     from teacher_cache.builder.seal import seal_cache
 
     return seal_cache(objects_at(uri))

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from signal_store.errors import InputError
-from signal_store.io.objects import objects_at
 from teacher_cache.options import AsJson, CacheAddress
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ WIDTH = 60
 
 def status(uri: str) -> "Status":
     """How far the cache at a place is. NotFoundError where no plan is; StorageError where the place cannot be listed."""
+    from signal_store.io.objects import objects_at
     from teacher_cache.builder.status import read_status
 
     return read_status(objects_at(uri))

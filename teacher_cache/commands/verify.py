@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from signal_store.io.objects import objects_at
 from teacher_cache.options import AsJson, CacheAddress, say
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 
 def verify(uri: str) -> "Verified":
     """Check the newest generation of a sealed cache; NotFoundError or CorruptError where not even manifest and seal can be read."""
+    from signal_store.io.objects import objects_at
     from teacher_cache.builder.verification import check_objects
 
     return check_objects(objects_at(uri))
