@@ -14,6 +14,9 @@ from torch import Tensor
 from signal_store.codecs.distribution import DistributionCodes
 from signal_store.signals import Tap
 
+IGNORE = -100
+"""A label that is not stored."""
+
 
 @dataclass(frozen=True, slots=True)
 class HiddenCodes:
@@ -79,7 +82,7 @@ class CodedBatch:
     """One micro-batch.
 
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
-    counts; `labels` int64 [N], -100 where the label is not stored; `distribution` their codes or None; `importance` float32
+    counts; `labels` int64 [N], IGNORE where the label is not stored; `distribution` their codes or None; `importance` float32
     [N] their weights and `types` uint8 [N] of the tokens that they predict (`signal_store.format.roles.TOKEN_TYPES`), or None.
     `hidden_flat` [P] and `hidden` by tap and teacher layer. `row_batch`, `row_query`, `row_first`, `row_length` int64 [R] (length:
     stored entries), `row_keyword` bool [R] (False: a token before a keyword) and `attention` by teacher layer. `statistics`

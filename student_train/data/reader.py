@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from signal_store.cache import Cache
 from signal_store.signals import Tap
-from student_train.losses.chunked import IGNORE
+from student_train.data.batch import IGNORE
 
 State = tuple[Tap, int]
 
