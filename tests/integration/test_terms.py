@@ -20,20 +20,7 @@ from student_train.recipe import StreamSection
 from student_train.train.distiller import Distiller
 from tests.tiny import COMMON, CONTEXT, make_model
 
-ZERO = {
-    "lhsm": 1e-5,
-    "apc": 2e-3,
-    "attention_direction": 1e-5,
-    "normalised_direction": 1e-5,
-    "activation_mmd": 1e-4,
-    "residual_cka": 1e-4,
-    "attention_statistics": 2e-3,
-    "smoothness": 1e-4,
-    "attention_evolution": 1e-3,
-    "replay": 2e-2,
-    "evidence": 1e-5,
-    "coverage": 1e-3,
-}
+ZERO = {name: term.residue for name, term in registry.state_terms().items() if term.residue is not None}
 """What is left of a term where the student is its teacher: the codecs' rounding. The others have a floor of their own: `asr` and
 `input_reconstruction` (1 for a head that has learned nothing)."""
 
