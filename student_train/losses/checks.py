@@ -9,11 +9,16 @@ MIN_HEAD_MASS = 0.9
 """Least mean mass of the head at which a cache without a tail serves a temperature."""
 
 
-def check_divergences(losses: Losses, cache: Cache) -> None:
-    """MismatchError where the cache lacks the distribution, or cannot serve a temperature."""
-    for name, section in losses.divergences.items():
+def check_distribution(losses: Losses, cache: Cache) -> None:
+    """MismatchError where a divergence has nothing to compare with."""
+    for name in losses.divergences:
         if cache.manifest.signals.distribution is None:
             raise not_cached(name, "signals.distribution", cache)
+
+
+def check_temperatures(losses: Losses, cache: Cache) -> None:
+    """MismatchError where the cache, which holds the distribution, cannot serve a temperature."""
+    for name, section in losses.divergences.items():
         _check_temperature(name, section.temperature, cache)
 
 

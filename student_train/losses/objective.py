@@ -16,7 +16,7 @@ from student_train.data.reader import Needs
 from student_train.importance.rules import load_rules
 from student_train.importance.weigher import Weigher
 from student_train.losses import registry
-from student_train.losses.checks import check_divergences, check_tags, check_tail_rank
+from student_train.losses.checks import check_distribution, check_tags, check_tail_rank, check_temperatures
 from student_train.losses.gate import Gate
 from student_train.losses.head_terms import OutputTerm
 from student_train.losses.level import Level
@@ -124,7 +124,7 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
     """Make what computes the terms; of the cached tail, `tail_rank` directions are used. MismatchError naming the term and what the
     cache or the student lacks."""
     check_tail_rank(losses, cache, tail_rank)
-    check_divergences(losses, cache)
+    check_distribution(losses, cache)
     given = "router_balance" in losses.model_fields_set
     section, balance = resolve_balance(losses.router_balance, given=given, student=student)
     if section is not losses.router_balance:
@@ -134,6 +134,7 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
         check_tags(losses, cache)
         weigher = Weigher.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
     states = _states(losses, cache, student)
+    check_temperatures(losses, cache)  # after what is not there at all
     return Objective(losses, states, weigher, _gate(losses, states, cache), balance)
 
 
@@ -145,8 +146,9 @@ def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
         divergence = isinstance(spec, HeadTerm) and spec.divergence is not None
         losses = Losses.of({name: {"temperature": 1.0} if divergence else {}})  # the temperature that every cache serves
         try:
-            check_divergences(losses, cache)
+            check_distribution(losses, cache)
             _states(losses, cache, student)
+            check_temperatures(losses, cache)
         except SignalStoreError as error:
             found[name] = error.what + (f": expected {error.expected}" if error.expected else "")
     return found
