@@ -21,10 +21,10 @@ from student_train.data.reader import Needs
 from student_train.data.rows import Stream
 from student_train.evaluate.validation import validate, validation_needs
 from student_train.losses.cka import debiased_cka
-from student_train.losses.config import Losses
 from student_train.losses.features import MIN_TOKENS
 from student_train.losses.objective import Objective
 from student_train.losses.pairing import LayerPair, state_pairs
+from student_train.losses.section import Losses
 from student_train.recipe import SharingSection, StreamSection, StudentSection
 from student_train.student.build import build_student, packs_rows
 from student_train.train.distiller import Distiller
@@ -47,7 +47,7 @@ def fidelity_report(
         raise MismatchError("the cache has no validation split", expected="a source with split: validation", where=opened.uri)
     model, _ = build_student(StudentSection(checkpoint=str(student)), opened)
     accelerator = accelerator_of(bf16=bf16)
-    distiller = Distiller(model, Objective(Losses(), {})).to(accelerator.device)
+    distiller = Distiller(model, Objective(Losses.of({}), {})).to(accelerator.device)
     shared = Shared.of(accelerator, distiller, SharingSection.model_validate({}))
     needs = validation_needs(opened, with_teacher=True)
     distiller.codecs = Codecs.of(opened, needs, accelerator.device)

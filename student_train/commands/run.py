@@ -80,7 +80,7 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
-    distiller = Distiller(student, objective, compiled=recipe.compile)
+    distiller = Distiller(student, objective, impl="compiled" if recipe.compile else "torch")
     # What is offloaded is reduced on the CPU, which NCCL does not serve.
     both = (
         [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from student_train.losses.config import ImportanceSection
+from student_train.importance.section import ImportanceSection
 
 KEPT = 0.9
 """Share of the moving average that a step leaves."""

@@ -26,8 +26,8 @@ from student_train.data.packed_batch import Parcel
 from student_train.data.rows import Cursor, Stream
 from student_train.evaluate.validation import validate, validation_needs
 from student_train.importance.overhead import Overhead
-from student_train.losses.anchor import Anchor
 from student_train.losses.objective import Objective
+from student_train.losses.parameter_anchor import Anchor
 from student_train.losses.router_balance import refuse_lost_losses
 from student_train.recipe import OptimizerSection, RunRecipe
 from student_train.student.build import build_student, cached_tokenizer, packs_rows
@@ -35,7 +35,7 @@ from student_train.train import checkpoint
 from student_train.train.checkpoint import Progress
 from student_train.train.distiller import GATE_WEIGHTS, Distiller
 from student_train.train.metrics import RunLog
-from student_train.train.parallel import Shared
+from student_train.train.parallel import Shared, like
 
 HEAD_MATCHING_BATCHES = 64
 HEAD_MATCHING_ROWS = 4
@@ -96,7 +96,7 @@ class Trainer:
         anchored = self.objective.losses.parameter_anchor is not None
         start = self._start() if anchored else {}
         shared = Shared.of(accelerator, self.distiller, recipe.sharing)
-        anchor = Anchor.of(self.distiller.student, start) if anchored else None
+        anchor = Anchor.of(self.distiller.student, start, like) if anchored else None
         del start
         optimizer = build_optimizer(self.distiller, recipe.optimizer)
         if found is not None:

@@ -14,9 +14,9 @@ from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.format.roles import LEVELS, POS
 from student_train.importance.overhead import Overhead
 from student_train.importance.rules import Corners, load_rules
+from student_train.importance.section import ImportanceSection
 from student_train.importance.show import coloured, save_surface, token_weights
 from student_train.importance.weigher import Weigher, surface
-from student_train.losses.config import ImportanceSection
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
 from teacher_cache.corpus.document import Document
