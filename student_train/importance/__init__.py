@@ -1,1 +1,1 @@
-"""How much each token of a teacher's soft targets counts (REQUIREMENTS 12-19)."""
+"""How much each token of a teacher's soft targets counts."""

@@ -1,4 +1,4 @@
-"""What importance weights cost a step: its wait for the batch, which holds them, over its forward passes (REQUIREMENTS 19)."""
+"""What importance weights cost a step: its wait for the batch, which holds them, over its forward passes."""
 
 import sys
 from dataclasses import dataclass

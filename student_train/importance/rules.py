@@ -22,7 +22,7 @@ CornerWeight = Annotated[float, Field(ge=LEAST, le=MOST)]
 
 
 class Corners(Section):
-    """The weight where impact and confidence are 0 or 1 (REQUIREMENTS 18: the seed fixes two)."""
+    """The weight where impact and confidence are 0 or 1."""
 
     low_confident: CornerWeight
     low_unsure: CornerWeight

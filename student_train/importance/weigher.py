@@ -1,4 +1,4 @@
-"""From roles and the teacher's entropy to weights (REQUIREMENTS 13-18).
+"""From roles and the teacher's entropy to weights.
 
 Impact I = Σ share · value over the levels that say something, their shares made to add up to 1; of code, its role's value.
 Confidence c = 1 - H / log V. The weight is bilinear between four corners in s(I) and s(c), s(x) = 3x² - 2x³: smooth in both, never

@@ -52,7 +52,14 @@ class Kernel(nn.Module):
         self.share = nn.Parameter(torch.zeros(GAUSSIANS))
 
     def forward(self, squared_distance: Tensor, median_G: Tensor) -> Tensor:
-        """Same shape as `squared_distance` [..., G, M, M]; `median_G` of the distances."""
+        """Σ_c π_c exp(-d² / 2σ_c²), σ_c = median · exp θ_c.
+
+        Args:
+            squared_distance: d², float [..., G, M, M].
+            median_G: float [G], of the distances.
+        Returns:
+            Of the shape of `squared_distance`, in (0, 1].
+        """
         reverse = _Reversed.apply
         width_GC = median_G[:, None] * reverse(self.log_width).clamp(-LARGEST_LOG_WIDTH, LARGEST_LOG_WIDTH).exp()  # type: ignore[no-untyped-call]
         scale_CG = -0.5 / width_GC.T.square().clamp(min=torch.finfo(torch.float32).tiny)
@@ -63,7 +70,7 @@ class Kernel(nn.Module):
 
 
 class ActivationMmd(GroupedTerm):
-    """See the module."""
+    """A kernel a pair of layers, and maps that no one trains."""
 
     def __init__(self, section: ActivationMmdSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__("activation_mmd", ("ffn_gate", "ffn_gate"), section.depth_decay, cache, student)
@@ -72,7 +79,7 @@ class ActivationMmd(GroupedTerm):
         self._maps: dict[tuple[int, int, str], Tensor] = {}
 
     def group_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
-        """See the module."""
+        """Over segments."""
         kernel = self.kernels[number]
         assert isinstance(kernel, Kernel)
         directions = min(self.section.directions, own_Pd.shape[1], other_PD.shape[1])

@@ -26,7 +26,7 @@ class ApcSection(TermSection):
 
 
 class Apc(StateTerm):
-    """See the module."""
+    """Keyword rows, head by matched head."""
 
     def __init__(self, _section: ApcSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ class AttentionEvolutionSection(TermSection):
 
 
 class AttentionEvolution(Level):
-    """See the module."""
+    """Keywords with the rows before them, head by matched head."""
 
     def __init__(self, _section: AttentionEvolutionSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()

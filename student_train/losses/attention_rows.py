@@ -82,7 +82,14 @@ def attention_kl(teacher: TeacherRows, student_RHL: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_heads(teacher: TeacherRows, student_RGL: Tensor) -> list[tuple[int, int]]:
-    """Pairs (stored head of the teacher, head of the student): the assignment with the least total KL over these rows."""
+    """The assignment of heads with the least total KL(a_T ‖ a_S) over these rows, no gradient.
+
+    Args:
+        teacher: R rows of H stored heads.
+        student_RGL: float [R, G, L], all heads of the student's paired layer.
+    Returns:
+        min(H, G) pairs (stored head of the teacher, head of the student).
+    """
     heads, own = teacher.weights.shape[1], student_RGL.shape[1]
     everywhere = torch.ones(len(student_RGL), dtype=torch.bool, device=student_RGL.device)
     cost = torch.stack([attention_kl(teacher.of(everywhere, [h] * own), student_RGL).mean(0).cpu() for h in range(heads)])

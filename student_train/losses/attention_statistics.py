@@ -29,7 +29,7 @@ class AttentionStatisticsSection(TermSection):
 
 
 class AttentionStatistics(StateTerm):
-    """See the module."""
+    """Deciles over heads, so that any numbers of heads compare."""
 
     def __init__(self, _section: AttentionStatisticsSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class CoverageSection(TermSection):
 
 
 class Coverage(StateTerm):
-    """See the module."""
+    """Through the output head; without parameters."""
 
     def __init__(self, _section: CoverageSection, cache: Cache, _student: PreTrainedModel) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Coverage(StateTerm):
         return 0 if batch.coverage is None else len(batch.coverage.token)
 
     def forward(self, seen: Seen) -> Tensor:
-        """See the module."""
+        """Over key words."""
         codes = seen.batch.coverage
         if codes is None or not len(codes.token):
             return 0 * (seen.final.sum() + seen.head.weight.sum())

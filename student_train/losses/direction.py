@@ -43,7 +43,7 @@ class Direction(PairedTerm):
         self.projections = nn.ModuleList(make_projection(self.own_width, p.teacher_width) for p in self.pairs)
 
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
-        """See the module."""
+        """Over sampled tokens."""
         state = (self.tap, self.pairs[number].teacher)
         own, other = (in_channel_units(seen, state, x) for x in (self.projections[number](own_Pd), other_PD))
         return direction_rows(own, other, self.section.margin_degrees, self.section.angle_weight).sum()

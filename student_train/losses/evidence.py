@@ -29,7 +29,7 @@ class EvidenceSection(TermSection):
 
 
 class Evidence(StateTerm):
-    """See the module."""
+    """Shares of sentences, heads averaged."""
 
     def __init__(self, _section: EvidenceSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()

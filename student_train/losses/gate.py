@@ -230,7 +230,15 @@ class Gate(nn.Module):
 
 
 def repeated(ids_BS: Tensor, segment_BS: Tensor, positions_BS: Tensor) -> Tensor:
-    """bool [B, S]: whether a token and the three before it stood in its segment before."""
+    """Whether a token and the three before it stood in its segment before.
+
+    Args:
+        ids_BS: int64 token ids.
+        segment_BS: int64, the number of a token's segment.
+        positions_BS: int64, counted from the segment's first token.
+    Returns:
+        bool [B, S]; by a hash of 64 bits.
+    """
     key = segment_BS.clone()
     for back in range(NGRAM):
         key = key * 1_000_003 + ids_BS.roll(back, 1)  # wraps around: a hash

@@ -26,7 +26,7 @@ class InputReconstructionSection(FeatureSection):
 
 
 class InputReconstruction(PairedTerm):
-    """See the module."""
+    """A head g a pair of layers."""
 
     def __init__(self, section: InputReconstructionSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__("input_reconstruction", ("block_output", "block_input"), section.depth_decay, cache, student)
@@ -38,7 +38,7 @@ class InputReconstruction(PairedTerm):
         )
 
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
-        """See the module."""
+        """Over sampled tokens."""
         target = in_channel_units(seen, (self.tap, self.pairs[number].teacher), other_PD)
         return relative_l1(self.heads[number](own_Pd), target).sum()
 

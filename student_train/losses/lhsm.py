@@ -28,7 +28,7 @@ class LhsmSection(TermSection):
 
 
 class Lhsm(PairedTerm):
-    """See the module; layers weigh alike."""
+    """P of every pair of layers; layers weigh alike."""
 
     def __init__(self, section: LhsmSection, cache: Cache, student: PreTrainedModel) -> None:
         if cache.manifest.signals.hidden is None:
@@ -39,7 +39,7 @@ class Lhsm(PairedTerm):
         self.projections = nn.ModuleList(make_projection(*(self.own_width, p.teacher_width)[::order]) for p in self.pairs)
 
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, _seen: Seen) -> Tensor:
-        """See the module."""
+        """Over sampled tokens."""
         mapped, other = (other_PD, own_Pd) if self.projects_teacher else (own_Pd, other_PD)
         return lhsm_sum(mapped, other, self.projections[number])  # type: ignore[arg-type]
 

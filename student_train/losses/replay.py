@@ -41,7 +41,7 @@ class ReplaySection(TermSection):
 
 
 class Replay(Level):
-    """See the module."""
+    """Paths of sampled tokens; P is learned."""
 
     def __init__(self, section: ReplaySection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()

@@ -20,14 +20,14 @@ class ResidualCkaSection(FeatureSection):
 
 
 class ResidualCka(GroupedTerm):
-    """See the module."""
+    """Without parameters: no map is learned, for CKA needs none."""
 
     def __init__(self, section: ResidualCkaSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__("residual_cka", ("attention_output", "attention_output"), section.depth_decay, cache, student)
         self.max_tokens = section.max_tokens
 
     def group_sum(self, _number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
-        """See the module."""
+        """Over segments."""
         if not len(groups.index):
             return 0 * own_Pd.sum()
         return (1 - debiased_cka(groups.of(own_Pd), groups.of(other_PD), groups.inside)).sum()

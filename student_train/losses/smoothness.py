@@ -31,7 +31,7 @@ class SmoothnessSection(TermSection):
 
 
 class Smoothness(Level):
-    """See the module."""
+    """The last state's steps; beyond the teacher's, those of its deepest cached layer."""
 
     def __init__(self, section: SmoothnessSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
