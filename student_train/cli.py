@@ -266,7 +266,7 @@ def spikes(
 
 def main() -> None:
     """Entry point."""
-    run_app(app)
+    run_app(app, extra="student")
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def tokens_by_name(sources: Sequence[SourceIdentity]) -> dict[str, int]:
 
 def main() -> None:
     """Entry point."""
-    run_app(app)
+    run_app(app, extra="teacher")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ TEST_TOOLS = {
     "pytest-timeout",
     "tensorstore",
 }
+INSPECTED = {"tokenizers", "xarray"}
+"""Of the extra `inspect`, what these tests need."""
 NEED_TORCH = {"torch", "torchdata", "accelerate"}
 SHOWN = (
     "torch",
@@ -81,8 +83,8 @@ def requirements() -> dict[str, str]:
     """By name, what the storage tests need of pyproject.toml, as it is written there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *(line for line in extras["dev"] if name_of(line) in TEST_TOOLS | {"xarray"})]
-    return {name_of(line): line for line in needed}
+    others = [line for lines in extras.values() for line in lines if name_of(line) in TEST_TOOLS | INSPECTED]
+    return {name_of(line): line for line in (*project["dependencies"], *extras["teacher"], *extras["student"], *others)}
 
 
 def name_of(requirement: str) -> str:

@@ -7,21 +7,18 @@ student trains on the fast kernel too. Legend: B rows of the batch, S positions,
 """
 
 import contextlib
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from model_taps.attention_interface import Kernel, kernel_function, own_kernel, put_around_kernel
 from model_taps.blocks import decoder_blocks, unsupported
 from model_taps.head import final_hidden
-from signal_store.errors import InputError
-from signal_store.nearest import nearest
 
-PREFIX = "tapped_"
 CHECKED_TOKENS = 12
 MOST_ROW_ERROR = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Of a probability; half precision rounds it more."""
@@ -55,9 +52,6 @@ class _Tap:
     weights: dict[int, Tensor] = field(default_factory=dict)
 
 
-_kernels: dict[str, str] = {}
-"""By the name that a capturing function is registered under, the kernel that it calls. Kept, for the name does not tell: a kernel
-of the hub has a slash in its own, which transformers would look for there."""
 _open: list[_Tap] = []
 """Taps that are open, the innermost last. Of the process: a backward pass on a GPU runs blocks again in a thread of its own."""
 
@@ -128,35 +122,12 @@ def refuse_silent_rows(model: PreTrainedModel, taken: Collection[int], wanted: C
         raise unsupported(model, f"attention rows of blocks {silent} never came", "attention that is not transformers' interface")
 
 
-def own_kernel(model: PreTrainedModel) -> str:
-    """The attention that a model computes with, as `set_attn_implementation` takes it, whether its rows are captured or not."""
-    name = str(model.config._attn_implementation)  # noqa: SLF001  (transformers has no public getter)
-    return _kernels.get(name, name)
-
-
-def refuse_unknown_kernel(name: str, where: str) -> None:
-    """InputError for an attention implementation that transformers does not know and that is no kernel of the hub. Whether it is
-    installed, and whether a family has it, shows when a model is built."""
-    known = sorted({"eager", *AttentionInterface()} - _kernels.keys())
-    if name not in known and "/" not in name:
-        found = f"{name} (perhaps {near})" if (near := nearest(name, known)) else name
-        raise InputError("no such attention implementation", expected=", ".join(known), found=found, where=where)
-
-
 def enable_row_capture(model: PreTrainedModel) -> None:
     """Route the model's attention through the capturing function; idempotent, and free while no tap is open."""
-    if model.config._attn_implementation in _kernels:  # noqa: SLF001
-        return
-    kernel = own_kernel(model)
-    name = PREFIX + kernel.replace("/", "_")
-    while _kernels.setdefault(name, kernel) != kernel:
-        name += "_"
-    AttentionInterface.register(name, _capturing(kernel))
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[kernel])
-    model.set_attn_implementation(name)
+    put_around_kernel(model, _capturing)
 
 
-def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _capturing(kernel: str) -> Kernel:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
         tap = _open[-1] if _open else None
         number = getattr(module, "layer_idx", None)
@@ -167,7 +138,7 @@ def _capturing(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             first = layer not in tap.taken
             tap.taken.setdefault(layer, rows)  # activation checkpointing comes by twice, and must do the same both times
             tap.modules.setdefault(layer, module)
-        output = _kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+        output = kernel_function(kernel, module)(module, query, key, value, attention_mask, **kwargs)
         if first and tap is not None and isinstance(output[1], Tensor):
             tap.weights[layer] = output[1].detach()
         return output
@@ -180,15 +151,6 @@ def _compress_rate(module: nn.Module) -> int | None:
     rates = getattr(getattr(module, "config", None), "compress_rates", None) or {}
     rate = rates.get(getattr(module, "layer_type", None))
     return None if rate is None else int(rate)
-
-
-def _kernel_function(kernel: str, module: nn.Module) -> Callable[..., Any]:
-    if kernel == "eager":  # transformers keeps the eager function of a family in its modelling file
-        function: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        if function is None:
-            raise InputError("attention rows need the family's eager attention", found="none", where=type(module).__module__)
-        return function
-    return AttentionInterface()[kernel]  # type: ignore[no-any-return]
 
 
 def attention_rows(query_BHSd: Tensor, key_BGSd: Tensor, mask: Tensor | None, rows: RowQuery, options: dict[str, Any]) -> Tensor:

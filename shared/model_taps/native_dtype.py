@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from signal_store.codecs.bf16_units import onednn_has
+
 AUTO, ASKED = "auto", "the recipe names it"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes a recipe can name."""
@@ -58,14 +60,6 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(found.partition(":")[2].split())
 
 
-def _mkldnn_has(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, which holds torch's kernels for these units, takes this dtype (ONEDNN_MAX_CPU_ISA can forbid it)."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    ask = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return bool(getattr(torch.ops.mkldnn, ask)())
-
-
 def native_dtypes(device: torch.device | str) -> Mapping[torch.dtype, str]:
     """The dtypes this device multiplies matrices in natively, of `DTYPES`, each with what shows it. float32 always."""
     device = torch.device(device)
@@ -73,7 +67,7 @@ def native_dtypes(device: torch.device | str) -> Mapping[torch.dtype, str]:
     if device.type == "cpu":
         for dtype, names in CPU_UNITS.items():
             units = [name for name in names if name in cpu_flags()]
-            if units and _mkldnn_has(dtype):
+            if units and onednn_has(dtype):
                 found[dtype] = f"this CPU has {', '.join(units)}"
     elif device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)

@@ -1,4 +1,5 @@
-"""What both command lines share: one line for a user's mistake and exit code 2; never a traceback for it."""
+"""What both command lines share: one line for a user's mistake, or for an extra that is not installed, and exit code 2; never a
+traceback for it."""
 
 import os
 import sys
@@ -9,23 +10,28 @@ import typer
 
 from run_kit.allocator import keep_freed_memory as keep_freed_memory
 from signal_store.errors import NotFoundError, SignalStoreError, memory_error, path_error, storage_error
-from signal_store.ledger.documents import refuse_inside_a_cache
 
 EXIT_WRONG_INPUT = 2
 
 
-def run_app(app: typer.Typer) -> None:
-    """Run a typer application with our exit codes."""
+def run_app(app: typer.Typer, extra: str) -> None:
+    """Run a typer application with our exit codes. `extra` is the one that most of its commands need."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
-    guarded(app)
+    guarded(app, extra)
 
 
-def guarded(command: Callable[[], None]) -> None:
+def guarded(command: Callable[[], None], extra: str = "all") -> None:
     """Run a command; print a SignalStoreError as one line on standard error and exit with 2."""
     try:
         command()
+    except ModuleNotFoundError as error:
+        from run_kit.requirements import missing_package
+
+        if (lacking := missing_package(error, extra)) is None:
+            raise
+        _stop(str(lacking))
     except SignalStoreError as error:
         _stop(str(error))
     except OSError as error:
@@ -43,6 +49,8 @@ def guarded(command: Callable[[], None]) -> None:
 def check_target(target: Path) -> None:
     """Where a file is to be written, before the work and not after: NotFoundError if its folder is not there, InputError if that is
     a cache's."""
+    from signal_store.ledger.documents import refuse_inside_a_cache  # which imports zarr
+
     refuse_inside_a_cache(target)
     if not target.absolute().parent.is_dir():
         raise NotFoundError("no folder to write into", expected="one that is there", found=target.absolute().parent, where=target)

@@ -1,8 +1,9 @@
 """From a YAML file and `key=value` overrides to a validated recipe; every mistake in one line."""
 
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from signal_store.errors import InputError, NotFoundError
 from signal_store.nearest import nearest
 
+LARGEST = 2**53
 Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
@@ -114,10 +116,31 @@ def _parse(text: str) -> Any:
 def validate(content: Any, model: type[Recipe], where: str) -> Recipe:
     """`content` as a `model`; InputError listing every mistake with its place."""
     try:
+        if problem := next(_unwritable(content, ""), None):
+            raise InputError(f"the recipe is wrong: {problem}", where=where)
         return model.model_validate(content)
+    except RecursionError as error:
+        raise InputError("the recipe is wrong: it holds itself", where=where) from error
     except ValidationError as error:
         problems = "; ".join(_problem(dict(e), model) for e in error.errors())
         raise InputError(f"the recipe is wrong: {problems}", where=where) from error
+
+
+def _unwritable(value: Any, place: str) -> Iterator[str]:
+    """What of a recipe JSON does not carry everywhere, and so no record of it could hold."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            inside = f"{place}.{key}" if place else str(key)
+            if not isinstance(key, str):
+                yield f"{inside}: a key must be text, found {key!r}"
+            yield from _unwritable(item, inside)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _unwritable(item, f"{place}.{number}")
+    elif (isinstance(value, int) and abs(value) >= LARGEST) or (isinstance(value, float) and not math.isfinite(value)):
+        yield f"{place}: a number must be finite and below 2**53, found {value!r}"
+    elif not isinstance(value, str | int | float | Path | None):
+        yield f"{place}: expected text, a number, a list or a mapping, found {type(value).__name__} {value!s:.80}"
 
 
 def _problem(error: dict[str, Any], model: type[BaseModel]) -> str:

@@ -4,7 +4,8 @@ import signal_store
 cache = signal_store.open_cache("cache.zarr")
 """
 
-from signal_store.cache import Cache, open_cache
+from typing import TYPE_CHECKING, Any
+
 from signal_store.errors import (
     CorruptError,
     IncompleteError,
@@ -15,8 +16,11 @@ from signal_store.errors import (
     SignalStoreError,
     StorageError,
 )
-from signal_store.io.disk_cache import DiskCacheOptions
-from signal_store.segment import Segment
+
+if TYPE_CHECKING:
+    from signal_store.cache import Cache, open_cache
+    from signal_store.io.disk_cache import DiskCacheOptions
+    from signal_store.segment import Segment
 
 __all__ = [
     "Cache",
@@ -32,3 +36,22 @@ __all__ = [
     "StorageError",
     "open_cache",
 ]
+
+_LIES_IN = {
+    "Cache": "signal_store.cache",
+    "DiskCacheOptions": "signal_store.io.disk_cache",
+    "Segment": "signal_store.segment",
+    "open_cache": "signal_store.cache",
+}
+
+
+def __getattr__(name: str) -> Any:  # these import zarr; who wants an error's class, or a command's help, does not wait for it
+    if name in _LIES_IN:
+        import importlib
+
+        return getattr(importlib.import_module(_LIES_IN[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

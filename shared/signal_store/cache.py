@@ -10,15 +10,16 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
 from signal_store.canonical import sha256
 from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError, NotFoundError
-from signal_store.format.arrays import ArraySpec, hierarchy_metadata
+from signal_store.format.arrays import ArraySpec
+from signal_store.format.hierarchy import hierarchy_metadata
 from signal_store.io.disk_cache import DiskCachedStore, DiskCacheOptions
 from signal_store.io.objects import Objects, objects_at
 from signal_store.io.sealed_store import PackedRecords, SealedStore
 from signal_store.io.shard_reader import decode_shards
+from signal_store.io.zarr_sync import run_on_zarrs_loop
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, PLAN, UNITS, find_document, read_document, seal_key, tokenizer_key
 from signal_store.ledger.seal import Seal, units_group
 from signal_store.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
@@ -73,7 +74,7 @@ class SealedPart:
     def read_unit(self, unit: int, rows: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """The first rows of a unit's arrays, by path so many, from their whole shards, all fetched at once."""
         _ = self.store  # made here: making it asks zarr's loop, which the coroutine would already be in
-        fetched = sync(self._shards(unit, rows))
+        fetched = run_on_zarrs_loop(self._shards(unit, rows))
         return {path: decode_shards(fetched[path], self.specs[path], count) for path, count in rows.items()}
 
     async def _shards(self, unit: int, rows: Mapping[str, int]) -> dict[str, list[memoryview]]:

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedTokenizerFast
 
-from model_taps.attention import own_kernel
+from model_taps.attention_interface import own_kernel
 from run_kit.progress import tell
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError

@@ -1,4 +1,8 @@
-"""The one file that knows torchdata: makes micro-batches in worker processes. The state is ours, a cursor in each batch."""
+"""The one file that knows torchdata: makes micro-batches in worker processes.
+
+Its snapshots are off: one holds the states of the workers of one rank, and only as many workers go on from it, where the cursor in
+each batch goes on with any number of ranks and workers.
+"""
 
 import sys
 import warnings

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model_taps.adapters import Adapter, adapter_of
-from model_taps.attention import refuse_unknown_kernel
+from model_taps.attention_interface import refuse_unknown_kernel
 from model_taps.blocks import refuse_no_blocks
 from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
 from model_taps.neighbours import probe

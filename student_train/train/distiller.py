@@ -51,14 +51,6 @@ class Distiller(nn.Module):
         if objective.student_rows:
             enable_row_capture(student)
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        return list(self.student._no_split_modules or [])  # noqa: SLF001  (what FSDP wraps by)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The student's, as accelerate asks for them."""
-        return self.student.get_input_embeddings()
-
     def forward(
         self, batch: CodedBatch, scales: Mapping[str, float] | None = None, progress: float = 0.0, *, matching: bool = False
     ) -> Any:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from model_taps.attention import own_kernel
+from model_taps.attention_interface import own_kernel
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import refuse_another_head
 from run_kit.progress import progress_bar

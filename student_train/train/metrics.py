@@ -20,7 +20,7 @@ class RunLog:
 
     def __init__(self, out: Path, resume_step: int, accelerator: Accelerator, *, tensorboard: bool) -> None:
         self._file: TextIO | None = None
-        self._tracker: Any = None
+        self._tensorboard: Any = None
         if not accelerator.is_main_process:
             return
         path = out / METRICS
@@ -28,7 +28,7 @@ class RunLog:
         LocalObjects(out, scratch=".").put(METRICS, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a")
         if tensorboard:
-            self._tracker = _tensorboard(out)
+            self._tensorboard = _tensorboard(out)
 
     def write(self, *, step: int, **record: Any) -> None:
         """One line."""
@@ -36,29 +36,27 @@ class RunLog:
             return
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
-        if self._tracker is not None:
-            self._tracker.log(record, step=step)
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-        if self._tracker is not None:
-            self._tracker.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def _tensorboard(out: Path) -> Any:
-    from accelerate.tracking import TensorBoardTracker
-
-    tracker = TensorBoardTracker("tensorboard", logging_dir=out)
     try:
-        if hasattr(tracker, "start"):
-            tracker.start()
-        return tracker
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError(
             "tensorboard is not installed", expected='pip install "teacher-cache[tensorboard]"', where="tensorboard"
         ) from error
+    return SummaryWriter(out / "tensorboard")
 
 
 def _whole(line: str, resume_step: int) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from model_taps.blocks import decoder_blocks
 from signal_store.errors import InputError, MismatchError
 from student_train.recipe import SharingSection
+from student_train.train.accelerate_state import forget_precision
 from student_train.train.distiller import Distiller
 
 
@@ -28,7 +28,7 @@ def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
 
     Without `cpu` accelerate takes each process that torchrun starts on a machine without a GPU for one that is alone.
     """
-    AcceleratorState._reset_state()  # noqa: SLF001  (accelerate has no other word for it)
+    forget_precision()
     made = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available(), **options)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if made.num_processes != started:

@@ -26,14 +26,17 @@ from signal_store.ledger.documents import (
     STAGING,
     Document,
     UnitRecord,
+    calibration_keys,
     commit,
     extension_key,
     find_document,
     is_record_of,
     listed_records,
     new_attempt,
+    plan_unit_key,
     read_document,
     seal_key,
+    tokenizer_key,
     unit_key,
 )
 from signal_store.ledger.seal import Seal, constant_spec, pack_records, units_group
@@ -88,6 +91,7 @@ def seal(uri: str) -> Seal:
                 "the record of another unit or cache", expected=expected_in, found=found_in, where=unit_key(unit, revision)
             )
         publish_unit(objects, document, manifest.specs)
+    _check_planned(objects, planned)
     _check_lengths(objects, manifest, records)
     generation = 0 if standing is None else standing.generation + 1
     sealed = _commit_draft(objects, draft_generation(objects, planned, manifest, records, generation))
@@ -211,6 +215,25 @@ def write_metadata(objects: Objects, metadata: dict[str, bytes]) -> None:
     """Every zarr.json, the root's last: it is the switch that shows the arrays to stock readers."""
     for key in sorted(metadata, key=lambda k: (k == "zarr.json", k)):
         objects.put(key, metadata[key])
+
+
+def _check_planned(objects: Objects, planned: Plan) -> None:
+    """CorruptError where a tokenizer file or a copy of the calibration is not what it was, or a unit's plan is gone: the cache
+    would be sealed damaged."""
+    files: dict[str, str] = planned.document.body["tokenizer"]["files"]
+    arrays: str = read_document(objects, CALIBRATION).body["arrays_digest"]
+    wanted = {tokenizer_key(name): content for name, content in files.items()} | dict.fromkeys(calibration_keys(arrays), arrays)
+    altered = [key for key, content in wanted.items() if not objects.exists(key) or sha256(objects.read(key)) != content]
+    keys = (plan_unit_key(number, unit["digest"]) for number, unit in enumerate(planned.units))
+    gone = [key for key in keys if not objects.exists(key)]
+    if lost := altered + gone:
+        raise CorruptError(
+            "an object that was made before is gone or altered",
+            expected="what was planned and calibrated",
+            found=f"{len(lost)} such objects",
+            where=lost[0],
+            remedy="Run teacher-cache repair with its recipe.",
+        )
 
 
 def _check_lengths(objects: Objects, manifest: Manifest, records: Sequence[UnitRecord]) -> None:

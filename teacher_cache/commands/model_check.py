@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from model_taps.loading import LOADING_ERRORS, load_config, quiet
 from model_taps.tiny_config import tiny_config, tiny_model
-from run_kit.environment import Check
+from run_kit.check import Check
 from signal_store.errors import SignalStoreError
 from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe

@@ -39,28 +39,59 @@ def find_answer(chat: MarkedChat, special: SpecialText, turn: int, where: str) -
         found, place = "the end of the turn alone", f"{where}, turn {turn}"
         raise InputError("an answer is empty", expected="text or a call of a tool", found=found, where=place)
     first, last = min(a for a, _ in own), max(b for _, b in own)
-    before = max(
-        (rendering.pieces[n][1] for n, p in enumerate(chat.pieces) if p.message < turn and n in rendering.pieces), default=0
+    before, piece = max(
+        ((rendering.pieces[n][1], n) for n in _shown(chat, rendering) if chat.pieces[n].message < turn), default=(0, None)
     )
+    if first < before:
+        expected, found = "an answer after what it answers", f"the text of turn {turn} before that of an earlier one"
+        raise InputError("the chat template shows turns in another order", expected=expected, found=found, where=where)
     if chat.template.marks_answers:
         spans = tuple((a, b) for a, b in rendering.generated if a >= min(before, first))
         end = next((b for _, b in spans if b >= last), 0)
         if not spans or spans[0][0] > first or not end:
             raise InputError("the template's {% generation %} leaves out an answer", found=spans, where=f"{where}, turn {turn}")
         return Answer(turn, rendering, spans, end)
-    start = min(max(_prompted(chat, special, turn, rendering), before), first)
+    start = min(before + _prompted(chat, special, turn, rendering, (before, first), piece, where), first)
     end = _end_of_turn(chat, special, rendering.text, last)
     return Answer(turn, rendering, ((start, end),), end)
 
 
-def _prompted(chat: MarkedChat, special: SpecialText, turn: int, rendering: Rendering) -> int:
-    """Characters of a rendering that the model was given before this turn."""
+def _shown(chat: MarkedChat, rendering: Rendering) -> Iterator[int]:
+    return (number for number in range(len(chat.pieces)) if number in rendering.pieces)
+
+
+def _prompted(
+    chat: MarkedChat, special: SpecialText, turn: int, rendering: Rendering, around: Span, piece: int | None, where: str
+) -> int:
+    """Characters between the words before an answer, which end with `piece`, and its own that the model was given: as far as the
+    generation prompt goes with them. Compared from that piece on, because templates may write other things at the beginning of a
+    longer chat. InputError where the prompt leads elsewhere, so that nobody can say what of them is the answer's."""
+    before, first = around
     try:
-        return _common_prefix(chat.render(turn, prompt=True).text, rendering.text, special)
+        prompted = chat.render(turn, prompt=True)
     except REFUSALS:
         if turn:
             raise
-        return len(rendering.text)  # a template that needs a turn before the assistant's: all before the answer's own words
+        return first  # a template that needs a turn before the assistant's: all before the answer's own words
+    prompt = prompted.text[prompted.pieces.get(piece, (0, 0))[1] if piece is not None else 0 :]
+    between = rendering.text[before:first]
+    length = _common_prefix(prompt, rendering.text[before:], special)
+    if not (_bare(prompt[length:]) and _bare(between[length:])):
+        return length
+    if (place := between.rfind(prompt)) >= 0:
+        return place + len(prompt)
+    raise InputError(
+        "the chat template's generation prompt does not lead to an answer, so nobody can say where that begins",
+        expected=repr(prompt[length : length + 60]),
+        found=repr(between[length : length + 60]),
+        where=f"{where}, turn {turn}",
+        remedy="Use a template whose generation prompt begins an answer, or one that marks it with {% generation %}.",
+    )
+
+
+def _bare(text: str) -> str:
+    """Without the tags and the white space in which prompts and answers may differ."""
+    return re.sub(TAG, "", text).strip()
 
 
 def check_said(chat: MarkedChat, rendering: Rendering, turn: int, where: str) -> None:

@@ -11,7 +11,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,7 +62,7 @@ def _text_files(source: Source) -> list[Path]:
     if not source.folder.is_dir():
         raise NotFoundError("no such folder", found=source.folder, where=where)
     try:
-        found = sorted(p for p in source.folder.glob(source.pattern) if p.is_file())
+        found = _only_files(source.folder.glob(source.pattern), where)
     except (ValueError, NotImplementedError) as error:
         raise InputError("not a pattern of files", found=f"{source.pattern}: {error}", where=where) from error
     if not found:
@@ -76,7 +76,7 @@ def _at(place: Path, suffixes: Sequence[str], name: str) -> list[Path]:
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = sorted(p for p in place.glob("**/*") if p.is_file() and plain_name(p).lower().endswith(tuple(suffixes)))
+        found = _only_files((p for p in place.glob("**/*") if plain_name(p).lower().endswith(tuple(suffixes))), where)
         if not found:
             expected = " or ".join(suffixes) + ", compressed or not"
             raise InputError(
@@ -89,10 +89,18 @@ def _at(place: Path, suffixes: Sequence[str], name: str) -> list[Path]:
         return found
     if not glob.has_magic(str(place)):
         raise NotFoundError("no such file", found=place, where=where)
-    found = sorted(path for path in map(Path, glob.glob(str(place), recursive=True)) if path.is_file())  # noqa: PTH207
+    found = _only_files(map(Path, glob.glob(str(place), recursive=True)), where)  # noqa: PTH207
     if not found:
         raise InputError("no file matches", expected="one at least", found=place, where=where)
     return found
+
+
+def _only_files(found: Iterable[Path], where: str) -> list[Path]:
+    """Those that are files, sorted. NotFoundError for a link that leads nowhere: nobody knows what it stands for."""
+    paths = sorted(found)
+    if lost := [path for path in paths if not path.exists()]:
+        raise NotFoundError("a link leads nowhere", found=lost[0], where=where, remedy="Mend it, or narrow the source's pattern.")
+    return [path for path in paths if path.is_file()]
 
 
 def plain_name(path: Path) -> str:
@@ -133,7 +141,40 @@ def _decompressor(plain: IO[bytes], kind: str) -> Any:
         return gzip.GzipFile(fileobj=plain)
     if kind == "zstd":
         return pa.CompressedInputStream(plain, "zstd")
-    return lzma.LZMAFile(plain) if kind == "xz" else bz2.BZ2File(plain)
+    return _Streams(plain, lzma.LZMADecompressor if kind == "xz" else bz2.BZ2Decompressor)
+
+
+class _Streams(io.RawIOBase):
+    """One compressed stream after another, as parallel compressors write them. Python's own readers take the file to end where a
+    later stream begins damaged; here that is an error."""
+
+    def __init__(self, plain: IO[bytes], kind: Callable[[], Any]) -> None:
+        super().__init__()
+        self._plain, self._kind, self._stream = plain, kind, kind()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = b""
+        while not found:
+            given = b""
+            if self._stream.eof:
+                if not (given := self._next_stream()):
+                    return 0
+                self._stream = self._kind()
+            elif self._stream.needs_input and not (given := self._plain.read(BUFFER_BYTES)):
+                raise EOFError("ended before the end-of-stream marker was reached")
+            found = self._stream.decompress(given, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def _next_stream(self) -> bytes:
+        """The first bytes of the stream after this one, or none; xz pads its streams with zeros."""
+        rest: bytes = self._stream.unused_data.lstrip(b"\x00")
+        while not rest and (block := self._plain.read(BUFFER_BYTES)):
+            rest = block.lstrip(b"\x00")
+        return rest
 
 
 def compression_of(head: bytes) -> str | None:

@@ -88,6 +88,8 @@ def _parquet_rows(path: Path, source: Source) -> Iterator[Found]:
             there = file.schema_arrow.names
             if missing := [name for name in columns_of(source) if name not in there]:
                 raise InputError("no such column", expected=", ".join(missing), found=", ".join(there), where=path)
+            if twice := [name for name in columns_of(source) if there.count(name) > 1]:
+                raise InputError("two columns have one name", expected="one", found=twice[0], where=path)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(columns_of(source))):
                 size = batch.nbytes // max(1, batch.num_rows)
                 for values in _values(batch, path, number + 1):

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model_taps.attention import RowQuery, captured_layers, own_kernel, refuse_silent_rows, tap_attention_rows
+from model_taps.attention import RowQuery, captured_layers, refuse_silent_rows, tap_attention_rows
+from model_taps.attention_interface import own_kernel
 from model_taps.blocks import num_layers, unsupported
 from model_taps.causality import refuse_look_ahead
 from model_taps.head import MAX_HEAD_ERROR, OutputHead, final_hidden, head_error, output_head, own_logits
@@ -50,6 +52,12 @@ def load_teacher(section: TeacherSection, vocab_size: int, *, capture_rows: bool
     options |= {"trust_remote_code": section.trust_remote_code, "attn_implementation": section.attn_implementation}
     device = device_of(section)
     if section.device_map is not None:
+        if find_spec("accelerate") is None:
+            raise InputError(
+                "accelerate, which spreads a teacher over devices, is not installed",
+                expected='pip install "teacher-cache[all]"',
+                where="teacher.device_map",
+            )
         options["device_map"] = section.device_map
     model = load_model(section.model, what="teacher", **options)
     if section.device_map is None:

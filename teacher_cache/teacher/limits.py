@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PretrainedConfig
 
-from model_taps.attention import refuse_unknown_kernel
+from model_taps.attention_interface import refuse_unknown_kernel
 from model_taps.blocks import refuse_no_blocks
 from model_taps.loading import load_config
 from signal_store.errors import InputError

@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.cache import open_cache
-from signal_store.errors import InputError, MismatchError, SignalStoreError
+from signal_store.errors import CorruptError, InputError, MismatchError, SignalStoreError
 from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import EXTENSIONS
+from teacher_cache.builder.fill import fill
+from teacher_cache.builder.seal import seal
 from teacher_cache.commands import extend as extending
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
@@ -81,6 +83,25 @@ def test_a_grown_cache_is_mended_to_the_same_bytes(grown: tuple[CacheRecipe, Pat
     assert bodies(root) == whole
     assert not verify(recipe.cache).damages
     assert open_cache(recipe.cache).seal.generation == 2
+
+
+@pytest.mark.parametrize("what", ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "plan/0000000.*", "calibration/*"])
+def test_what_was_planned_and_calibrated_is_looked_at_before_a_cache_is_sealed(
+    tmp_path: Path, texts: dict[str, Path], recipe_for: RecipeMaker, what: str
+) -> None:
+    source = {"name": "train", "jsonl": texts["train"]}
+    recipe = recipe_for(tmp_path / "cache.zarr", sources=[source], signals={"distribution": {"rank": 8}})
+    fill(recipe)
+    place = next((Path(recipe.cache) / "ledger").glob(what))
+    if "plan" in what:
+        place.unlink()
+    else:
+        place.write_bytes(place.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match=r"made before is gone or altered.*teacher-cache repair"):
+        seal(recipe.cache)
+    repair(recipe)
+    assert seal(recipe.cache).generation == 0
+    assert not verify(recipe.cache).damages
 
 
 def test_files_beside_the_cache_are_left_alone(grown: tuple[CacheRecipe, Path]) -> None:

@@ -1,4 +1,4 @@
-"""The wheel ships exactly the four import packages, each typed; and nothing named `shared`, `tests` or `tools`."""
+"""The wheel ships exactly the six import packages, each typed; and nothing named `shared`, `tests` or `tools`."""
 
 import subprocess
 import sys
@@ -8,13 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_wheel_holds_four_typed_packages(tmp_path: Path) -> None:
+def test_the_wheel_holds_six_typed_packages(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert packages == {"teacher_cache", "student_train", "signal_store", "model_taps"}
+    assert packages == {"teacher_cache", "student_train", "signal_store", "signal_view", "model_taps", "run_kit"}
     assert {name for name in names if name.endswith("py.typed")} == {f"{package}/py.typed" for package in packages}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import chat_table
-from chat_table import CHATS, Outcome, outcome, table, template_files, tokenizer_for
+from chat_table import CHATS, Outcome, outcome, table, template_files, tokenizer_for, turn
+from signal_store.errors import InputError
+from teacher_cache.corpus.chat import render_chat
 from teacher_cache.corpus.document import Document
 
 FILES = template_files()
@@ -39,6 +41,18 @@ def test_what_the_assistant_says_counts_and_nothing_else(name: str) -> None:
             spans = [place for span in document.counted or () for place in span]
             assert spans == sorted(spans)
             assert document.text[: document.prefix].count("Why?") == 0
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if "{% generation %}" not in TEMPLATES[name].replace("-", "")])
+def test_no_turn_but_an_answer_counts_where_the_assistant_begins_or_goes_on(name: str) -> None:
+    chat = [turn("assistant", "Hello."), turn("user", "Why?"), turn("assistant", "So."), turn("assistant", "Indeed.")]
+    try:
+        found = render_chat(tokenizer_for(TEMPLATES[name]), chat, where="the chat")
+    except InputError:
+        return
+    for text in (document.text[a:b] for document in found for a, b in document.counted or ()):
+        body = text.removesuffix("<|assistant|>")  # what begins the next turn, where nothing else ends one
+        assert not re.search(r"helpful|system|assistant\b|<\|begin", body), text
 
 
 def as_transformers_renders(template: str, messages: list[dict[str, Any]], tools: list[Any] | None) -> set[str]:

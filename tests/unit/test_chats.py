@@ -207,6 +207,37 @@ def test_a_template_that_changes_words_is_refused() -> None:
         rendered(PLAIN.replace("m.content", "m.content | capitalize"), [user("why NOW?"), assistant("so.")])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }} turns\n" + PLAIN,
+        PLAIN.replace("in messages", "in messages[-2:]"),
+        PLAIN.replace("<|end|>\n", "{% if not loop.last %}<|end|>{% endif %}"),
+    ],
+    ids=["counts turns", "shows the last two", "separates turns"],
+)
+def test_no_header_counts_where_a_longer_chat_begins_otherwise(template: str) -> None:
+    assert all(text.startswith(("So.", "Then.")) for document in rendered(template, TWO) for text in document)
+
+
+def test_what_a_template_says_before_a_first_turn_of_the_assistant_is_not_its_answer() -> None:
+    helpful = "{% if messages and messages[0].role != 'system' %}<|system|>Be helpful.<|end|>\n{% endif %}" + PLAIN
+    assert rendered(helpful, [assistant("Hello."), *TWO]) == [["Hello.<|end|>", "So.<|end|>", "Then.<|end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "what"),
+    [
+        ("{{ messages[-1].content }}\n" + PLAIN, TWO[:2], "another order"),
+        (PLAIN.replace("in messages", "in messages[::-1]"), TWO[:2], "another order"),
+        ("{{ messages | length }} turns\n" + PLAIN, [assistant("Hello."), *TWO], "does not lead to an answer"),
+    ],
+)
+def test_where_nobody_can_say_where_an_answer_begins_is_an_error(template: str, chat: list[Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        rendered(template, chat)
+
+
 def test_the_day_is_always_the_same() -> None:
     dated = "{{ strftime_now('%Y-%m-%d') }}" + PLAIN
     (document,) = render_chat(with_template(dated), TWO, where="test")

@@ -41,7 +41,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def has(flags: str) -> None:
         monkeypatch.setattr(native_dtype, "cpu_flags", lambda: frozenset(flags.split()))
         monkeypatch.setattr("model_taps.machine.cpu_flags", lambda: frozenset(flags.split()))
-        monkeypatch.setattr(native_dtype, "_mkldnn_has", lambda _: True)
+        monkeypatch.setattr(native_dtype, "onednn_has", lambda _: True)
 
     return has
 
@@ -85,7 +85,7 @@ def test_a_gpu_by_its_compute_capability(
 
 def test_units_that_torch_does_not_use_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_dtype, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
-    monkeypatch.setattr(native_dtype, "_mkldnn_has", lambda _: False)
+    monkeypatch.setattr(native_dtype, "onednn_has", lambda _: False)
     chosen = choose_dtype("auto", BF16, "cpu")
     assert chosen.dtype == F32
     assert "oneDNN does not use it" in chosen.reason

@@ -1,12 +1,17 @@
-"""What other libraries do not promise, and this project uses: each is there, in the shape that is used, whichever version is installed.
+"""What other libraries do not promise, and this project uses: each is there, in the shape that is used, whichever version is installed;
+and each is named in one file of ours, which CONTRIBUTING.md lists.
 
-One row a name. A row that fails says which module of ours breaks with this version, before a user finds out.
+One row a use. A row that fails says which file breaks with this version, before a user finds out.
 """
 
+import ast
 import asyncio
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,17 +75,6 @@ def eager_function_of_a_family() -> None:
     assert names[:5] == ["module", "query", "key", "value", "attention_mask"]
 
 
-def rendering_with_spans() -> None:
-    """`render_jinja_template` returns texts, and the characters that `{% generation %}` encloses, from a list of conversations."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = "{% for m in messages %}{% if m.role == 'assistant' %}<a>{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]
-    answer: Any = render_jinja_template([chat], chat_template=template, return_assistant_tokens_mask=True)
-    (text,), (spans,) = answer
-    assert [text[start:stop] for start, stop in spans] == ["cde"]
-
-
 def accelerators_can_be_made_anew() -> None:
     """`AcceleratorState._reset_state` lets a process have accelerators of two precisions, one after the other."""
     from accelerate.state import AcceleratorState
@@ -89,11 +83,11 @@ def accelerators_can_be_made_anew() -> None:
     assert AcceleratorState._shared_state == {}
 
 
-def tensorboard_tracker() -> None:
-    """`TensorBoardTracker` takes a name and a folder."""
-    from accelerate.tracking import TensorBoardTracker
+def causal_lm_names() -> None:
+    """`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` is by model type, and read without importing the models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    assert {"run_name", "logging_dir"} <= set(inspect.signature(TensorBoardTracker.__init__).parameters)
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["llama"] == "LlamaForCausalLM"
 
 
 def precision_of_products() -> None:
@@ -117,31 +111,142 @@ def units_of_the_cpu() -> None:
     assert torch.cpu._is_avx512_bf16_supported() in (True, False)
 
 
-USES: list[tuple[str, str, bool, Callable[[], None]]] = [
-    ("zarr", "signal_store.format.arrays, signal_store.cache", False, zarrs_loop),
-    ("xarray", "signal_view.lazy_array", False, xarrays_lazy_index),
-    ("transformers", "model_taps.attention", True, attention_functions),
-    (
+def what_onednn_takes() -> None:
+    """oneDNN's operators say whether it takes bfloat16 and float16."""
+    import torch
+
+    for ask in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        assert getattr(torch.ops.mkldnn, ask)() in (True, False)
+
+
+@dataclass(frozen=True)
+class Use:
+    """`names` of `library`, as they stand in the source of `file`: a module, an attribute or a string."""
+
+    library: str
+    file: str
+    names: tuple[str, ...]
+    check: Callable[[], None]
+    with_torch: bool = True
+
+
+USES = [
+    Use("zarr", "shared/signal_store/io/zarr_sync.py", ("zarr.core",), zarrs_loop, with_torch=False),
+    Use("xarray", "shared/signal_view/lazy_array.py", ("xarray.core",), xarrays_lazy_index, with_torch=False),
+    Use(
         "transformers",
-        "model_taps.attention, run_kit.environment, teacher_cache.teacher.forward, student_train.commands.run",
-        True,
-        attention_implementation,
+        "shared/model_taps/attention_interface.py",
+        ("AttentionInterface", "AttentionMaskInterface", "ALL_ATTENTION_FUNCTIONS"),
+        attention_functions,
     ),
-    ("transformers", "model_taps.attention", True, eager_function_of_a_family),
-    ("transformers", "teacher_cache.corpus.chat", False, rendering_with_spans),
-    ("accelerate", "student_train.train.parallel", True, accelerators_can_be_made_anew),
-    ("accelerate", "student_train.train.metrics", True, tensorboard_tracker),
-    ("torch", "signal_store.codecs.bf16_units", True, precision_of_products),
-    ("torch", "signal_store.codecs.bf16_units", True, units_of_the_cpu),
+    Use("transformers", "shared/model_taps/attention_interface.py", ("_attn_implementation",), attention_implementation),
+    Use("transformers", "shared/model_taps/attention_interface.py", ("eager_attention_forward",), eager_function_of_a_family),
+    Use("transformers", "shared/model_taps/tiny_config.py", ("transformers.models",), causal_lm_names),
+    Use(
+        "accelerate", "student_train/train/accelerate_state.py", ("accelerate.state", "_reset_state"), accelerators_can_be_made_anew
+    ),
+    Use("torch", "shared/signal_store/codecs/bf16_units.py", ("mkldnn",), precision_of_products),
+    Use(
+        "torch",
+        "shared/signal_store/codecs/bf16_units.py",
+        ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+        units_of_the_cpu,
+    ),
+    Use(
+        "torch",
+        "shared/signal_store/codecs/bf16_units.py",
+        ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"),
+        what_onednn_takes,
+    ),
 ]
-"""Library, the modules of ours that use it, whether torch is needed to see, the check."""
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = ("teacher_cache", "student_train", "shared")
+LIBRARIES = {"accelerate", "datasets", "numcodecs", "torch", "torchdata", "transformers", "xarray", "zarr"}
+WITHIN = {"core", "internal", "models"}
+"""Names of packages that libraries keep for themselves, though no underscore says so."""
+PROMISED = {"_exit"}
+"""Documented for all its underscore: of `os`."""
 
 
-@pytest.mark.parametrize(("library", "users", "with_torch", "check"), USES, ids=[check.__name__ for *_, check in USES])
-def test_it_is_as_it_is_used(library: str, users: str, with_torch: bool, check: Callable[[], None]) -> None:
-    if with_torch and not HAS_TORCH:
+@pytest.mark.parametrize("use", USES, ids=[use.check.__name__ for use in USES])
+def test_it_is_as_it_is_used(use: Use) -> None:
+    if use.with_torch and not HAS_TORCH:
         pytest.skip("torch is not installed")
     try:
-        check()
+        use.check()
     except (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        pytest.fail(f"{library} {version(library)}: {check.__doc__} No longer so ({error!r}); used by {users}")
+        text = f"{use.library} {version(use.library)}: {use.check.__doc__} No longer so ({error!r}); {use.file} uses it"
+        pytest.fail(text)
+
+
+def named_in(source: str) -> Iterator[str]:
+    """Modules and names that are imported, and attributes, those too that `getattr` is asked for."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module or "", *(alias.name for alias in node.names))
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+            if isinstance(node.value, ast.Name):
+                yield f"{node.value.id}.{node.attr}"  # import zarr; zarr.core
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr", "setattr"):
+            yield from (part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str))
+
+
+def lies_in(found: str, name: str) -> bool:
+    """Whether what was found is this name, or lies within this module."""
+    return found == name or found.startswith(f"{name}.")
+
+
+def defined_in(source: str) -> Iterator[str]:
+    """Functions, classes, variables and attributes of `self` that a source makes itself."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            yield from [node.attr] if node.value.id == "self" else []
+
+
+def is_unpromised(name: str, ours: set[str]) -> bool:
+    """Whether a library keeps this name for itself: by an underscore that is not ours, or by the package that it lies in."""
+    parts = name.split(".")
+    of_a_library = parts[0] in LIBRARIES and len(parts) > 1
+    hidden = [p for p in parts if re.match(r"_[A-Za-z]", p) and p not in ours | PROMISED]
+    return (bool(hidden) and (of_a_library or len(parts) == 1)) or (of_a_library and bool(WITHIN & set(parts)))
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    paths = [path for folder in PRODUCT for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
+
+
+@pytest.fixture(scope="module")
+def named(sources: dict[str, str]) -> set[tuple[str, str]]:
+    return {(path, name) for path, source in sources.items() for name in named_in(source)}
+
+
+@pytest.mark.parametrize("use", USES, ids=[use.check.__name__ for use in USES])
+def test_one_file_names_it(use: Use, named: set[tuple[str, str]]) -> None:
+    assert {path for path, found in named if any(lies_in(found, name) for name in use.names)} == {use.file}
+
+
+def test_nothing_else_is_used_that_is_not_promised(sources: dict[str, str], named: set[tuple[str, str]]) -> None:
+    ours = {name for source in sources.values() for name in defined_in(source)}
+    known = {(use.file, name) for use in USES for name in use.names}
+    unpromised = {(path, found) for path, found in named if is_unpromised(found, ours)}
+    assert {(p, found) for p, found in unpromised if not any(p == file and lies_in(found, name) for file, name in known)} == set()
+
+
+def test_other_uses_are_found() -> None:
+    source = "from zarr.core.sync import sync\nimport torch\nmodel.config._attn_implementation = getattr(x, '_hidden')\ntorch._C\nself._own"
+    found = {name for name in named_in(source) if is_unpromised(name, {"_own"})}
+    assert found == {"zarr.core.sync", "_attn_implementation", "_hidden", "torch._C", "_C"}
+
+
+def test_contributing_lists_the_files() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert [use.file for use in USES if f"`{use.file}`" not in text] == []

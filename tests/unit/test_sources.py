@@ -128,6 +128,36 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path, tokenizer: PreTraine
         assert str(file) in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_streams_after_the_first_are_read_or_the_file_is_damaged(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    file, press = tmp_path / "a.jsonl", COMPRESSIONS[kind]
+    later = press(lines(*PROSE[1:]))
+    file.write_bytes(press(lines(PROSE[0])) + later + (bytes(8) if kind in ("xz", "gz") else b""))
+    assert read(Source(name="s", jsonl=file), tokenizer) == PROSE
+    for damaged in (b"\x00" * 2 + later[2:], b"garbage", later[:-1], b"X" + later[1:]):
+        file.write_bytes(press(lines(PROSE[0])) + damaged)
+        with pytest.raises(InputError, match="compressed file is damaged"):
+            read(Source(name="s", jsonl=file), tokenizer)
+
+
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*PROSE))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for place in ({"folder": tmp_path}, {"jsonl": tmp_path}, {"jsonl": tmp_path / "*.jsonl"}):
+        with pytest.raises(NotFoundError, match=r"a link leads nowhere; found .*b\.jsonl"):
+            read(Source(name="s", **place), tokenizer)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text", "body"]), tmp_path / "a.parquet")
+    assert read(Source(name="s", parquet=tmp_path / "a.parquet", text="body"), tokenizer) == ["c"]
+    with pytest.raises(InputError, match="two columns have one name"):
+        read(Source(name="s", parquet=tmp_path / "a.parquet"), tokenizer)
+
+
 def not_utf8(values: list[bytes]) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
 

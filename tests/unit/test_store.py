@@ -14,8 +14,9 @@ from zarr.storage import MemoryStore
 
 from signal_store.cache import Cache, SealedPart, open_cache
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
-from signal_store.format import arrays
-from signal_store.format.arrays import FILL, ArraySpec, create_array, grid, hierarchy_metadata
+from signal_store.format import hierarchy
+from signal_store.format.arrays import FILL, ArraySpec, grid
+from signal_store.format.hierarchy import create_array, hierarchy_metadata
 from signal_store.io.local import LocalObjects
 from signal_store.io.objects import objects_at
 from signal_store.io.shard_writer import UnitArrayWriter, write_unit_array
@@ -315,7 +316,7 @@ def test_whole_shards_read_as_zarr_reads_them(cache: Cache, data: st.DataObject)
 
 
 def test_whole_shards_can_be_the_first_that_is_read(cache: Cache) -> None:
-    arrays._hierarchy_metadata.cache_clear()
+    hierarchy._hierarchy_metadata.cache_clear()
     part = SealedPart(objects_at(cache.uri))
     (ids,) = part.read_unit(0, {"tokens/input_ids": 8}).values()
     np.testing.assert_array_equal(ids, cache.read("tokens/input_ids", 0, 8))

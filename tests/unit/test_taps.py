@@ -11,10 +11,10 @@ from model_taps.attention import (
     RowQuery,
     captured_layers,
     enable_row_capture,
-    own_kernel,
     softmax_attention_layers,
     tap_attention_rows,
 )
+from model_taps.attention_interface import own_kernel
 from model_taps.blocks import layer_at_depth
 from model_taps.head import final_hidden, head_error
 from model_taps.neighbours import probe

@@ -135,11 +135,11 @@ def seal_synthetic(root: Path, tokens: int) -> int:
 
 def seconds_to_open(root: Path) -> tuple[float, float]:
     """(open and say how long it is, then find the checks of a shard in the middle), best of three, metadata not remembered."""
-    from signal_store.format import arrays
+    from signal_store.format import hierarchy
 
     opened, located = [], []
     for _ in range(3):
-        arrays._hierarchy_metadata.cache_clear()  # noqa: SLF001
+        hierarchy._hierarchy_metadata.cache_clear()  # noqa: SLF001
         started = time.perf_counter()
         cache = open_cache(root)
         assert len(cache)

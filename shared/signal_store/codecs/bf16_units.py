@@ -1,5 +1,5 @@
 """Products in bfloat16 units with float32 sums, on CPUs that have them: several times as fast as float32, and exact for numbers
-that bfloat16 holds.
+that bfloat16 holds. The one file that asks torch for what it does not promise of a CPU's units.
 """
 
 import contextlib
@@ -34,6 +34,15 @@ def bf16_units() -> Iterator[None]:
 def has_bf16_units() -> bool:
     """Whether this CPU multiplies bfloat16 natively."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001  (torch has no public way)
+
+
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, which holds torch's kernels for these units, takes bfloat16 or float16 (ONEDNN_MAX_CPU_ISA can forbid it)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    operators = torch.ops.mkldnn
+    ask = operators._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else operators._is_mkldnn_fp16_supported  # noqa: SLF001
+    return bool(ask())
 
 
 def two_halves(matrix: Tensor) -> Tensor:

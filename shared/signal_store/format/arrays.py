@@ -1,23 +1,14 @@
-"""The shape of an array of the cache: its rows, its chunks, its shards, its codec; and the zarr metadata that says so.
+"""The shape of an array of the cache: its rows, its chunks, its shards, its codec. `hierarchy` has the zarr metadata that says so.
 
 Policy: an array grows along its first axis only, by a fixed number of rows per unit (its capacity), so that every shard
 belongs to one unit. The fill value is never valid data. Stock zarr codecs only, crc32c on every inner chunk.
 """
 
-import functools
 import math
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
-import zarr
-import zarr.codecs
-from zarr.abc.store import Store
-from zarr.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
 
 MAX_SHARD_BYTES = 64 * 2**20
 TARGET_CHUNK_BYTES = 2**20
@@ -152,63 +143,3 @@ def grid(capacity_rows: int, row_bytes: int, min_chunk_rows: int) -> tuple[int, 
     shards = math.ceil(chunks / chunks_per_shard)
     chunks_per_shard = math.ceil(chunks / shards)
     return shards * chunks_per_shard * chunk, chunk, chunks_per_shard * chunk
-
-
-def create_array(store: Store, spec: ArraySpec, num_rows: int) -> None:
-    """Write the zarr metadata of an array of `num_rows` rows with zarr itself."""
-    zarr.create_array(
-        store,
-        name=spec.path,
-        shape=(num_rows, *spec.row_shape),
-        dtype=spec.dtype,
-        chunks=(spec.chunk_rows, *spec.row_shape),
-        shards=(spec.shard_rows, *spec.row_shape),
-        compressors=[
-            zarr.codecs.BloscCodec(cname="zstd", clevel=spec.level, shuffle=spec.shuffle, typesize=np.dtype(spec.dtype).itemsize),
-            zarr.codecs.Crc32cCodec(),
-        ],
-        filters=[zarr.codecs.TransposeCodec(order=(1, 0))] if spec.transposed else None,
-        fill_value=spec.fill,
-        dimension_names=spec.dimension_names,
-        attributes={**dict(spec.attributes), "_FillValue": _fill_attribute(spec)},
-        zarr_format=3,
-    )
-
-
-def _fill_attribute(spec: ArraySpec) -> Any:
-    """`_FillValue` as xarray's zarr backend spells it: base64 of a little-endian double for floats, a number for integers."""
-    if np.dtype(spec.dtype).kind == "f":
-        return "AAAAAAAA+H8="
-    return int(spec.fill)
-
-
-def hierarchy_metadata(arrays: Mapping[ArraySpec, int], root_attributes: Mapping[str, str]) -> dict[str, bytes]:
-    """Every `zarr.json` of the hierarchy, consolidated in the root, by key. `arrays` gives the number of rows of each.
-
-    Pure: zarr itself writes them, into memory.
-    """
-    return dict(_hierarchy_metadata(tuple(arrays.items()), tuple(sorted(root_attributes.items()))))
-
-
-@functools.lru_cache(maxsize=8)
-def _hierarchy_metadata(
-    arrays: tuple[tuple[ArraySpec, int], ...], root_attributes: tuple[tuple[str, str], ...]
-) -> Mapping[str, bytes]:
-    store = MemoryStore()
-    zarr.open_group(store, mode="w", zarr_format=3, attributes=dict(root_attributes))
-    for spec, num_rows in arrays:
-        create_array(store, spec, num_rows)
-    with warnings.catch_warnings():  # zarr warns that consolidated metadata is not yet in the v3 specification
-        warnings.simplefilter("ignore")
-        zarr.consolidate_metadata(store, zarr_format=3)
-
-    async def read_all() -> dict[str, bytes]:
-        found = {}
-        async for key in store.list():
-            if key.endswith("zarr.json"):
-                buffer = await store.get(key, default_buffer_prototype())
-                assert buffer is not None
-                found[key] = buffer.to_bytes()
-        return found
-
-    return dict(sorted(sync(read_all()).items()))

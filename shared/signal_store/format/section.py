@@ -1,8 +1,8 @@
 """What every section of a recipe and of a manifest is."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 """Whole numbers that JSON carries everywhere."""
@@ -15,3 +15,12 @@ class Section(BaseModel):
     """Base of every recipe section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object, info: ValidationInfo) -> object:
+        """`true` is no number, though Python takes it for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("true and false (yes, no, on, off) are no value of this key")
+        return value
