@@ -15,6 +15,7 @@ from signal_store.canonical import sha256
 from signal_store.errors import CorruptError, IncompleteError, InputError, MismatchError, NotFoundError
 from signal_store.format.arrays import ArraySpec
 from signal_store.format.hierarchy import hierarchy_metadata
+from signal_store.format.text import NO_TOKEN
 from signal_store.io.disk_cache import DiskCachedStore, DiskCacheOptions
 from signal_store.io.objects import Objects, objects_at
 from signal_store.io.sealed_store import PackedRecords, SealedStore
@@ -25,8 +26,6 @@ from signal_store.ledger.seal import Seal, units_group
 from signal_store.manifest import FORMAT_VERSION, Manifest, SourceIdentity, Split, parse_manifest
 from signal_store.segment import Segment
 from signal_store.signals import Signals
-
-NO_TOKEN = 2**32 - 1
 
 
 class SealedPart:

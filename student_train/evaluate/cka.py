@@ -13,7 +13,8 @@ from signal_store.cache import Cache
 from signal_store.signals import Tap
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.hidden import HiddenRequest
 from student_train.evaluate.evaluation import SHARE, Quantity
 from student_train.losses.cka import debiased_cka
 from student_train.losses.features import MIN_TOKENS
@@ -36,9 +37,9 @@ class DepthCka:
     tap: ClassVar[Tap] = "block_output"
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> SignalRequest:
         """The teacher's states of the pairs."""
-        return Needs(False, tuple((self.tap, p.teacher) for p in self.pairs), ())
+        return SignalRequest.of(HiddenRequest(tuple((self.tap, p.teacher) for p in self.pairs)))
 
     def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
         """Mean over segments of at least `MIN_TOKENS` sampled tokens.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
 from student_train.model.parallel import Shared
 
 NATS, SHARE, LABELS = "nats", "", "labels"
@@ -28,7 +28,7 @@ class Evaluation(Protocol):
         """What it is called where several are told apart."""
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> SignalRequest:
         """The signals that its batches must hold."""
 
     def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
 from student_train.evaluate.evaluation import SHARE, Quantity
 from student_train.losses.objective import Objective
 from student_train.model.parallel import Shared
@@ -26,7 +26,7 @@ class GradientShares:
     name: ClassVar[str] = "gradient shares"
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> SignalRequest:
         """Whatever the objective reads."""
         return self.objective.needs
 

@@ -12,7 +12,8 @@ from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError
 from signal_store.manifest import Split
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import TOKENS_ONLY, Needs
+from student_train.data.request import TOKENS_ONLY, SignalRequest
+from student_train.data.signals.distribution import DistributionRequest
 from student_train.evaluate import fidelity
 from student_train.evaluate.evaluation import LABELS, NATS, Quantity
 from student_train.model.distiller import Distiller
@@ -40,10 +41,10 @@ class Validation:
     name: ClassVar[str] = "validation"
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> SignalRequest:
         """The distribution, where the cache holds it and it is wanted."""
         held = self.cache.manifest.signals.distribution is not None
-        return Needs(distribution=True, hidden=(), attention=()) if held and self.with_teacher else TOKENS_ONLY
+        return SignalRequest.of(DistributionRequest()) if held and self.with_teacher else TOKENS_ONLY
 
     def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
         """One forward pass a batch.

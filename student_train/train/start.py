@@ -22,7 +22,7 @@ from model_taps.head import refuse_another_head
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from student_train.data.codecs import Codecs
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
 from student_train.data.rows import Stream
 from student_train.evaluate.validation import Validation
 from student_train.losses.anchor import Anchor
@@ -177,10 +177,10 @@ def _weights_at_the_start(section: StudentSection, cache: Cache) -> Mapping[str,
     return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
 
 
-def _read(settings: TrainSettings, cache: Cache, objective: Objective) -> Needs:
+def _read(settings: TrainSettings, cache: Cache, objective: Objective) -> SignalRequest:
     """What steps and validations read of the cache."""
     validation = validation_of(settings, cache)
-    return objective.needs if validation is None else objective.needs.union(validation.needs)
+    return objective.needs if validation is None else objective.needs | validation.needs
 
 
 def _match_heads(shared: Shared, stream: Stream) -> HeadPairs:

@@ -32,7 +32,7 @@ from teacher_cache.recipe import CacheRecipe, Source
 from teacher_cache.signals.registry import capacities_of
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-NOTHING = Capacities(segments=0, hidden_rows=0, attention_rows=0, attention_entries=0, replay_rows=0)
+NOTHING = Capacities()
 MOST_ROWS, MOST_BYTES = 256, 2**18
 """Rows of one job: about a second of tokenising."""
 NO_ROOM = Capacities(segments=1, hidden_rows=1, attention_rows=1, attention_entries=1, replay_rows=1)

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from signal_store.errors import InputError
+from signal_store.format.text import NO_TOKEN
 from teacher_cache.corpus.tokens import NONE, TokenizedDocument
 
 COUNTS_NOT, COUNTS, DISTRIBUTION_ONLY = 0, 1, 2
-NO_TOKEN = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from safetensors.numpy import load, save
 
 from signal_store.canonical import sha256
 from signal_store.errors import CorruptError
+from signal_store.format.text import NO_TOKEN
 from teacher_cache.corpus.segments import PlannedSegment
 
 LATER = ("roles", "sentences", "key_words")
@@ -106,5 +107,5 @@ class UnitPlan:
         """int64 [tokens]: the next token of each row, -1 where none is stored."""
         labels = np.append(self.input_ids[1:].astype(np.int64), -1)
         last = self.token_start + self.length - 1
-        labels[last] = np.where(self.next_token == 2**32 - 1, -1, self.next_token)
+        labels[last] = np.where(self.next_token == NO_TOKEN, -1, self.next_token)
         return labels

@@ -87,7 +87,7 @@ def after_quick_start(material: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_does_what_it_says(page: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if not any(True for _ in blocks_of(page)):
-        assert page.startswith("decisions/") or page in ("index", "api", "families")
+        assert page.startswith("decisions/") or page in ("index", "api", "families", "results")
         return
     begun = request.getfixturevalue("after_quick_start" if page in ON_A_CACHE else "material")
     folder = tmp_path / "work"

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from model_taps.loading import load_tokenizer, tokenizer_digest
 from signal_store.errors import InputError
+from signal_store.format.text import NO_TOKEN
 from signal_store.signals import DEFAULT_KEYWORDS
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.keywords import keyword_spans
-from teacher_cache.corpus.segments import NO_TOKEN, cut
+from teacher_cache.corpus.segments import cut
 from teacher_cache.corpus.sources import documents
 from teacher_cache.corpus.tokens import NONE, TokenizedDocument, tokenize
 from teacher_cache.recipe import Source

@@ -31,10 +31,6 @@ class ReadStore(Store):
 
     __hash__ = object.__hash__
 
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Bytes of an object, or None where there is none."""
-        raise NotImplementedError
-
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:

@@ -5,6 +5,7 @@ One file a signal. Those of this package are fields of `Signals`; another one is
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
@@ -74,8 +75,6 @@ else:
 
 def meaning(path: str) -> tuple[str, str] | None:
     """(what it is, unit) of an array of a signal; None of one that no signal of this version has."""
-    import re
-
     kinds: list[type[Signal]] = [TagsSignal, *(_kind(field.annotation) for field in Signals.model_fields.values())]
     for kind in kinds:
         for pattern, what, unit in kind.meanings:
