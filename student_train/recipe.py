@@ -1,20 +1,25 @@
 """The recipe of a run: which cache, which student, which objective, how trained. A section lies beside the code that reads it."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
 from run_kit.recipe_file import LocalPath
 from signal_store.format.section import Section, Seed
 from student_train.data.sections import StreamSection
 from student_train.evaluate.sections import ValidationSection
-from student_train.losses.config import KINDS, PRESETS, Kind, Losses, Term
+from student_train.losses.aliases import by_own_names
+from student_train.losses.kinds import Kind
+from student_train.losses.presets import find_preset
 from student_train.model.sections import SharingSection
 from student_train.student.sections import StudentSection
 from student_train.train.sections import CheckpointSection, OptimizerSection
 from student_train.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from student_train.losses.section import Losses
 
 
 def flat(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -36,9 +41,6 @@ def _inside(error: ValidationError, place: str) -> ValidationError:
 
 class RunRecipe(Section):
     """Everything `student-train run` needs."""
-
-    more_keys: ClassVar[dict[str, type[Section]]] = {"losses": Losses}
-    """For hints: `losses` is merged with a preset before it is checked."""
 
     cache: str | tuple[str, ...]
     """Where the cache is; a list opens a cache with its overlays."""
@@ -80,10 +82,14 @@ class RunRecipe(Section):
         seeded = {name: {"seed": content["seed"], **part} for name, part in sections.items() if isinstance(part, dict)}
         return {**content, **seeded}
 
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _by_own_names(cls, losses: Any) -> Any:
+        return by_own_names(losses) if isinstance(losses, dict) else losses
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset}")
+        find_preset(self.preset)
         self._check_objective()
         if self.export == "best" and self.validation is None:
             raise ValueError("export: best needs validation")
@@ -91,33 +97,41 @@ class RunRecipe(Section):
 
     def _check_objective(self) -> None:
         try:
-            terms = [term for _, term in self.objective if isinstance(term, Term)]
+            objective = self.objective
         except ValidationError as error:
             raise _inside(error, "losses") from error
+        terms, preset = objective.knowledge.values(), find_preset(self.preset)
         if not terms:
             raise ValueError("no loss: give a preset or losses")
         if all(term.weight.start == term.weight.end == 0 for term in terms):
             raise ValueError("no loss: every term's weight is 0")
-        if self.preset is not None and self.preset.startswith("full"):
-            for kind in set(self.objective.empty_kinds()) - set(self.without):
+        if preset is not None and preset.every_kind:
+            for kind in set(objective.empty_kinds()) - set(self.without):
                 raise ValueError(
-                    f"preset {self.preset}: nothing carries {kind} knowledge ({KINDS[kind]}); say so with without: [{kind}]"
+                    f"preset {self.preset}: nothing carries {kind} knowledge ({kind.about}); say so with without: [{kind}]"
                 )
 
     @property
-    def objective(self) -> Losses:
-        """The preset with the recipe's own terms on top."""
-        merged: dict[str, Any] = {name: dict(options) for name, options in PRESETS.get(self.preset or "", {}).items()}
+    def objective(self) -> "Losses":
+        """The preset with the recipe's own terms on top. The registry of terms, and torch with it, is imported here and not before:
+        `--help` needs neither."""
+        from student_train.losses.section import Losses
+
+        preset = find_preset(self.preset)
+        merged: dict[str, Any] = {} if preset is None else {name: dict(options) for name, options in preset.losses.items()}
         for name, options in self.losses.items():
             if isinstance(options, dict):
                 merged[name] = {**(merged.get(name) or {}), **options}
             else:
                 merged[name] = options
-        asked = Losses.model_validate(merged)
-        off = [name for name, term in asked if isinstance(term, Term) and term.kind in self.without]
-        if "explicit" in self.without:
-            off.append("importance")  # the weights of divergences that are not there
-        return asked.model_copy(update=dict.fromkeys(off))
+        return Losses.of(merged).without(self.without)
+
+    @classmethod
+    def more_keys(cls) -> dict[str, type[Section]]:
+        """For hints: `losses` is merged with a preset before it is checked."""
+        from student_train.losses.section import Losses
+
+        return {"losses": Losses.with_every_term()}
 
     @property
     def training(self) -> TrainSettings:

@@ -272,7 +272,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="train this many pairs of students")
     parser.add_argument(
-        "--preset", default="demo_kl", choices=["demo_kl", "flash_004"], help="objective of the student that learns from the cache"
+        "--preset",
+        default="forward_kl",
+        choices=["forward_kl", "logits_hidden_attention"],
+        help="objective of the student that learns from the cache",
     )
     parser.add_argument("--steps", type=int, help="optimizer steps of each student; 150, or 200 with --full")
     parser.add_argument("--full", action="store_true", help="cache 960,000 tokens instead of 160,000")

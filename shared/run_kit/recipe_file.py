@@ -169,7 +169,7 @@ def _all_keys(model: type[BaseModel]) -> dict[str, str]:
             for name, field in kind.model_fields.items():
                 places.setdefault(name, inside + name)
                 pending.append((field.annotation, f"{inside}{name}."))
-            pending += [(more, f"{inside}{name}.") for name, more in getattr(kind, "more_keys", {}).items()]
+            pending += [(more, f"{inside}{name}.") for name, more in getattr(kind, "more_keys", dict)().items()]
         else:
             pending += [(part, inside) for part in getattr(kind, "__args__", ())]
     return places

@@ -1,6 +1,5 @@
 """explain: what a run would optimise, against which cache; refuses what `run` would refuse at its start, without training."""
 
-import re
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -9,9 +8,12 @@ from signal_store.cache import Cache, open_cache
 from student_train.data.rows import Stream
 from student_train.evaluate.validation import check_splits
 from student_train.importance.rules import load_rules
-from student_train.losses.config import KIND_OF, KINDS, PRESETS, RouterBalanceTerm, Term
+from student_train.losses import registry
+from student_train.losses.kinds import Kind
 from student_train.losses.objective import Objective, refusals, resolve
+from student_train.losses.presets import find_preset
 from student_train.losses.router_balance import family_balance, refuse_lost_losses
+from student_train.losses.term import RegularisationTerm
 from student_train.recipe import RunRecipe
 from student_train.student.build import build_student
 
@@ -34,7 +36,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     terms = [
         {
             "term": name,
-            "kind": _kind(term),
+            "kind": _kind(name),
             "weight": str(term.weight),
             "source": _source(recipe, name),
             "settings": term.model_dump(mode="json", exclude={"weight"}),
@@ -46,11 +48,11 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     ]
     if anchor := objective.losses.parameter_anchor:
         formula = _formula(anchor)
-        about = {"term": "parameter_anchor", "kind": "none: the parameters' scale", "formula": formula, "settings": {}}
+        about = {"term": "parameter_anchor", "kind": _kind("parameter_anchor"), "formula": formula, "settings": {}}
         terms.append(
             {**about, "weight": str(anchor.weight), "source": _source(recipe, "parameter_anchor"), "reads": [], "taps": []}
         )
-    kinds = {kind: [name for name, term in objective.terms.items() if _kind(term) == kind] for kind in KINDS}
+    kinds = {kind: [name for name in objective.terms if _kind(name) == kind] for kind in Kind}
     importance = objective.losses.importance
     weights_of_tokens = "1 each"
     if importance is not None:
@@ -71,14 +73,14 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     }
 
 
-def _kind(term: Term | RouterBalanceTerm) -> str:
-    return term.kind if isinstance(term, Term) else "none: the load of the student's experts"
+def _kind(name: str) -> str:
+    term = registry.terms()[name]
+    return f"none: {term.about}" if isinstance(term, RegularisationTerm) else str(registry.kinds()[name])
 
 
 def _formula(term: object) -> str:
-    """The first thing that a term's section says of itself, without the numbers that point to where it was asked for."""
-    said = " ".join((type(term).__doc__ or "").split())
-    return re.sub(r" \((?:L2-SP, )?(?:REQUIREMENTS )?\d+(?:[-, ]+\d+)*\)", "", said)
+    """What a term's section says of itself."""
+    return " ".join((type(term).__doc__ or "").split())
 
 
 def text_of(found: dict[str, Any]) -> str:
@@ -106,7 +108,8 @@ def _source(recipe: RunRecipe, name: str) -> str:
     given = recipe.losses.get(name)
     if isinstance(given, dict) and "weight" in given:
         return "losses"
-    held = PRESETS.get(recipe.preset or "", {})
+    preset = find_preset(recipe.preset)
+    held = {} if preset is None else preset.losses
     if name == "router_balance":
         return "the student's config"
     if name not in held:
@@ -118,7 +121,7 @@ def _off(recipe: RunRecipe, objective: Objective, cache: Cache, student: PreTrai
     """Terms that are not in the objective, and why: who left them out, or what they would be refused for."""
     refused = refusals(cache, student)
     found = []
-    for name, kind in KIND_OF.items():
+    for name, kind in registry.kinds().items():
         if name in objective.terms:
             continue
         if kind in recipe.without:
@@ -132,7 +135,7 @@ def _off(recipe: RunRecipe, objective: Objective, cache: Cache, student: PreTrai
     if objective.balance is None and (balance := family_balance(student)) is not None:
         given = "losses.router_balance" if "router_balance" in recipe.losses else "output_router_logits of the student's config"
         why = f"{given}; its coefficient there is {balance.coefficient:g}"
-        found.append({"term": "router_balance", "kind": "none: the load of the student's experts", "why": why})
+        found.append({"term": "router_balance", "kind": _kind("router_balance"), "why": why})
     return found
 
 

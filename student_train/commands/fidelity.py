@@ -16,9 +16,9 @@ from student_train.data.sections import StreamSection
 from student_train.evaluate.cka import DepthCka
 from student_train.evaluate.evaluation import Evaluation, Quantity, numbers
 from student_train.evaluate.validation import Validation
-from student_train.losses.config import Losses
 from student_train.losses.objective import Objective
 from student_train.losses.pairing import state_pairs
+from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
 from student_train.model.parallel import Shared, accelerator_of
 from student_train.model.sections import SharingSection
@@ -84,7 +84,7 @@ def _shown(quantity: Quantity) -> str:
 def _shared(student: Path, cache: Cache, *, bf16: bool) -> Shared:
     model, _ = build_student(StudentSection(checkpoint=str(student)), cache)
     accelerator = accelerator_of(bf16=bf16)
-    distiller = Distiller(model, Objective(Losses(), {})).to(accelerator.device)
+    distiller = Distiller(model, Objective(Losses.of({}), {})).to(accelerator.device)
     return Shared.of(accelerator, distiller, SharingSection())
 
 

@@ -22,7 +22,7 @@ from signal_store.codecs.bf16_units import has_bf16_units
 from signal_store.errors import InputError
 from signal_store.signals.distribution import SCALARS
 from student_train.engine.planner import CacheFacts, Choice, DataFacts, EvaluationFacts, Facts, HardwareFacts, StudentFacts, propose
-from student_train.losses.config import KIND_OF
+from student_train.losses import registry
 from student_train.losses.objective import refusals
 from student_train.recipe import RunRecipe
 from student_train.student.build import build_student
@@ -62,7 +62,7 @@ def plan(recipe: PlanRecipe, evaluation: Path | None = None, write: Path | None 
             evaluation=None if evaluation is None else evaluation_facts(evaluation),
             row_tokens=recipe.stream.row_tokens,
             rows_per_step=recipe.stream.rows_per_step,
-            without=frozenset(name for name, kind in KIND_OF.items() if kind in recipe.without),
+            without=frozenset(name for name, kind in registry.kinds().items() if kind in recipe.without),
         )
     )
     if write is not None:

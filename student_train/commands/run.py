@@ -101,7 +101,7 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
-    distiller = Distiller(student, objective, compiled=recipe.compile)
+    distiller = Distiller(student, objective, impl="compiled" if recipe.compile else "torch")
     accelerator, precision = _accelerator(recipe, start.begun)
     try:
         packed = None if recipe.checkpoint.accept_other_cache else start.begun.packed

@@ -1,7 +1,7 @@
-"""APC: attention patterns at keyword tokens (REQUIREMENTS 68).
+"""Attention patterns at keyword tokens: KL(a_T ‖ a_S), mean over keyword rows and heads.
 
-KL(a_T ‖ a_S) = Σ_j a_T(j) (log a_T(j) - log(a_S(j) + ε)), mean over keyword rows and heads. Both are probabilities already:
-no second softmax. Where the cache keeps a row's heaviest columns only, what is left over is one more outcome.
+Both are probabilities already: no second softmax. Where the cache keeps a row's heaviest columns only, what is left over is one
+more outcome. Heads are matched once.
 """
 
 import torch
@@ -12,20 +12,29 @@ from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
 from student_train.losses.attention_rows import attention_kl, decoded_rows
-from student_train.losses.config import ApcTerm
+from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import stored_rows
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.schedule import Weight, WeightField
+from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
+
+
+class ApcSection(TermSection):
+    """Attention pattern at keywords: KL(a_T ‖ a_S), mean over keyword rows and heads."""
+
+    weight: WeightField = Weight(start=0.0, end=0.5, begin=0.2)
 
 
 class Apc(StateTerm):
-    """See the module."""
+    """Keyword rows, head by matched head."""
 
-    def __init__(self, _section: ApcTerm, cache: Cache, student: PreTrainedModel) -> None:
+    def __init__(self, _section: ApcSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
+        if cache.manifest.signals.attention is None:
+            raise not_cached("apc", "signals.attention", cache)
         layers = tuple(a.layer for a in cache.manifest.calibration.attention)
-        self.pairs = row_pairs("apc", layers, cache, student)
-        self.reads = Reads(Needs(False, (), layers), rows={stored_rows: tuple(p.student for p in self.pairs)})
+        self.matched = row_pairs("apc", layers, cache, student)
+        self.reads = Reads(Needs(False, (), layers), rows={stored_rows: tuple(p.student for p in self.matched)})
 
     def count(self, batch: CodedBatch) -> int:
         """Keywords."""
@@ -35,7 +44,7 @@ class Apc(StateTerm):
         """Mean over heads and layers."""
         keyword = seen.batch.row_keyword
         parts = []
-        for pair in self.pairs:
+        for pair in self.matched:
             own_RGL = seen.rows[stored_rows, pair.student]
             teacher = decoded_rows(seen.batch, pair.teacher)
             if teacher is None:
@@ -45,3 +54,6 @@ class Apc(StateTerm):
             kl_RH = attention_kl(teacher.of(keyword, [t for t, _ in heads]), own_RGL[keyword][:, [s for _, s in heads]])
             parts.append(kl_RH.mean(1).sum())
         return torch.stack(parts).mean()
+
+
+TERM = StatesTerm(section=ApcSection, kind=Kind.IMPLICIT, module=Apc, residue=2e-3)

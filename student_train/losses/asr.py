@@ -1,6 +1,8 @@
-"""ASR: sparsity of the student's FFN activations (REQUIREMENTS 71): the mean or the sum over units of |a|, which needs no teacher;
-or `relative` (72), how far a segment's Hoyer sparsity stays below the teacher's at the same depth: as sparing as it, not more.
+"""Sparsity of the student's FFN activations: the mean or the sum over units of |a|, which needs no teacher; or `relative`, how far
+a segment's Hoyer sparsity (Hoyer 2004) stays below the teacher's at the same depth: as sparing as it, not more.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +15,24 @@ from signal_store.cache import Cache
 from signal_store.signals.stats import FFN_STATISTICS
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
-from student_train.losses.config import AsrTerm
+from student_train.losses.kinds import Kind
 from student_train.losses.rows import own_tokens, segment_of_token
-from student_train.losses.term import Reads, Seen, StateTerm, not_cached
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
 
 HOYER = FFN_STATISTICS.index("hoyer_sparsity")
 
 
-def make_asr(section: AsrTerm, cache: Cache, student: PreTrainedModel) -> StateTerm:
+class AsrSection(TermSection):
+    """Activation sparsity: |a| of the FFN's activations, mean over tokens, units and blocks; or their sum over units; or,
+    `relative`, what a segment's Hoyer sparsity lacks to the teacher's, mean over segments and layers."""
+
+    weight: WeightField = constant(1e-3)
+    reduction: Literal["mean", "sum"] = "mean"
+    relative: bool = False
+
+
+def make_asr(section: AsrSection, cache: Cache, student: PreTrainedModel) -> StateTerm:
     """The one or the other."""
     return RelativeAsr(section, cache, student) if section.relative else Asr(section, student)
 
@@ -28,7 +40,7 @@ def make_asr(section: AsrTerm, cache: Cache, student: PreTrainedModel) -> StateT
 class Asr(StateTerm):
     """|a| of all blocks."""
 
-    def __init__(self, section: AsrTerm, student: PreTrainedModel) -> None:
+    def __init__(self, section: AsrSection, student: PreTrainedModel) -> None:
         super().__init__()
         self.sums = section.reduction == "sum"
         self.reads = Reads(states=tuple(("ffn_activation", layer) for layer in range(1, num_layers(student) + 1)))
@@ -47,7 +59,7 @@ class Asr(StateTerm):
 class RelativeAsr(StateTerm):
     """max(0, H_T - H_S), H Hoyer's sparsity of a segment."""
 
-    def __init__(self, _section: AsrTerm, cache: Cache, student: PreTrainedModel) -> None:
+    def __init__(self, _section: AsrSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
         signal, layout = cache.manifest.signals.stats, cache.manifest.calibration.stats
         if signal is None or layout is None or not signal.ffn:
@@ -71,3 +83,6 @@ class RelativeAsr(StateTerm):
         mine_SL = torch.stack([ffn_statistics(a[own], segment_n, segments)[:, HOYER] for a in activations], 1)
         below_SL = (batch.sparsity[..., HOYER].float() - mine_SL).clamp(min=0)
         return below_SL.nan_to_num().mean(1).sum()
+
+
+TERM = StatesTerm(section=AsrSection, kind=Kind.IMPLICIT, module=make_asr, residue=None)

@@ -1,6 +1,6 @@
 """The teacher's attention rows decoded, and the student's heads that they are compared with.
 
-Heads are never compared by number: which of the student's stands for which of the teacher's is matched once (REQUIREMENTS 70).
+Heads are never compared by number: which of the student's stands for which of the teacher's is matched once.
 Legend: R attention rows, H stored heads of the teacher, G heads of the student, M stored columns, L keys of the longest row.
 """
 
@@ -40,7 +40,7 @@ class TeacherRows:
 
 
 def decoded_rows(batch: CodedBatch, layer: int) -> TeacherRows | None:
-    """The stored rows of one teacher layer, padded to the longest; None where the batch has none."""
+    """The stored rows of one teacher layer, padded to the longest; None where the batch has none. float32, total mass 1."""
     codes: AttentionCodes | None = batch.attention.get(layer)
     if codes is None or not len(batch.row_length):
         return None
@@ -62,7 +62,15 @@ def decoded_rows(batch: CodedBatch, layer: int) -> TeacherRows | None:
 
 
 def attention_kl(teacher: TeacherRows, student_RHL: Tensor) -> Tensor:
-    """KL(a_T ‖ a_S) of each row and head [R, H], in nats; `student_RHL` holds the student's heads in the teacher's order."""
+    """Σ_j a_T(j) (log a_T(j) - log(a_S(j) + ε)) over a row's stored columns; what lies outside of them is one more outcome.
+
+    Args:
+        teacher: R rows of H heads, total mass 1.
+        student_RHL: float [R, H, L], the student's heads in the teacher's order, probabilities, in the graph.
+    Returns:
+        Float [R, H], in nats, not reduced; of a row's heaviest columns alone, at most the divergence of the whole row.
+    Source: Wang et al. 2020, "MiniLM", for attention distributions of matched layers.
+    """
     weights = teacher.weights
     matched_RHM = student_RHL.gather(2, teacher.columns)
     kl_RH = (weights * (weights.clamp(min=EPSILON).log() - (matched_RHM + EPSILON).log())).sum(-1)
@@ -74,7 +82,14 @@ def attention_kl(teacher: TeacherRows, student_RHL: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_heads(teacher: TeacherRows, student_RGL: Tensor) -> list[tuple[int, int]]:
-    """Pairs (stored head of the teacher, head of the student): the assignment with the least total KL over these rows."""
+    """The assignment of heads with the least total KL(a_T ‖ a_S) over these rows, no gradient.
+
+    Args:
+        teacher: R rows of H stored heads.
+        student_RGL: float [R, G, L], all heads of the student's paired layer.
+    Returns:
+        min(H, G) pairs (stored head of the teacher, head of the student).
+    """
     heads, own = teacher.weights.shape[1], student_RGL.shape[1]
     everywhere = torch.ones(len(student_RGL), dtype=torch.bool, device=student_RGL.device)
     cost = torch.stack([attention_kl(teacher.of(everywhere, [h] * own), student_RGL).mean(0).cpu() for h in range(heads)])

@@ -1,4 +1,4 @@
-"""How attention is spread, whatever the number of heads: the deciles over heads of four statistics of a row (REQUIREMENTS 5).
+"""How attention is spread, whatever the number of heads: the deciles over heads of four statistics of a row.
 
 Entropy over log length, mean look-back, largest mass, mass on the first token: means over every 16th row of a segment, by head; the
 cache holds the teacher's. L = mean |Q_T(q) - Q_S(q)| over q = 0.1 ... 0.9, statistics, layers and segments.
@@ -12,18 +12,26 @@ from model_taps.attention_statistics import attention_statistics
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
-from student_train.losses.config import AttentionStatisticsTerm
+from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import RowsOf, segment_of_query, statistics_rows
-from student_train.losses.term import Reads, Seen, StateTerm, not_cached
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
 
 DECILES = tuple(n / 10 for n in range(1, 10))
 
 
-class AttentionStatistics(StateTerm):
-    """See the module."""
+class AttentionStatisticsSection(TermSection):
+    """|Q_T - Q_S| over the deciles of the heads' entropy, look-back, largest mass and mass on the first token; mean over segments
+    and layers."""
 
-    def __init__(self, _section: AttentionStatisticsTerm, cache: Cache, student: PreTrainedModel) -> None:
+    weight: WeightField = constant(0.2)
+
+
+class AttentionStatistics(StateTerm):
+    """Deciles over heads, so that any numbers of heads compare."""
+
+    def __init__(self, _section: AttentionStatisticsSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
         layout, signal = cache.manifest.calibration.stats, cache.manifest.signals.stats
         if layout is None or signal is None or not signal.attention:
@@ -57,3 +65,6 @@ def _known(batch: CodedBatch, layer: int) -> Tensor:
     """bool [segments]: which have a row to take statistics from."""
     found = batch.statistics.get(layer)
     return torch.zeros(0, dtype=torch.bool) if found is None else ~found[:, 0, 0].isnan()
+
+
+TERM = StatesTerm(section=AttentionStatisticsSection, kind=Kind.IMPLICIT, module=AttentionStatistics, residue=2e-3)

@@ -8,7 +8,7 @@ Legend: N tokens that count, V vocabulary of the student, D its width, C tokens 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,38 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_taps.head import OutputHead
-from signal_store.codecs.distribution import PADDED_LOGIT, DistributionCodec, DistributionCodes, KnownMasses
-from student_train.losses.divergences import Softened, divergence_of
+from signal_store.codecs.distribution import PADDED_LOGIT, KnownMasses
+from student_train.data.batch import IGNORE
+from student_train.losses.divergence import Softened
+from student_train.losses.head_terms import OutputTargets, OutputTerm
 
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """Of the float32 logits of a chunk."""
 BLOCK_BYTES = {"cpu": 2**19, "cuda": 512 * 2**20}
 """Of the float32 logits of a block: several of them stay in a core's cache; a GPU needs no blocks."""
-IGNORE = -100
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTerm:
-    """`kind`: cross_entropy, tla (forward KL), reverse_kl, jsd or total_variation. `scale`: what the sum over rows is multiplied by
-    in the total, weight / global count (times ranks). A divergence counts T² times."""
-
-    kind: str
-    scale: float
-    temperature: float = 1.0
-    beta: float = 0.5
-    weighted: bool = True
-    """Whether the targets' weights are for this term."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTargets:
-    """What the rows are compared with. `labels` int64 [N], IGNORE where none is stored; `codes` of the same rows; `codec` decodes
-    them; `weights` float32 [N] multiplies each row's losses of the weighted terms, None is 1."""
-
-    labels: Tensor
-    codes: DistributionCodes | None = None
-    codec: DistributionCodec | None = None
-    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +65,7 @@ def _block_losses(
             students[temperature] = Softened.of(scaled_BV)
         student, slope = students[temperature], slopes[number]
         measured = gradient_BV is not None and isinstance(slope, float) and slope == 0  # its loss is looked at, no more
-        if term.kind == "cross_entropy":
+        if term.divergence is None:
             known_B = block.labels != IGNORE
             target_B1 = block.labels.clamp(min=0)[:, None]
             losses.append((student.log_sum - student.logits.gather(1, target_B1))[:, 0] * known_B)
@@ -99,7 +76,7 @@ def _block_losses(
         else:
             if temperature not in teachers:
                 teachers[temperature] = _teacher(block, temperature, student)
-            divergence_B, found_BV = divergence_of(term.kind, term.beta)(teachers[temperature], student)
+            divergence_B, found_BV = term.divergence.closed_form(teachers[temperature], student)
             losses.append(temperature**2 * divergence_B)
         if term.weighted and block.weights is not None:
             losses[-1] = losses[-1] * block.weights
@@ -141,7 +118,7 @@ def _do_chunk(logits_CV: Tensor, rows: slice, job: _Job, losses_KC: Tensor, prec
     """Put the losses of a chunk's rows, by term, into `losses_KC`, and put the gradient in the place of its logits; returns the
     gradient's factor."""
     head, targets, codec = job.head, job.targets, job.targets.codec
-    temperatures = {term.temperature for term in job.terms if term.kind != "cross_entropy"}
+    temperatures = {term.temperature for term in job.terms if term.divergence is not None}
     chunk = _Block(targets.labels[rows], {}, None, None if targets.weights is None else targets.weights[rows], 0)
     if temperatures:
         assert codec is not None
@@ -221,20 +198,18 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*grads, None)
 
 
-def output_loss(
-    hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, terms: Sequence[OutputTerm], *, compiled: bool = False
+def _chunked(
+    compiled: bool, hidden_ND: Tensor, head: OutputHead, targets: OutputTargets, terms: Sequence[OutputTerm]
 ) -> tuple[Tensor, Tensor]:
-    """(Σ scale · loss, each term's loss of each row [terms, N]), in nats; only the first carries a gradient.
-
-    The head's matrix products run in the autocast dtype where autocast is on, softmax and sums in float32 (float64 for float64
-    input). `compiled`: the blocks' losses through torch.compile.
-    """
-    if not terms:  # every parameter takes part in every step all the same
-        used = [tensor.sum() for tensor in (hidden_ND, head.weight, head.bias) if tensor is not None]
-        return 0 * torch.stack(used).sum(), hidden_ND.new_zeros(0, len(hidden_ND))
     device = hidden_ND.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     with torch.autocast(device, enabled=False):
         apply: Any = _ChunkedLoss.apply
         total, losses_KN = apply(hidden_ND, head.weight, head.bias, _Job(head, targets, tuple(terms), compute, compiled))
     return total, losses_KN
+
+
+chunked_output_loss = partial(_chunked, False)
+"""See `output_head.output_loss`; the losses of the rows carry no gradient."""
+compiled_output_loss = partial(_chunked, True)
+"""The same, the blocks' losses through torch.compile."""

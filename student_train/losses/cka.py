@@ -1,37 +1,27 @@
-"""Residual maps: what attention adds to the stream, compared by the similarities between a segment's tokens (REQUIREMENTS 6).
+"""Linear CKA (Kornblith et al. 2019), by an estimator that is not fooled by wide noise.
 
-1 - CKA, linear (Kornblith et al. 2019), of any two widths. The usual estimator is biased: of independent noise it is 0.98 where the
-width outgrows the tokens; here HSIC₁ of Song et al. 2012, whose mean is zero then. Legend: G segments, M tokens of each.
+The usual estimator is biased: of independent noise it is 0.98 where the width outgrows the tokens; here HSIC₁, whose mean is zero
+then. Legend: G segments, M tokens of each.
 """
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from model_taps.spread import Groups
-from signal_store.cache import Cache
-from student_train.losses.config import ResidualCkaTerm
-from student_train.losses.features import GroupedTerm
 
 TINY = 1e-12
 
 
-class ResidualCka(GroupedTerm):
-    """See the module."""
-
-    def __init__(self, section: ResidualCkaTerm, cache: Cache, student: PreTrainedModel) -> None:
-        super().__init__("residual_cka", ("attention_output", "attention_output"), section.depth_decay, cache, student)
-        self.max_tokens = section.max_tokens
-
-    def group_sum(self, _number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
-        """See the module."""
-        if not len(groups.index):
-            return 0 * own_Pd.sum()
-        return (1 - debiased_cka(groups.of(own_Pd), groups.of(other_PD), groups.inside)).sum()
-
-
 def debiased_cka(a_GMD: Tensor, b_GME: Tensor, inside_GM: Tensor) -> Tensor:
-    """[G]; at least 4 tokens each."""
+    """HSIC₁(A, B) / √(HSIC₁(A, A) HSIC₁(B, B)), of the Gram matrices of the tokens' centred states.
+
+    Args:
+        a_GMD: float32 or float64 [G, M, D].
+        b_GME: [G, M, E] of the same dtype.
+        inside_GM: bool, which of the M places hold a token; at least 4 of each group, or the value is not finite.
+    Returns:
+        Float [G], 1 where the one is a rotation and scaling of the other, about 0 for independent ones; not reduced.
+    Source: Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", equation 4; Song et al. 2012, "Feature
+    Selection via Dependence Maximization", equation 5, for HSIC₁.
+    """
     first, second = (_gram(x, inside_GM) for x in (a_GMD, b_GME))
     tokens_G = inside_GM.sum(1)
     cross, mine, other = (_hsic(x, y, tokens_G) for x, y in ((first, second), (first, first), (second, second)))
@@ -48,7 +38,7 @@ def _gram(states_GMD: Tensor, inside_GM: Tensor) -> Tensor:
 
 
 def _hsic(k_GMM: Tensor, l_GMM: Tensor, tokens_G: Tensor) -> Tensor:
-    """HSIC₁ (Song et al. 2012, eq. 5) of Gram matrices with empty diagonals, times n (n - 3)."""
+    """HSIC₁ of Gram matrices with empty diagonals, times n (n - 3)."""
     n = tokens_G.to(k_GMM.dtype)
     trace = (k_GMM * l_GMM).sum((1, 2))
     sums = k_GMM.sum((1, 2)) * l_GMM.sum((1, 2)) / ((n - 1) * (n - 2))

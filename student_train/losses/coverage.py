@@ -1,4 +1,4 @@
-"""Coverage: whether a summary says the key words of its text (REQUIREMENTS 8).
+"""Coverage: whether a summary says the key words of its text.
 
 mean over words of |c_T - c_S|, c = 1 - Π_t (1 - p_t(word)) over the summary's rows, a word told by its first token; over words of
 sources with `task: summary`.
@@ -11,15 +11,23 @@ from model_taps.coverage import summary_coverage
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch, CoverageCodes
 from student_train.data.reader import Needs
-from student_train.losses.config import CoverageTerm
+from student_train.losses.kinds import Kind
 from student_train.losses.rows import segment_of_row
-from student_train.losses.term import Reads, Seen, StateTerm, not_cached
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
+
+
+class CoverageSection(TermSection):
+    """|c_T - c_S|, c the probability that the summary says a key word of its text; mean over key words of sources with
+    `task: summary`."""
+
+    weight: WeightField = constant(0.2)
 
 
 class Coverage(StateTerm):
-    """See the module."""
+    """Through the output head; without parameters."""
 
-    def __init__(self, _section: CoverageTerm, cache: Cache, _student: PreTrainedModel) -> None:
+    def __init__(self, _section: CoverageSection, cache: Cache, _student: PreTrainedModel) -> None:
         super().__init__()
         if cache.manifest.signals.coverage is None:
             raise not_cached("coverage", "signals.coverage and a source with task: summary", cache)
@@ -30,7 +38,7 @@ class Coverage(StateTerm):
         return 0 if batch.coverage is None else len(batch.coverage.token)
 
     def forward(self, seen: Seen) -> Tensor:
-        """See the module."""
+        """Over key words."""
         codes = seen.batch.coverage
         if codes is None or not len(codes.token):
             return 0 * (seen.final.sum() + seen.head.weight.sum())
@@ -38,7 +46,14 @@ class Coverage(StateTerm):
 
 
 def student_coverage(seen: Seen, codes: CoverageCodes) -> Tensor:
-    """[W] float32, in the graph."""
+    """c_w = 1 - Π_t (1 - p_t(first token of w)) over the rows t of the word's segment that count.
+
+    Args:
+        seen: with hidden states before the output head [B · S, d].
+        codes: W words, each with its segment's number and its first token.
+    Returns:
+        float32 [W] in [0, 1], in the graph, not reduced.
+    """
     batch = seen.batch
     segment_N = segment_of_row(batch)
 
@@ -46,3 +61,6 @@ def student_coverage(seen: Seen, codes: CoverageCodes) -> Tensor:
         return seen.head.logits(seen.final[flat_C])
 
     return summary_coverage(logits_of, batch.flat, segment_N, codes.token, codes.segment, len(batch.segment_rows))
+
+
+TERM = StatesTerm(section=CoverageSection, kind=Kind.TASK, module=Coverage, residue=1e-3)

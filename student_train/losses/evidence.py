@@ -1,4 +1,4 @@
-"""Evidence: which sentences of a question the answer looks at (REQUIREMENTS 7).
+"""Evidence: which sentences of a question the answer looks at.
 
 KL(a_T ‖ a_S) over the sentences of a prompt, a the share of attention that each gets from the answer's rows, heads averaged; mean
 over layers and over segments of sources with `task: qa`. No head is matched, and models of any number of heads compare.
@@ -12,18 +12,26 @@ from model_taps.evidence import evidence_shares, shares_of
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
-from student_train.losses.config import EvidenceTerm
+from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import AnswerRows, segment_of_query
-from student_train.losses.term import Reads, Seen, StateTerm, not_cached
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
 
 TINY = 1e-8
 
 
-class Evidence(StateTerm):
-    """See the module."""
+class EvidenceSection(TermSection):
+    """KL(a_T ‖ a_S), a the share of the answer's attention that each sentence of its question gets; mean over segments of sources
+    with `task: qa`."""
 
-    def __init__(self, _section: EvidenceTerm, cache: Cache, student: PreTrainedModel) -> None:
+    weight: WeightField = constant(0.1)
+
+
+class Evidence(StateTerm):
+    """Shares of sentences, heads averaged."""
+
+    def __init__(self, _section: EvidenceSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
         signal, layers = cache.manifest.signals.evidence, cache.manifest.calibration.evidence_layers
         if signal is None:
@@ -51,3 +59,6 @@ class Evidence(StateTerm):
             student_E = evidence_shares(own, segment_R, codes.ranges, codes.segment, segments).clamp(min=TINY)
             parts.append((teacher_E * (teacher_E.log() - student_E.log())).sum())
         return torch.stack(parts).mean()
+
+
+TERM = StatesTerm(section=EvidenceSection, kind=Kind.TASK, module=Evidence, residue=1e-5)

@@ -4,6 +4,7 @@ grouped by segment."""
 from abc import abstractmethod
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,15 +15,24 @@ from signal_store.signals import Tap
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
 from student_train.losses.pairing import depth_weights, state_pairs
-from student_train.losses.term import Reads, Seen, StateTerm
+from student_train.losses.term import Reads, Seen, StateTerm, TermSection
 
 MIN_TOKENS = 8
 """Fewer say too little of a set."""
 
 
+class FeatureSection(TermSection):
+    """Settings of a term on states of paired layers. Layer i of them, the shallowest first, weighs γ^i / Σγ^j."""
+
+    depth_decay: float = Field(0.7, gt=0, le=1)
+    """γ at the start; it goes to 1 linearly, so that deep layers are learned later."""
+    max_tokens: int = Field(64, ge=8)
+    """Of a segment's sampled tokens, evenly spread."""
+
+
 class PairedTerm(StateTerm):
     """A term on the sampled states of every cached layer of a tap and of the student's layer at the same depth, in float32 whatever
-    the autocast. Layers weigh `decay`^i at first, the shallowest (i = 0) most, and alike at the end (27)."""
+    the autocast. Layers weigh `decay`^i at first, the shallowest (i = 0) most, and alike at the end."""
 
     max_tokens: int | None = None
     """Of a segment, evenly spread; None takes all sampled ones."""
@@ -87,7 +97,15 @@ class GroupedTerm(PairedTerm):
 
 
 def teacher_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tensor:
-    """float32 [P, d] as the cache gives them; of all sampled tokens, or those that are kept."""
+    """The teacher's states, decoded.
+
+    Args:
+        seen: with the batch's codes and the codec of that tap and layer.
+        state: the teacher's tap and layer.
+        kept: int64, which of the sampled tokens; None for all.
+    Returns:
+        float32 [P, d], in the model's own units; [0, d] where the batch has none.
+    """
     codec = seen.codecs.hidden[state]
     codes = seen.batch.hidden.get(state)
     if codes is None:
@@ -103,7 +121,15 @@ def student_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tens
 
 
 def in_channel_units(seen: Seen, state: State, states_PD: Tensor) -> Tensor:
-    """States less the calibrated mean of each channel, over its spread: a massive channel is one among others."""
+    """(h - mean) / spread, channel by channel as calibrated on the teacher: a massive channel is one among others.
+
+    Args:
+        seen: with the codec of that tap and layer.
+        state: the teacher's tap and layer.
+        states_PD: its states, or the student's mapped onto its width [P, D], any float dtype.
+    Returns:
+        [P, D] in the codec's dtype, float32.
+    """
     codec = seen.codecs.hidden[state]
     return (states_PD.to(codec.mean.dtype) - codec.mean) / codec.spread
 

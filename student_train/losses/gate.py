@@ -1,5 +1,4 @@
-"""The gate over the levels of temporal consistency (REQUIREMENTS 35, 36): a small network says, token by token, how much each level
-counts.
+"""The gate over the levels of temporal consistency: a small network says, token by token, how much each level counts.
 
 weights = floor + (1 - n · floor) · softmax(MLP(features)) over the n levels that say something of the token (a level that is absent
 costs nothing, and would draw all weight to itself); a level's token counts n · weight times, so that an undecided gate changes
@@ -14,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from signal_store.cache import Cache
 from signal_store.format.roles import TOKEN_TYPES
 from signal_store.signals.distribution import SCALARS
 from student_train.data.reader import Needs
-from student_train.losses.config import GateTerm
+from student_train.losses.head_terms import OutputTerm
+from student_train.losses.kinds import Kind
 from student_train.losses.level import TokenLosses
 from student_train.losses.rows import segment_of_query, segment_of_token, stored_rows
-from student_train.losses.smoothness import moved, places_of
-from student_train.losses.term import Reads, Seen
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import GateTerm, Reads, Seen, TermSection
+from student_train.losses.trajectory import moved, places_of
 
 FEATURES = (
     "teacher_entropy",
@@ -50,7 +52,42 @@ KEPT = 0.9
 EPSILON = 1e-3
 """Of the first mean loss."""
 NGRAM = 4
+LARGEST_NATS = 20
+"""Most that a feature says of a row's loss."""
 TINY = 1e-12
+
+
+class GateSection(TermSection):
+    """The weights of the temporal terms (smoothness, attention_evolution, replay), token by token, from features of the token,
+    learned by itself; its loss is Σ w · L / EMA(L) - λ · entropy(w), mean over what they count."""
+
+    weight: WeightField = constant(1.0)
+    floor: float = Field(0.05, gt=0, lt=1 / 3)
+    """Least weight of a term."""
+    entropy_weight: float = Field(0.1, ge=0)
+    """λ, per nat."""
+    width: int = Field(32, ge=1)
+    """Of the network's hidden layer."""
+    largest: float = Field(10.0, gt=0)
+    """Most that a token's L / EMA(L) counts for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses:
+    """Of the pass over the output head, float [N] each: the student's `surprise` -log q of what follows, and its first
+    `divergence`; None where none was formed."""
+
+    surprise: Tensor | None
+    divergence: Tensor | None
+
+    @classmethod
+    def of(cls, terms: Sequence[OutputTerm], losses_KN: Sequence[Tensor]) -> "RowLosses":
+        """From the terms of a pass and what it gave."""
+        pairs = list(zip(terms, losses_KN, strict=True))
+        return cls(
+            next((losses_N for term, losses_N in pairs if term.divergence is None), None),
+            next((losses_N for term, losses_N in pairs if term.divergence is not None), None),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +106,7 @@ class Gate(nn.Module):
     mean_loss: Tensor
     first_loss: Tensor
 
-    def __init__(self, section: GateTerm, levels: Sequence[str], cache: Cache) -> None:
+    def __init__(self, section: GateSection, levels: Sequence[str], cache: Cache) -> None:
         super().__init__()
         self.section, self.levels = section, tuple(levels)
         self.log_vocab = math.log(cache.manifest.tokenizer.vocab_size)
@@ -83,15 +120,22 @@ class Gate(nn.Module):
         self.reads = Reads(Needs(distribution=True, hidden=(), attention=(), tags="tags/roles" in cache.capacity_rows))
 
     def weights(self, features_MF: Tensor, present_ML: Tensor) -> Tensor:
-        """[M, levels]: 0 for a level that is not `present`, else at least the floor; they add up to 1 where any is."""
+        """floor + (1 - n · floor) · softmax(MLP(features)) over a token's n present levels.
+
+        Args:
+            features_MF: float32 [M, FEATURES].
+            present_ML: bool [M, levels], which levels say something of the token.
+        Returns:
+            float32 [M, levels]: 0 for a level that is not present, else at least the floor; they add up to 1 where any is.
+        """
         floor = self.section.floor
         logits_ML = self.network(features_MF).masked_fill(~present_ML, torch.finfo(torch.float32).min)
         count_M1 = present_ML.sum(1, keepdim=True)
         found: Tensor = (floor + (1 - count_M1 * floor) * logits_ML.softmax(1)) * present_ML
         return found
 
-    def fuse(self, losses: Mapping[str, TokenLosses], row_losses: Mapping[str, Tensor], seen: Seen) -> Fused:
-        """`row_losses` [N] by term of the pass over the output head."""
+    def fuse(self, losses: Mapping[str, TokenLosses], row_losses: RowLosses, seen: Seen) -> Fused:
+        """Weigh every level's tokens; what the network learns from comes beside it. `losses` by level."""
         with torch.autocast(seen.final.device.type, enabled=False):
             table_SF = self.features(row_losses, seen)
             types_S = table_SF[:, -len(TOKEN_TYPES) + 1 :]
@@ -140,7 +184,7 @@ class Gate(nn.Module):
         return found
 
     @torch.no_grad()
-    def features(self, row_losses: Mapping[str, Tensor], seen: Seen) -> Tensor:
+    def features(self, row_losses: RowLosses, seen: Seen) -> Tensor:
         """float32 [B · S, features]; zero where a token does not count."""
         batch, codec = seen.batch, seen.codecs.distribution
         segment_N, place_N, follows_N = places_of(batch)
@@ -152,10 +196,9 @@ class Gate(nn.Module):
             columns["teacher_surprise"] = -scalars[:, SCALARS.index("label_logprob")].nan_to_num()
             columns["teacher_confidence"] = scalars[:, SCALARS.index("max_logprob")]
             columns["head_mass"] = scalars[:, codec.mass_column(1.0)].sigmoid()
-        for name, losses_N in row_losses.items():
-            column = "student_surprise" if name == "cross_entropy" else "divergence"
-            if columns[column] is nothing:
-                columns[column] = losses_N.float().clamp(max=20)
+        for column, losses_N in (("student_surprise", row_losses.surprise), ("divergence", row_losses.divergence)):
+            if losses_N is not None:
+                columns[column] = losses_N.float().clamp(max=LARGEST_NATS)
         counts = torch.tensor(batch.segment_rows, device=nothing.device)[segment_N]
         columns["position"] = place_N / counts
         columns["length"] = counts.float().log() / 10
@@ -187,7 +230,15 @@ class Gate(nn.Module):
 
 
 def repeated(ids_BS: Tensor, segment_BS: Tensor, positions_BS: Tensor) -> Tensor:
-    """bool [B, S]: whether a token and the three before it stood in its segment before."""
+    """Whether a token and the three before it stood in its segment before.
+
+    Args:
+        ids_BS: int64 token ids.
+        segment_BS: int64, the number of a token's segment.
+        positions_BS: int64, counted from the segment's first token.
+    Returns:
+        bool [B, S]; by a hash of 64 bits.
+    """
     key = segment_BS.clone()
     for back in range(NGRAM):
         key = key * 1_000_003 + ids_BS.roll(back, 1)  # wraps around: a hash
@@ -196,3 +247,6 @@ def repeated(ids_BS: Tensor, segment_BS: Tensor, positions_BS: Tensor) -> Tensor
     again = torch.zeros_like(flat, dtype=torch.bool)
     again[order[1:]] = flat[order[1:]] == flat[order[:-1]]
     return again.view(key.shape) & (positions_BS >= NGRAM - 1)
+
+
+TERM = GateTerm(section=GateSection, kind=Kind.TEMPORAL)

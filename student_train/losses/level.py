@@ -1,5 +1,5 @@
-"""The three levels of temporal consistency (REQUIREMENTS 30-32): terms that say of each token what it adds, so that a gate may
-weigh them token by token (35, 36). Without a gate each is a term like any other."""
+"""The levels of temporal consistency: terms that say of each token what it adds, so that a gate may weigh them token by token.
+Without a gate each is a term like any other."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class TokenLosses:
 
 
 class Level(StateTerm):
-    """Base of the three."""
+    """Base of the levels."""
 
     @abstractmethod
     def per_token(self, seen: Seen) -> TokenLosses:

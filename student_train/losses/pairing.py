@@ -59,7 +59,7 @@ def row_pairs(term: str, layers: tuple[int, ...], cache: Cache, student: PreTrai
 
 
 def depth_weights(count: int, decay: float, progress: float) -> list[float]:
-    """γ^i / Σ γ^j of each of `count` layers, the shallowest first; γ goes from `decay` to 1 (REQUIREMENTS 27)."""
+    """γ^i / Σ_j γ^j of each of `count` layers, the shallowest first; γ = decay + (1 - decay) · progress goes to 1."""
     gamma = decay + (1 - decay) * progress
     powers = [gamma**i for i in range(count)]
     return [power / sum(powers) for power in powers]

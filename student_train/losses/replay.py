@@ -1,5 +1,5 @@
-"""The path of meaning replayed (REQUIREMENTS 32 A): from the same token, teacher and student each walk up the gradient of their own
-loss through their own final norm and output head; the student's steps must point where the teacher's did, and its loss rise alike.
+"""The path of meaning replayed: from the same token, teacher and student each walk up the gradient of their own loss through their
+own final norm and output head; the student's steps must point where the teacher's did, and its loss rise alike.
 
 mean over steps j, ρʲ-weighted, of ‖P (s_j - s_0) / ‖s_K - s_0‖ - (h_j - h_0) / ‖h_K - h_0‖‖² + |ΔNLL_S - ΔNLL_T| / ΔNLL_T(K). The
 losses' rises are shares of the teacher's whole rise, as the steps are of the whole path: in nats they are tens, and drowned all
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,20 +21,29 @@ from model_taps.slices import State
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
-from student_train.losses.config import ReplayTerm
 from student_train.losses.features import make_projection
+from student_train.losses.kinds import Kind
 from student_train.losses.level import Level, TokenLosses
-from student_train.losses.term import Reads, Seen, not_cached
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import Reads, Seen, StatesTerm, TermSection, at_least_float32, not_cached
 
 TINY = 1e-12
 LEAST_RISE_NATS = 1.0
 """A teacher's loss that rises by less is taken to rise by this."""
 
 
-class Replay(Level):
-    """See the module."""
+class ReplaySection(TermSection):
+    """Σ_j ρʲ ‖P Δs_j - Δh_j‖² + |ΔNLL_S - ΔNLL_T|: student and teacher walk up their own losses from the same token, steps and
+    rises in units of the teacher's whole path; mean over sampled tokens of finished texts and over steps."""
 
-    def __init__(self, section: ReplayTerm, cache: Cache, student: PreTrainedModel) -> None:
+    weight: WeightField = constant(0.05)
+    discount: float = Field(0.9, gt=0, le=1)
+
+
+class Replay(Level):
+    """Paths of sampled tokens; P is learned."""
+
+    def __init__(self, section: ReplaySection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
         signal = cache.manifest.signals.replay
         if signal is None:
@@ -57,7 +67,7 @@ class Replay(Level):
             nothing = 0 * (states.sum() + self.projection.weight.sum())
             return TokenLosses(seen.batch.flat[:0], nothing.new_zeros(0), nothing)
         with torch.autocast(states.device.type, enabled=False):
-            start = states[codes.flat].float()
+            start = at_least_float32(states[codes.flat])
             moved, nll = self._walk(start, codes.labels, seen)
             theirs = codes.values.float() * codes.scale[:, None, None]
             ends = self.projection(moved), theirs
@@ -76,7 +86,7 @@ class Replay(Level):
         state, states, losses = start_PD, [], []
 
         def loss_of(state_PD: Tensor) -> Tensor:
-            return F.cross_entropy(head.logits(norm(state_PD).float()), labels_P, reduction="none")
+            return F.cross_entropy(head.logits(at_least_float32(norm(state_PD))), labels_P, reduction="none")
 
         for _ in range(self.steps):
             nll_P = loss_of(state)
@@ -86,3 +96,6 @@ class Replay(Level):
             states.append(state - start_PD)
         losses.append(loss_of(state))
         return torch.stack(states, 1), torch.stack(losses, 1)
+
+
+TERM = StatesTerm(section=ReplaySection, kind=Kind.TEMPORAL, module=Replay, residue=2e-2)

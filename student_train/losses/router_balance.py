@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from signal_store.errors import InputError, MismatchError
-from student_train.losses.config import Losses, RouterBalanceTerm
-from student_train.losses.schedule import Weight
+from signal_store.format.section import Section
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import RegularisationTerm
 
 KNOWN_ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -27,6 +28,14 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 PROBE_TOKENS = 16
 TOLERANCE = 1e-4
 """Of a loss in nats: below any coefficient in use times a loss that is at least 1."""
+
+
+class RouterBalanceSection(Section):
+    """experts · Σ_i f_i P_i, the load-balancing loss that the student's own family adds to cross-entropy: f_i the share of tokens
+    sent to expert i, P_i the mean probability of its router; mean over the tokens of a forward pass."""
+
+    weight: WeightField | None = None
+    """None: the coefficient of the student's config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +48,15 @@ class RouterBalance:
     coefficient: float
 
     def __call__(self, router_logits: tuple[Tensor, ...], real_BS: Tensor) -> Tensor:
-        """The loss times the number of real tokens, float32 scalar in the graph; `router_logits` [B · S, experts] by layer."""
+        """experts · Σ_i f_i P_i times the number of real tokens.
+
+        Args:
+            router_logits: by layer, float [B · S, experts], in the graph.
+            real_BS: bool or int [B, S]; what is not real takes no part.
+        Returns:
+            float32 scalar, without unit, a sum over real tokens.
+        Source: Fedus et al. 2021, "Switch Transformers", equations 4 to 6.
+        """
         return self.function(router_logits, self.experts, self.top_k, real_BS) * real_BS.sum()
 
 
@@ -62,13 +79,15 @@ def asks_for_it(student: PreTrainedModel) -> bool:
     return bool(on) and any(coefficients)
 
 
-def with_balance(losses: Losses, student: PreTrainedModel) -> tuple[Losses, RouterBalance | None]:
-    """The losses with `router_balance` as the recipe says, or, where it says nothing, the student's config; and what computes it.
-    MismatchError where the recipe wants it and the family has none that is known here; of a config, `refuse_lost_losses` sees to
-    it."""
-    term, balance = losses.router_balance, family_balance(student)
-    if term is None and ("router_balance" in losses.model_fields_set or balance is None or not asks_for_it(student)):
-        return losses, None
+def resolve_balance(
+    section: RouterBalanceSection | None, *, given: bool, student: PreTrainedModel
+) -> tuple[RouterBalanceSection | None, RouterBalance | None]:
+    """The section as the recipe says, or, where it says nothing (`given`: it says something, if only null), the student's config;
+    and what computes it. MismatchError where the recipe wants it and the family has none that is known here; of a config,
+    `refuse_lost_losses` sees to it."""
+    balance = family_balance(student)
+    if section is None and (given or balance is None or not asks_for_it(student)):
+        return None, None
     if balance is None:
         raise MismatchError(
             "router_balance: the student's family has no such loss that is known here",
@@ -77,11 +96,11 @@ def with_balance(losses: Losses, student: PreTrainedModel) -> tuple[Losses, Rout
             where="losses.router_balance",
             remedy="Switch it off: losses.router_balance: null.",
         )
-    if term is None or term.weight is None:
-        term = RouterBalanceTerm(weight=Weight(start=balance.coefficient, end=balance.coefficient))
-    if term.weight is not None and term.weight.start == term.weight.end == 0:
-        return losses.model_copy(update={"router_balance": None}), None
-    return losses.model_copy(update={"router_balance": term}), balance
+    if section is None or section.weight is None:
+        section = RouterBalanceSection(weight=constant(balance.coefficient))
+    if section.weight is not None and section.weight.start == section.weight.end == 0:
+        return None, None
+    return section, balance
 
 
 @torch.no_grad()
@@ -135,3 +154,6 @@ def _unheard(student: PreTrainedModel, found: str) -> MismatchError:
         where=f"the forward pass of {type(student).__name__}",
         remedy="Switch it off: losses.router_balance: null.",
     )
+
+
+TERM = RegularisationTerm(section=RouterBalanceSection, about="the load of the student's experts")

@@ -42,5 +42,10 @@ def _from_number(value: Any) -> Any:
     return {"start": number, "end": number}
 
 
+def constant(value: float) -> Weight:
+    """The same weight all along."""
+    return Weight(start=value, end=value)
+
+
 WeightField = Annotated[Weight, BeforeValidator(_from_number)]
 """A number (constant), or a mapping with the fields of Weight."""

@@ -1,31 +1,39 @@
-"""Smooth paths: how far the last state moves from token to token, the later in the response the less (REQUIREMENTS 30).
+"""Smooth paths: how far the last state moves from token to token, the later in the response the less.
 
 (t / t_ref) · ‖h_t - h_{t-1}‖² over the variance of the segment's states about their mean: divided by ‖h‖² it would be gamed by a
 constant offset. `relative`: only what exceeds the teacher's own, of the deepest cached layer; standing still then earns nothing.
 """
 
 import torch
-from torch import Tensor
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
-from student_train.losses.config import SmoothnessTerm
 from student_train.losses.features import teacher_states
+from student_train.losses.kinds import Kind
 from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import LayerPair, state_pairs
-from student_train.losses.rows import segment_of_row
-from student_train.losses.term import Reads, Seen
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import Reads, Seen, StatesTerm, TermSection, at_least_float32
+from student_train.losses.trajectory import moved, places_of
 
-TINY = 1e-12
+
+class SmoothnessSection(TermSection):
+    """(t / t_ref) · ‖h_t - h_{t-1}‖² over the segment's variance of h, t counted along the tokens of the segment that count;
+    `relative`: only what exceeds the teacher's; mean over tokens that count."""
+
+    weight: WeightField = constant(0.05)
+    reference_tokens: int = Field(256, ge=1)
+    relative: bool = True
 
 
 class Smoothness(Level):
-    """See the module."""
+    """The last state's steps; beyond the teacher's, those of its deepest cached layer."""
 
-    def __init__(self, section: SmoothnessTerm, cache: Cache, student: PreTrainedModel) -> None:
+    def __init__(self, section: SmoothnessSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
         self.section = section
         self.pair: LayerPair | None = None
@@ -54,9 +62,9 @@ class Smoothness(Level):
         segment_N, place_N, follows_N = places_of(batch)
         segments = len(batch.segment_rows)
         if self.pair is None:
-            excess_N = moved(seen.final[batch.flat].float(), segment_N, segments, follows_N)
+            excess_N = moved(at_least_float32(seen.final[batch.flat]), segment_N, segments, follows_N)
         else:
-            own = seen.states["block_output", self.pair.student].flatten(0, 1)[batch.flat].float()
+            own = at_least_float32(seen.states["block_output", self.pair.student].flatten(0, 1)[batch.flat])
             index = batch.hidden_flat.new_zeros(batch.input_ids.numel())
             index[batch.hidden_flat] = torch.arange(len(batch.hidden_flat), device=index.device)
             other = teacher_states(seen, ("block_output", self.pair.teacher))[index[batch.flat]]
@@ -66,22 +74,4 @@ class Smoothness(Level):
         return TokenLosses(batch.flat, excess_N * place_N / self.section.reference_tokens)
 
 
-def places_of(batch: CodedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the N rows that count: number of the segment, place among its rows, and whether the row before is the token before."""
-    rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=batch.flat.device)
-    segment_N = segment_of_row(batch)
-    place_N = torch.arange(len(batch.flat), device=rows.device) - (rows.cumsum(0) - rows)[segment_N]
-    follows_N = torch.zeros_like(place_N, dtype=torch.bool)
-    follows_N[1:] = (batch.flat[1:] == batch.flat[:-1] + 1) & (place_N[1:] > 0)
-    return segment_N, place_N, follows_N
-
-
-def moved(states_ND: Tensor, segment_N: Tensor, segments: int, follows_N: Tensor) -> Tensor:
-    """‖h_t - h_{t-1}‖² over the mean squared distance of the segment's states from their mean [N]; 0 where nothing precedes."""
-    counts = torch.bincount(segment_N, minlength=segments).clamp(min=1).to(states_ND)
-    mean = states_ND.new_zeros(segments, states_ND.shape[1]).index_add(0, segment_N, states_ND) / counts[:, None]
-    squares_N = (states_ND - mean[segment_N]).square().sum(1)
-    variance = states_ND.new_zeros(segments).index_add(0, segment_N, squares_N) / counts
-    steps_N = torch.zeros_like(squares_N)
-    steps_N[1:] = (states_ND[1:] - states_ND[:-1]).square().sum(1)
-    return steps_N * follows_N / (variance[segment_N] + TINY)
+TERM = StatesTerm(section=SmoothnessSection, kind=Kind.TEMPORAL, module=Smoothness, residue=1e-4)

@@ -1,5 +1,5 @@
-"""What a term on the student's states or attention is: a small module that says what it reads, how much of it is in a batch, and
-what it sums.
+"""What a file of this package exports as TERM; and what a term on the student's states or attention is: a small module that says
+what it reads, how much of it is in a batch, and what it sums.
 
 A term's loss is a sum over things that count, float32, in the graph; the step divides by their number over the whole global batch.
 It may own parameters (projections, heads, kernels): they train with the student, and no export holds them. A term without
@@ -8,21 +8,88 @@ Legend: B rows, S tokens a row, N rows whose distribution counts, P sampled stat
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from model_taps.attention import RowQuery
 from model_taps.head import OutputHead
 from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
+from signal_store.format.section import Section
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.reader import TOKENS_ONLY, Needs
 from student_train.losses.attention_rows import HeadPairs
+from student_train.losses.divergence import Divergence
+from student_train.losses.kinds import Kind
+from student_train.losses.pairing import LayerPair
 from student_train.losses.rows import RowsOf
+from student_train.losses.schedule import WeightField
+
+
+class TermSection(Section):
+    """Base of a term's settings. `weight` as a function of progress; what the class says of itself, `explain` shows."""
+
+    weight: WeightField
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """What the registry knows of a term; its name is its file's. `section`: its settings, each with a default."""
+
+    section: type[Section]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeTerm(Term):
+    """A term that has a share in carrying knowledge of some kind."""
+
+    kind: Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTerm(KnowledgeTerm):
+    """Formed in the pass over the output head. `divergence` from the teacher's distribution, made from the section (which has a
+    `temperature`); None: cross-entropy with the stored labels."""
+
+    divergence: Callable[[Any], Divergence] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatesTerm(KnowledgeTerm):
+    """A module on the student's states or attention, made from section, cache and student; it refuses what they lack.
+
+    `residue`: the most that is left of its mean where the student is its teacher, which is what the codecs round; None where its
+    formula leaves more. `whole_gradient`: False where the formula holds something of the student constant, so that its gradient is
+    not the slope of its value. Every term is tested by both.
+    """
+
+    module: "Callable[[Any, Cache, PreTrainedModel], StateTerm]"
+    residue: float | None
+    whole_gradient: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateTerm(KnowledgeTerm):
+    """Weighs the temporal terms against each other, and carries nothing by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularisationTerm(Term):
+    """Keeps something of the student in bounds, `about` says what, and carries no knowledge."""
+
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenWeights(Term):
+    """No loss: what the tokens of others count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +130,17 @@ def not_cached(term: str, expected: str, cache: Cache, otherwise: str | None = N
     )
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32; in float64 if it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class StateTerm(nn.Module, ABC):
-    """Base of the terms that are not formed in the pass over the output head."""
+    """Base of the modules of `StatesTerm`."""
 
     reads: Reads
+    matched: tuple[LayerPair, ...] = ()
+    """Layers whose heads must be matched before the first step, where it compares head by head."""
 
     @abstractmethod
     def count(self, batch: CodedBatch) -> int:

@@ -19,9 +19,11 @@ from model_taps.slices import refuse_silent_taps, tap_states
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.losses.attention_rows import HeadPairs, decoded_rows, match_heads
-from student_train.losses.chunked import OutputTargets, output_loss
+from student_train.losses.gate import RowLosses
+from student_train.losses.head_terms import OutputTargets
 from student_train.losses.level import Level
 from student_train.losses.objective import Objective
+from student_train.losses.output_head import Impl, output_loss
 from student_train.losses.rows import joined_queries, split_rows, stored_rows
 from student_train.losses.term import Seen
 
@@ -35,11 +37,11 @@ class Distiller(nn.Module):
     """Student and terms. `forward(batch, scales)` gives (scaled total, in the graph; sums by term); `forward(batch, look=f)` gives
     what `f` makes of the student and the batch."""
 
-    def __init__(self, student: PreTrainedModel, objective: Objective, *, compiled: bool = False) -> None:
+    def __init__(self, student: PreTrainedModel, objective: Objective, *, impl: Impl = "torch") -> None:
         super().__init__()
         self.student = student
         self.objective = objective
-        self.compiled = compiled
+        self.impl: Impl = impl
         self.terms = nn.ModuleDict(objective.states)
         self.gate = objective.gate
         self.codecs = Codecs(None)
@@ -98,9 +100,8 @@ class Distiller(nn.Module):
         (final, balance), head = self._hidden_and_balance(batch), output_head(self.student)
         targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution, batch.importance)
         terms = objective.output_terms(scales)
-        total, losses_KN = output_loss(final[batch.flat], head, targets, terms, compiled=self.compiled)
-        row_losses = dict(zip((term.kind for term in terms), losses_KN, strict=True))
-        sums = {name: losses_N.sum() for name, losses_N in row_losses.items() if name in scales}
+        total, losses_KN = output_loss(final[batch.flat], head, targets, list(terms.values()), impl=self.impl)
+        sums = {name: losses_N.sum() for name, losses_N in zip(terms, losses_KN, strict=True) if name in scales}
         if balance is not None:
             sums["router_balance"] = balance
             total = total + scales["router_balance"] * balance
@@ -114,7 +115,7 @@ class Distiller(nn.Module):
                 total = total + scales[name] * sums[name]
         if self.gate is not None:
             losses = {name: term.per_token(seen) for name, term in self.terms.items() if isinstance(term, Level)}
-            fused = self.gate.fuse(losses, row_losses, seen)
+            fused = self.gate.fuse(losses, RowLosses.of(list(terms.values()), list(losses_KN)), seen)
             total = total + scales["gate"] * fused.own
             sums |= {"gate": fused.own, GATE_WEIGHTS: fused.weight_sums}
             for name in levels:

@@ -7,6 +7,7 @@ error, another precision on another machine. Those changes are written into the 
 from typing import Any, Literal
 
 from student_train.importance.rules import load_rules
+from student_train.losses.aliases import preset_name
 from student_train.recipe import RunRecipe, flat
 
 Role = Literal["is", "computed", "watched", "kept"]
@@ -76,6 +77,13 @@ def rules_digest(recipe: RunRecipe) -> str | None:
 
 
 def differences(held: dict[str, Any], asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """By place, (held, asked) where they are not equal; None stands for a place that is absent."""
-    places = [place for place in dict.fromkeys((*held, *asked)) if held.get(place) != asked.get(place)]
+    """By place, (held, asked) where they do not mean the same; None stands for a place that is absent."""
+    places = [
+        place for place in dict.fromkeys((*held, *asked)) if _meant(place, held.get(place)) != _meant(place, asked.get(place))
+    ]
     return {place: (held.get(place), asked.get(place)) for place in places}
+
+
+def _meant(place: str, value: Any) -> Any:
+    """A preset by whichever of its names is one and the same."""
+    return preset_name(value) if place == "preset" and isinstance(value, str) else value

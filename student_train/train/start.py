@@ -25,15 +25,16 @@ from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
 from student_train.data.rows import Stream
 from student_train.evaluate.validation import Validation
-from student_train.losses.anchor import Anchor
 from student_train.losses.attention_rows import HeadPairs
 from student_train.losses.objective import Objective
+from student_train.losses.parameter_anchor import Anchor
 from student_train.losses.router_balance import refuse_lost_losses
 from student_train.model.distiller import Distiller
 from student_train.model.parallel import Shared
 from student_train.student.build import build_student
 from student_train.student.packing import packs_rows
 from student_train.student.sections import StudentSection
+from student_train.student.sharded import like
 from student_train.train import checkpoint
 from student_train.train.optimizer import build_optimizer
 from student_train.train.progress import Progress
@@ -104,7 +105,7 @@ def start(
     anchored = objective.losses.parameter_anchor is not None
     begun = _weights_at_the_start(settings.student, cache) if anchored else {}
     shared = Shared.of(accelerator, distiller, settings.sharing)
-    anchor = Anchor.of(distiller.student, begun) if anchored else None
+    anchor = Anchor.of(distiller.student, begun, like) if anchored else None
     del begun
     optimizer = build_optimizer(distiller, settings.optimizer)
     if found is not None:

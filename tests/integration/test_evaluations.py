@@ -14,9 +14,9 @@ from student_train.evaluate.cka import DepthCka
 from student_train.evaluate.evaluation import LABELS, NATS, SHARE, Evaluation, numbers
 from student_train.evaluate.gradient_shares import GradientShares
 from student_train.evaluate.validation import Validation
-from student_train.losses.config import Losses
 from student_train.losses.objective import Objective, resolve
 from student_train.losses.pairing import state_pairs
+from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
 from student_train.model.parallel import Shared, accelerator_of
 from student_train.model.sections import SharingSection
@@ -35,7 +35,7 @@ EVALUATIONS: list[Made] = [
 @pytest.mark.parametrize("make", EVALUATIONS, ids=["validation", "labels alone", "cka", "shares"])
 def test_an_evaluation_changes_nothing_and_says_its_units(knowing_cache: Cache, make: Made) -> None:
     student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7).train()
-    objective = resolve(Losses.model_validate(TERMS), knowing_cache, student)
+    objective = resolve(Losses.of(TERMS), knowing_cache, student)
     shared = Shared.of(accelerator_of(bf16=False), Distiller(student, objective), SharingSection())
     evaluation = make(knowing_cache, objective, student)
     shared.distiller.codecs = Codecs.of(knowing_cache, evaluation.needs, torch.device("cpu"))

@@ -19,10 +19,13 @@ from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.data.signals.hidden import HiddenPart, HiddenRequest
-from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
-from student_train.losses.config import Losses
+from student_train.losses import registry
 from student_train.losses.dense import dense_divergence
+from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import resolve
+from student_train.losses.output_head import output_loss
+from student_train.losses.section import Losses
+from student_train.losses.term import HeadTerm
 from student_train.model.distiller import Distiller
 from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
@@ -101,11 +104,15 @@ def test_full_rank_or_full_head_equals_a_live_teacher(
     part = batch.part(DistributionPart)
     assert part is not None
     targets = OutputTargets(batch.labels, part.codes, codec)
+    spec = registry.terms()[kind]
+    assert isinstance(spec, HeadTerm)
+    assert spec.divergence is not None
+    divergence = spec.divergence(spec.section())
     scale = 1 / len(batch.flat)
-    total, _ = output_loss(hidden_S, OutputHead(weight, None, 1.0, None), targets, [OutputTerm(kind, scale, temperature)])
+    total, _ = output_loss(hidden_S, OutputHead(weight, None, 1.0, None), targets, [OutputTerm(divergence, scale, temperature)])
     total.backward()
     dense = weight.detach().clone().requires_grad_()
-    expected = dense_divergence(OutputTerm(kind, scale, temperature), logp, hidden_S @ dense.T).sum() * scale
+    expected = dense_divergence(divergence, logp, hidden_S @ dense.T, temperature).sum() * scale
     expected.backward()
     assert abs(float(total.detach() - expected.detach())) <= 1e-4 * max(1.0, float(expected.detach()))
     assert weight.grad is not None
@@ -117,7 +124,7 @@ def test_full_rank_or_full_head_equals_a_live_teacher(
 
 def test_teacher_as_student_has_no_loss_but_the_codecs(exact_cache: Cache) -> None:
     model = live(exact_cache)
-    losses = Losses.model_validate(FULL)
+    losses = Losses.of(FULL)
     objective = resolve(losses, exact_cache, model)
     distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(exact_cache, objective.needs, torch.device("cpu"))
@@ -169,7 +176,7 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
     assert cache.manifest.plan.forward == ("padded" if family == "opt" else "packed")
     assert cache.manifest.tokenizer.vocab_size == len(tokenizer)
     model = live(cache)
-    objective = resolve(Losses.model_validate(FULL), cache, model)
+    objective = resolve(Losses.of(FULL), cache, model)
     distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
     packed = family != "opt"

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from signal_store.cache import Cache
 from signal_store.format.roles import TOKEN_TYPES
 from student_train.commands.run import run
-from student_train.losses.config import GateTerm
-from student_train.losses.gate import FEATURES, Gate, repeated
+from student_train.losses.gate import FEATURES, Gate, GateSection, repeated
 from student_train.losses.level import TokenLosses
 from student_train.recipe import RunRecipe
 from tests.integration.test_terms import alone
@@ -57,7 +56,7 @@ def test_it_looks_at_more_than_ten_things_that_differ(knowing_cache: Cache) -> N
 
 @given(loss=st.floats(0, 1e6), seed=st.integers(0, 50))
 def test_no_level_is_left_alone(knowing_cache: Cache, loss: float, seed: int) -> None:
-    gate = Gate(GateTerm(floor=0.05), ["a", "b", "c"], knowing_cache)
+    gate = Gate(GateSection(floor=0.05), ["a", "b", "c"], knowing_cache)
     torch.manual_seed(seed)
     for parameter in gate.parameters():
         torch.nn.init.normal_(parameter, std=5)

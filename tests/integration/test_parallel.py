@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from signal_store.cache import Cache
 from signal_store.errors import InputError
 from student_train.commands.run import run
-from student_train.losses.objective import STATE_TERMS
+from student_train.losses import registry
 from student_train.recipe import RunRecipe
 from tests.processes import fresh
 from tests.tiny import COMMON
@@ -80,7 +80,7 @@ def same_weights(out: Path, alone: Path) -> None:
 EVERYTHING: dict[str, Any] = {
     "tla": {"temperature": 2.0},
     "cross_entropy": {"weight": 0.5},
-    **{name: {"weight": 0.1} for name in STATE_TERMS},
+    **{name: {"weight": 0.1} for name in registry.state_terms()},
     "gate": {},
     "parameter_anchor": {"weight": 0.1},
     "importance": {},

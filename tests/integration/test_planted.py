@@ -26,8 +26,8 @@ from student_train.data.signals.evidence import EvidencePart
 from student_train.data.signals.hidden import HiddenCodes, HiddenPart
 from student_train.data.signals.replay import ReplayPart
 from student_train.data.signals.stats import StatsPart
-from student_train.losses.config import Losses
 from student_train.losses.objective import Objective, resolve
+from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
 from tests.tiny import CONTEXT, make_model
 
@@ -114,7 +114,7 @@ def drawn_attention(batch: CodedBatch) -> CodedBatch:
 def prepared(cache: Cache, name: str) -> tuple[Distiller, Objective, Stream]:
     torch.manual_seed(0)
     student = make_model("qwen3", cache.manifest.tokenizer.vocab_size, seed=11)
-    objective = resolve(Losses.model_validate({name: {}}), cache, student)
+    objective = resolve(Losses.of({name: {}}), cache, student)
     distiller = Distiller(student, objective)
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
     return distiller, objective, Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)

@@ -20,9 +20,9 @@ from student_train.data.batch import CodedBatch
 from student_train.data.request import TOKENS_ONLY
 from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
-from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
 from student_train.losses.router_balance import family_balance, refuse_lost_losses
+from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
 from student_train.recipe import RunRecipe
 from tests.integration.test_parallel import losses, recipe_of
@@ -54,7 +54,7 @@ def batch_of(cache: Cache) -> CodedBatch:
 
 
 def sums_of(student: PreTrainedModel, cache: Cache, batch: CodedBatch, **scales: float) -> tuple[Tensor, dict[str, Tensor]]:
-    objective = resolve(Losses.model_validate({"cross_entropy": {}}), cache, student)
+    objective = resolve(Losses.of({"cross_entropy": {}}), cache, student)
     total, sums = Distiller(student, objective)(batch, {"cross_entropy": 0.0, **scales})
     return total, sums
 

@@ -29,8 +29,8 @@ from student_train.data.sections import StreamSection
 from student_train.data.signals.attention import AttentionPart
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.data.signals.hidden import HiddenPart
-from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
+from student_train.losses.section import Losses
 from teacher_cache.builder.calibrate import manifest_of
 from teacher_cache.builder.plan import plan, settled
 from teacher_cache.commands.build import build
@@ -113,7 +113,7 @@ def test_the_steps_before_a_keyword_are_stored_and_only_keywords_train(full: Cac
             found = (codes.astype(np.float32) / 254) ** 2
             assert np.abs(found - live[layer][i, [0, 2], : t + 1].T.numpy()).max() <= 1 / 254 + 1e-5
     model = make_model("llama", full.manifest.tokenizer.vocab_size, seed=3)
-    needs = resolve(Losses.model_validate({"apc": {}}), full, model).needs
+    needs = resolve(Losses.of({"apc": {}}), full, model).needs
     batch = next(Stream(full, needs, StreamSection(row_tokens=CONTEXT, rows_per_step=24), packed=True).micro_batches({}, 0))
     own = 0
     for number in batch.segments:
@@ -215,7 +215,7 @@ def test_an_overlay_adds_what_nobody_thought_of(
     assert np.array_equal(joined.read("hidden/block_output/2/values"), cache.read("hidden/block_output/2/values"))
     assert np.array_equal(joined[3].input_ids, alone[3].input_ids)
     student = make_model("llama", joined.manifest.tokenizer.vocab_size, seed=1)
-    objective = resolve(Losses.model_validate({"tla": {}, "lhsm": {}, "apc": {}}), joined, student)
+    objective = resolve(Losses.of({"tla": {}, "lhsm": {}, "apc": {}}), joined, student)
     batch = next(
         Stream(joined, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=8), packed=True).micro_batches({}, 0)
     )

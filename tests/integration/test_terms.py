@@ -14,32 +14,20 @@ from student_train.data.codecs import Codecs
 from student_train.data.collate import collate
 from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
-from student_train.losses.config import Losses
-from student_train.losses.objective import STATE_TERMS, Objective, resolve
+from student_train.losses import registry
+from student_train.losses.objective import Objective, resolve
+from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
 from tests.tiny import COMMON, CONTEXT, make_model
 
-ZERO = {
-    "lhsm": 1e-5,
-    "apc": 2e-3,
-    "attention_direction": 1e-5,
-    "normalised_direction": 1e-5,
-    "activation_mmd": 1e-4,
-    "residual_cka": 1e-4,
-    "attention_statistics": 2e-3,
-    "smoothness": 1e-4,
-    "attention_evolution": 1e-3,
-    "replay": 2e-2,
-    "evidence": 1e-5,
-    "coverage": 1e-3,
-}
+ZERO = {name: term.residue for name, term in registry.state_terms().items() if term.residue is not None}
 """What is left of a term where the student is its teacher: the codecs' rounding. The others have a floor of their own: `asr` and
 `input_reconstruction` (1 for a head that has learned nothing)."""
 
 
 def alone(model: PreTrainedModel, cache: Cache, losses: dict[str, Any]) -> tuple[Distiller, Objective, CodedBatch]:
     torch.manual_seed(0)
-    objective = resolve(Losses.model_validate(losses), cache, model)
+    objective = resolve(Losses.of(losses), cache, model)
     distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
     section = StreamSection(row_tokens=CONTEXT, rows_per_step=16)
@@ -69,7 +57,7 @@ def teacher(knowing_cache: Cache) -> PreTrainedModel:
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(knowing_cache: Cache, teacher: PreTrainedModel) -> None:
-    found = means_of(*alone(teacher, knowing_cache, everything(STATE_TERMS)))
+    found = means_of(*alone(teacher, knowing_cache, everything(registry.state_terms())))
     for name, bound in ZERO.items():
         assert 0 <= found[name] + 1e-6 <= bound + 1e-6, (name, found[name])
     assert found.keys() - ZERO.keys() == {"asr", "input_reconstruction"}
@@ -78,8 +66,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(knowing_cache: Cache
 
 def test_another_student_has_and_each_term_stands_alone(knowing_cache: Cache) -> None:
     student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
-    together = means_of(*alone(student, knowing_cache, everything(STATE_TERMS)))
-    for name in STATE_TERMS:
+    together = means_of(*alone(student, knowing_cache, everything(registry.state_terms())))
+    for name in registry.state_terms():
         student.zero_grad()
         distiller, objective, batch = alone(student, knowing_cache, {name: {}})
         mean = means_of(distiller, objective, batch)
@@ -97,15 +85,15 @@ def test_a_student_of_other_widths_and_depth_learns_from_every_term(knowing_cach
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model("llama", **{**COMMON, **shape}, vocab_size=knowing_cache.manifest.tokenizer.vocab_size)
     student = AutoModelForCausalLM.from_config(config)
-    found = means_of(*alone(student, knowing_cache, everything(STATE_TERMS)))
-    assert found.keys() == STATE_TERMS.keys()
+    found = means_of(*alone(student, knowing_cache, everything(registry.state_terms())))
+    assert found.keys() == registry.state_terms().keys()
     assert all(value > 0 for value in found.values()), found
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
 
 
 def test_a_batch_without_anything_has_a_gradient_of_zero(knowing_cache: Cache) -> None:
     student = make_model("llama", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
-    distiller, objective, _batch = alone(student, knowing_cache, everything(STATE_TERMS))
+    distiller, objective, _batch = alone(student, knowing_cache, everything(registry.state_terms()))
     stream = Stream(knowing_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=2), packed=True)
     empty = collate([[], []], stream.config.row_tokens, objective.needs, packed=True, cursor={})
     counts = objective.counts(empty)

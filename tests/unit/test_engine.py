@@ -11,8 +11,9 @@ from student_train.engine.engine import Engine
 from student_train.engine.gate_watch import GateWatch
 from student_train.engine.overhead import OverheadWatch
 from student_train.engine.schedule import WeightSchedule
-from student_train.losses.config import ImportanceSection, Losses
+from student_train.importance.section import ImportanceSection
 from student_train.losses.objective import Objective
+from student_train.losses.section import Losses
 from student_train.model.distiller import GATE_WEIGHTS
 
 SUMS = {GATE_WEIGHTS: torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])}
@@ -25,7 +26,7 @@ def after(step: int, **changes: Any) -> Observation:
 
 
 def objective(**losses: Any) -> Objective:
-    return Objective(Losses.model_validate(losses), {})
+    return Objective(Losses.of(losses), {})
 
 
 class Gate:

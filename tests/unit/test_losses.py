@@ -10,14 +10,21 @@ from model_taps.head import OutputHead
 from signal_store.codecs.attention import MAX_ERROR, decode_attention, encode_attention
 from signal_store.codecs.bf16_units import two_halves
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
+from student_train.data.batch import IGNORE
 from student_train.losses import chunked
 from student_train.losses.attention_rows import TeacherRows, attention_kl, match_heads
-from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
-from student_train.losses.config import PRESETS, Losses
-from student_train.losses.dense import dense_output_loss, teacher_logprobs
-from student_train.losses.divergences import Softened, divergence_of
+from student_train.losses.dense import teacher_logprobs
+from student_train.losses.divergence import Divergence, Softened
 from student_train.losses.features import make_projection
+from student_train.losses.head_terms import OutputTargets, OutputTerm
+from student_train.losses.jsd import JensenShannon
 from student_train.losses.lhsm import lhsm_sum
+from student_train.losses.output_head import IMPLEMENTATIONS, Impl, output_loss
+from student_train.losses.presets import PRESETS
+from student_train.losses.reverse_kl import ReverseKl
+from student_train.losses.section import Losses
+from student_train.losses.tla import ForwardKl
+from student_train.losses.total_variation import TotalVariation
 
 WIDTH, RANK, HEAD = 12, 5, 4
 
@@ -37,13 +44,13 @@ def made_codes(codec: DistributionCodec, rows: int, seed: int = 0) -> Distributi
     return codec.encode(torch.randn(rows, WIDTH, generator=g), logits, torch.full((rows,), -1))[0]
 
 
-KINDS = ("cross_entropy", "tla", "reverse_kl", "jsd", "total_variation")
+DIVERGENCES = (ForwardKl(), ReverseKl(), JensenShannon(0.3), TotalVariation())
 terms_of = st.lists(
     st.builds(
-        OutputTerm, st.sampled_from(KINDS[1:]), st.sampled_from([0.7, 2.0]), st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([0.1, 0.5]),
+        OutputTerm, st.sampled_from((*DIVERGENCES, JensenShannon(0.1))), st.sampled_from([0.7, 2.0]), st.sampled_from([1.0, 2.0, 3.0]),
         st.booleans(),
     )
-    | st.builds(OutputTerm, st.just("cross_entropy"), st.sampled_from([0.3, 1.0]), weighted=st.booleans()),
+    | st.builds(OutputTerm, st.none(), st.sampled_from([0.3, 1.0]), weighted=st.booleans()),
     min_size=1,
     max_size=4,
 )  # fmt: skip
@@ -54,7 +61,7 @@ def away_from_ties(head: OutputHead, hidden: torch.Tensor, targets: OutputTarget
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale
     logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
     for term in terms:
-        if term.kind == "total_variation" and len(hidden):
+        if isinstance(term.divergence, TotalVariation) and len(hidden):
             p, q = teacher_logprobs(logits, targets, term.temperature).exp(), (logits / term.temperature).softmax(1)
             if (p - q)[:, : targets.codec.vocab_size if targets.codec else None].abs().min() < 1e-6:
                 return False
@@ -74,11 +81,12 @@ def test_chunked_equals_dense(
     codes = made_codes(codec, rows)
     g = torch.Generator().manual_seed(rows)
     labels = torch.randint(vocab, (rows,), generator=g)
-    labels[::3] = chunked.IGNORE
+    labels[::3] = IGNORE
     weights = torch.rand(rows, dtype=torch.float64, generator=g) if weighted else None
     targets = OutputTargets(labels, codes, codec, weights)
     found = []
-    for function in (output_loss, dense_output_loss):
+    impls: tuple[Impl, ...] = ("torch", "dense")
+    for impl in impls:
         g = torch.Generator().manual_seed(7)
         hidden = torch.randn(rows, WIDTH, dtype=torch.float64, generator=g).requires_grad_()
         weight = torch.randn(vocab + extra, WIDTH, dtype=torch.float64, generator=g).requires_grad_()
@@ -86,7 +94,7 @@ def test_chunked_equals_dense(
         head = OutputHead(weight, offset, scale, softcap)
         with torch.no_grad():
             assume(rank or away_from_ties(head, hidden, targets, terms))
-        total, sums = function(hidden, head, targets, terms)
+        total, sums = output_loss(hidden, head, targets, terms, impl=impl)
         total.backward()
         grads = [p.grad for p in (hidden, weight, offset) if p is not None and p.grad is not None]
         found.append(([total.detach(), sums.detach()], grads))
@@ -96,29 +104,27 @@ def test_chunked_equals_dense(
     torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_chunks_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+@pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
+def test_chunks_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, impl: Impl) -> None:
     codec = made_codec(40)
     codes, hidden, weight = made_codes(codec, 9), torch.randn(9, WIDTH), torch.randn(40, WIDTH)
     targets = OutputTargets(torch.arange(9), codes, codec)
-    terms = [OutputTerm("cross_entropy", 1.0), OutputTerm("tla", 1.0, 2.0), OutputTerm("jsd", 0.5, 1.0)]
+    terms = [OutputTerm(None, 1.0), OutputTerm(ForwardKl(), 1.0, 2.0), OutputTerm(JensenShannon(0.5), 0.5, 1.0)]
     head = OutputHead(weight, None, 1.0, None)
     whole = output_loss(hidden, head, targets, terms)
     monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 4 * 40 * 4)
     monkeypatch.setitem(chunked.BLOCK_BYTES, "cpu", 4 * 40 * 2)
-    torch.testing.assert_close(output_loss(hidden, head, targets, terms, compiled=compiled), whole)
+    torch.testing.assert_close(output_loss(hidden, head, targets, terms, impl=impl), whole)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_in_float64(kind: str) -> None:
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
+def test_gradients_in_float64(divergence: Divergence | None) -> None:
     """Against finite differences. The codes are decoded in float32, so only the student's side moves."""
     codec = made_codec(9)
     hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
-    targets = OutputTargets(
-        torch.tensor([1, chunked.IGNORE, 5, 0]), made_codes(codec, 4), codec, torch.tensor([0.2, 1.0, 3.0, 0.5])
-    )
-    terms = [OutputTerm(kind, 0.5, 1.0 if kind == "cross_entropy" else 2.0, 0.3)]
+    targets = OutputTargets(torch.tensor([1, IGNORE, 5, 0]), made_codes(codec, 4), codec, torch.tensor([0.2, 1.0, 3.0, 0.5]))
+    terms = [OutputTerm(divergence, 0.5, 1.0 if divergence is None else 2.0)]
 
     def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return output_loss(h, OutputHead(w, None, 1.0, None), targets, terms)[0]
@@ -126,11 +132,11 @@ def test_gradients_in_float64(kind: str) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_student_that_is_the_teacher_has_no_divergence(kind: str) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_student_that_is_the_teacher_has_no_divergence(divergence: Divergence) -> None:
     """log q = log p: every divergence and its gradient vanish."""
     log_p = torch.randn(5, 30, dtype=torch.float64).mul(3).log_softmax(1)
-    rows, gradient = divergence_of(kind, 0.3)(Softened.of(log_p), Softened.of(log_p.clone()))
+    rows, gradient = divergence.closed_form(Softened.of(log_p), Softened.of(log_p.clone()))
     assert rows.abs().max() < 1e-12
     assert gradient.abs().max() < 1e-12
 
@@ -138,7 +144,7 @@ def test_a_student_that_is_the_teacher_has_no_divergence(kind: str) -> None:
 def test_autocast_stays_within_bfloat16() -> None:
     codec = made_codec(40)
     codes, hidden, weight = made_codes(codec, 9), torch.randn(9, WIDTH), torch.randn(40, WIDTH)
-    terms = [OutputTerm("tla", 1.0, 2.0)]
+    terms = [OutputTerm(ForwardKl(), 1.0, 2.0)]
     found = []
     for enabled in (False, True):
         leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -160,7 +166,7 @@ def test_the_scale_is_not_rounded_under_autocast() -> None:
     for scale in (1.0, 1 / 1021):  # a number that bfloat16 holds, and one that it rounds by 0.2 %
         leaf = hidden.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            terms = [OutputTerm("cross_entropy", scale)]
+            terms = [OutputTerm(None, scale)]
             total, _ = output_loss(leaf, OutputHead(weight, None, 1.0, None), OutputTargets(labels), terms)
         total.backward()
         assert leaf.grad is not None
@@ -209,8 +215,8 @@ def test_head_and_masses_are_true_however_sharp(sharpness: float, head: int, see
     torch.testing.assert_close(codes.scalars[:, 1].float(), logits.log_softmax(1)[:, 3], rtol=2e-3, atol=2e-3)
 
 
-def test_schedule_of_the_seed() -> None:
-    losses = Losses.model_validate(PRESETS["flash_004"])
+def test_schedules_of_a_preset() -> None:
+    losses = Losses.of(PRESETS["logits_hidden_attention"].losses)
     assert losses.tla and losses.apc and losses.lhsm and losses.asr and losses.cross_entropy is None
     assert [round(losses.tla.weight.at(p), 3) for p in (0, 0.2, 0.6, 1)] == [1, 0.86, 0.58, 0.3]
     assert [round(losses.apc.weight.at(p), 3) for p in (0, 0.2, 0.6, 1)] == [0, 0, 0.25, 0.5]

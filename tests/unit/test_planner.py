@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from student_train.engine.planner import CacheFacts, DataFacts, EvaluationFacts, Facts, HardwareFacts, StudentFacts, propose
-from student_train.losses.config import Losses
+from student_train.losses.section import Losses
 
 FACTS = Facts(
     cache=CacheFacts({1.0: 0.95, 2.0: 0.7, 3.0: 0.4}, 64, 2.0, 9.0, has_tags=True),
@@ -35,7 +35,7 @@ def test_the_first_proposal_is_an_objective() -> None:
     losses = {
         place.removeprefix("losses."): value for place, value in found.items() if place.startswith("losses.") and value is not None
     }
-    assert not Losses.model_validate(losses).empty_kinds()
+    assert not Losses.of(losses).empty_kinds()
     assert found["losses.tla"] == {"temperature": 1.0}
     assert found["losses.cross_entropy"] is None
     assert found["losses.gate"] == {}

@@ -7,7 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from model_taps.segment_statistics import ffn_statistics
-from student_train.losses.config import KIND_OF, KINDS, PRESETS, Losses
+from student_train.losses import registry
+from student_train.losses.kinds import Kind
+from student_train.losses.presets import PRESETS
+from student_train.losses.section import Losses
 from student_train.recipe import RunRecipe
 
 
@@ -16,24 +19,24 @@ def recipe(**parts: Any) -> RunRecipe:
 
 
 def test_every_term_has_a_kind_and_a_full_preset_has_them_all() -> None:
-    assert set(KIND_OF.values()) == KINDS.keys()
-    assert recipe(preset="full_000").objective.empty_kinds() == ()
-    assert not {"lhsm", "cross_entropy"} & PRESETS["full_000"].keys()  # no plain squared error (REQUIREMENTS 22)
+    assert set(registry.kinds().values()) == set(Kind)
+    assert recipe(preset="every_kind").objective.empty_kinds() == ()
+    assert not {"lhsm", "cross_entropy"} & PRESETS["every_kind"].losses.keys()  # no plain squared error
 
 
 def test_a_full_preset_refuses_to_leave_a_kind_empty_in_silence() -> None:
     emptied = {"evidence": None, "coverage": None}
     with pytest.raises(ValidationError, match="nothing carries task knowledge"):
-        recipe(preset="full_000", losses=emptied)
-    assert recipe(preset="full_000", losses=emptied, without=["task"]).objective.empty_kinds() == ("task",)
-    assert recipe(preset="full_000", losses={"evidence": None}).objective.coverage is not None
+        recipe(preset="every_kind", losses=emptied)
+    assert recipe(preset="every_kind", losses=emptied, without=["task"]).objective.empty_kinds() == ("task",)
+    assert recipe(preset="every_kind", losses={"evidence": None}).objective.coverage is not None
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(Kind))
 def test_without_a_kind_all_else_stays(kind: str) -> None:
-    whole, part = (dict(recipe(preset="full_000", **extra).objective) for extra in ({}, {"without": [kind]}))
+    whole, part = (dict(recipe(preset="every_kind", **extra).objective) for extra in ({}, {"without": [kind]}))
     gone = {name for name in whole if whole[name] is not None and part[name] is None}
-    expected = {name for name, of in KIND_OF.items() if of == kind and whole[name] is not None}
+    expected = {name for name, of in registry.kinds().items() if of == kind and whole[name] is not None}
     assert gone == expected | ({"importance"} if kind == "explicit" else set())
     assert all(part[name] == whole[name] for name in whole.keys() - gone)
 
@@ -41,7 +44,7 @@ def test_without_a_kind_all_else_stays(kind: str) -> None:
 def test_what_is_off_is_nothing() -> None:
     with pytest.raises(ValidationError, match="no loss"):
         recipe(losses={"tla": {}}, without=["explicit"])
-    assert Losses().empty_kinds() == tuple(KINDS)
+    assert Losses.of({}).empty_kinds() == tuple(Kind)
 
 
 def test_sparsity_has_a_gradient() -> None:

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_taps.spread import Groups
+from student_train.losses.activation_mmd import Kernel, squared_mmd
+from student_train.losses.attention_evolution import tensor_nuclear_norm
 from student_train.losses.cka import debiased_cka
 from student_train.losses.direction import direction_rows
-from student_train.losses.evolution import tensor_nuclear_norm
-from student_train.losses.mmd import Kernel, squared_mmd
+from student_train.losses.input_reconstruction import relative_l1
 from student_train.losses.pairing import depth_weights
-from student_train.losses.reconstruction import relative_l1
-from student_train.losses.smoothness import moved
+from student_train.losses.trajectory import moved
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -39,9 +39,11 @@ from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.evaluate.validation import measured
-from student_train.losses.chunked import OutputTargets, OutputTerm, output_loss
-from student_train.losses.config import Losses
+from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import resolve
+from student_train.losses.output_head import output_loss
+from student_train.losses.section import Losses
+from student_train.losses.tla import ForwardKl
 from student_train.model.distiller import Distiller
 from student_train.train.optimizer import build_optimizer, learning_rate_factor
 from student_train.train.sections import OptimizerSection
@@ -85,7 +87,7 @@ def student_hidden(student: PreTrainedModel, batch: CodedBatch) -> Tensor:
 
 def cross_entropy(_room: Room) -> Loss:
     def loss(student: PreTrainedModel, batch: CodedBatch, _thought: Tensor) -> Tensor:
-        term = OutputTerm("cross_entropy", 1 / max(1, int((batch.labels >= 0).sum())))
+        term = OutputTerm(None, 1 / max(1, int((batch.labels >= 0).sum())))
         return output_loss(student_hidden(student, batch), output_head(student), OutputTargets(batch.labels), [term])[0]
 
     return loss
@@ -95,7 +97,7 @@ def from_cache(room: Room, temperature: float) -> Loss:
     def loss(student: PreTrainedModel, batch: CodedBatch, _thought: Tensor) -> Tensor:
         part = batch.part(DistributionPart)
         targets = OutputTargets(batch.labels, None if part is None else part.codes, room.codecs.distribution)
-        term = OutputTerm("tla", 1 / len(batch.flat), temperature)
+        term = OutputTerm(ForwardKl(), 1 / len(batch.flat), temperature)
         return output_loss(student_hidden(student, batch), output_head(student), targets, [term])[0]
 
     return loss
@@ -161,7 +163,7 @@ def train(room: Room, seed: int, loss: Loss, look: Callable[[int, PreTrainedMode
 @torch.no_grad()
 def validation(room: Room, student: PreTrainedModel) -> float:
     student.eval()
-    distiller = Distiller(student, resolve(Losses.model_validate({"cross_entropy": {}}), room.cache, student))
+    distiller = Distiller(student, resolve(Losses.of({"cross_entropy": {}}), room.cache, student))
     total = labels = 0.0
     for batch in room.held_out:
         sums = distiller(batch, look=measured)

@@ -36,8 +36,8 @@ from student_train.data.codecs import Codecs
 from student_train.data.loader import load
 from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
-from student_train.losses.config import Losses
 from student_train.losses.objective import resolve
+from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
 from student_train.train.optimizer import build_optimizer
 from student_train.train.sections import OptimizerSection
@@ -110,8 +110,8 @@ def step_of(
 ) -> tuple[Callable[[CodedBatch], Tensor], torch.nn.Module, Any]:
     """(forward to the loss, what is trained, what it needs of the cache)."""
     if way in OURS:
-        objective = resolve(Losses.model_validate(OURS[way]), cache, student)
-        distiller = Distiller(student, objective, compiled=way.endswith("compiled"))
+        objective = resolve(Losses.of(OURS[way]), cache, student)
+        distiller = Distiller(student, objective, impl="compiled" if way.endswith("compiled") else "torch")
         distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
 
         def ours(batch: CodedBatch) -> Tensor:
@@ -123,7 +123,7 @@ def step_of(
             return total
 
         return ours, distiller, objective.needs
-    needs = resolve(Losses.model_validate({"cross_entropy": {}}), cache, student).needs
+    needs = resolve(Losses.of({"cross_entropy": {}}), cache, student).needs
     if way.startswith("a:"):
 
         def hugging_face(batch: CodedBatch) -> Tensor:

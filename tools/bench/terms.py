@@ -27,8 +27,10 @@ from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
-from student_train.losses.config import KINDS, PRESETS
-from student_train.losses.objective import STATE_TERMS, Objective, resolve
+from student_train.losses import registry
+from student_train.losses.kinds import Kind
+from student_train.losses.objective import Objective, resolve
+from student_train.losses.presets import PRESETS
 from student_train.model.distiller import Distiller
 from student_train.recipe import RunRecipe
 from student_train.train.optimizer import build_optimizer
@@ -46,14 +48,14 @@ def recipes() -> dict[str, RunRecipe]:
     """Of each way, whose objective it is."""
     tla = {"tla": {"temperature": 1.0}}
     found = {BASE: recipe_of(losses=tla)}
-    found |= {f"+ {name}": recipe_of(losses={**tla, name: {}}) for name in ("importance", *STATE_TERMS, "cross_entropy")}
-    levels = {name: PRESETS["full_000"][name] for name in ("smoothness", "attention_evolution", "replay")}
+    found |= {f"+ {name}": recipe_of(losses={**tla, name: {}}) for name in ("importance", *registry.state_terms(), "cross_entropy")}
+    levels = {name: PRESETS["every_kind"].losses[name] for name in ("smoothness", "attention_evolution", "replay")}
     found[AGAIN] = recipe_of(losses=tla)
     found["+ the three levels"] = recipe_of(losses={**tla, **levels})
     found["+ the three levels, gated"] = recipe_of(losses={**tla, **levels, "gate": {}})
     found["flash_004"] = recipe_of(preset="flash_004")
     found["full_000"] = recipe_of(preset="full_000")
-    return found | {f"full_000 without {kind}": recipe_of(preset="full_000", without=[kind]) for kind in KINDS}
+    return found | {f"full_000 without {kind}": recipe_of(preset="full_000", without=[kind]) for kind in Kind}
 
 
 class Way:

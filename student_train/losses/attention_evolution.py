@@ -1,7 +1,7 @@
-"""Attention along the text: a keyword's row and the rows of the three tokens before it, as one tensor (REQUIREMENTS 31).
+"""Attention along the text: a keyword's row and the rows of the three tokens before it, as one tensor.
 
 D = A_T - A_S, [layer pair, head, step, key], rows shorter than the keyword's padded with zeros; Σ_n ‖D₍ₙ₎‖_* / (4 √numel) over its
-four unfoldings (Liu et al. 2013). The nuclear norm keeps a gradient of constant size where D is nothing but the codec's rounding:
+four unfoldings. The nuclear norm keeps a gradient of constant size where D is nothing but the codec's rounding:
 each singular value σ counts √(σ² + ε²) - ε, ε the largest that rounding makes. Where the cache keeps the heaviest columns only, D
 lives on those and on what is left over. Legend: K keywords, A layer pairs, H heads, T steps, L keys.
 """
@@ -16,19 +16,27 @@ from signal_store.errors import MismatchError
 from student_train.data.batch import CodedBatch
 from student_train.data.reader import Needs
 from student_train.losses.attention_rows import TeacherRows, decoded_rows
-from student_train.losses.config import AttentionEvolutionTerm
+from student_train.losses.kinds import Kind
 from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import stored_rows
-from student_train.losses.term import Reads, Seen
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import Reads, Seen, StatesTerm, TermSection
 
 STEPS = 4
 
 
-class AttentionEvolution(Level):
-    """See the module."""
+class AttentionEvolutionSection(TermSection):
+    """Σ_n ‖D₍ₙ₎‖_* / (4 √numel), D = teacher's less student's attention at a keyword and the three steps before it, a tensor
+    [layer, head, step, key] and D₍ₙ₎ its unfoldings, smoothed at the codec's noise; mean over keywords."""
 
-    def __init__(self, _section: AttentionEvolutionTerm, cache: Cache, student: PreTrainedModel) -> None:
+    weight: WeightField = constant(0.2)
+
+
+class AttentionEvolution(Level):
+    """Keywords with the rows before them, head by matched head."""
+
+    def __init__(self, _section: AttentionEvolutionSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__()
         signal = cache.manifest.signals.attention
         held = 0 if signal is None else signal.previous_steps
@@ -40,8 +48,8 @@ class AttentionEvolution(Level):
                 where=cache.uri,
             )
         layers = tuple(a.layer for a in cache.manifest.calibration.attention)
-        self.pairs = row_pairs("attention_evolution", layers, cache, student)
-        self.reads = Reads(Needs(False, (), layers, steps=True), rows={stored_rows: tuple(p.student for p in self.pairs)})
+        self.matched = row_pairs("attention_evolution", layers, cache, student)
+        self.reads = Reads(Needs(False, (), layers, steps=True), rows={stored_rows: tuple(p.student for p in self.matched)})
 
     def count(self, batch: CodedBatch) -> int:
         """Keywords with three tokens before them."""
@@ -54,7 +62,7 @@ class AttentionEvolution(Level):
 
     def _of_keywords(self, seen: Seen) -> TokenLosses:
         rows_KT = step_rows(seen.batch)
-        rows = {pair: seen.rows[stored_rows, pair.student] for pair in self.pairs}
+        rows = {pair: seen.rows[stored_rows, pair.student] for pair in self.matched}
         if not len(rows_KT):
             nothing = 0 * torch.stack([own.sum() for own in rows.values()]).sum()
             return TokenLosses(rows_KT[:, 0], nothing.new_zeros(0), nothing)
@@ -67,7 +75,7 @@ class AttentionEvolution(Level):
             everywhere = torch.ones(len(own_RGL), dtype=torch.bool, device=own_RGL.device)
             chosen = teacher.of(everywhere, [t for t, _ in heads])
             differences.append(row_differences(chosen, own_RGL[:, [s for _, s in heads], :keys])[rows_KT].transpose(1, 2))
-        numel_K = seen.batch.row_length[rows_KT].sum(1) * len(self.pairs) * differences[0].shape[1]
+        numel_K = seen.batch.row_length[rows_KT].sum(1) * len(self.matched) * differences[0].shape[1]
         batch, keyword_K = seen.batch, rows_KT[:, 0]
         flat_K = batch.row_batch[keyword_K] * batch.input_ids.shape[1] + batch.row_query[keyword_K]
         return TokenLosses(flat_K, tensor_nuclear_norm(torch.stack(differences, 1), numel_K, MAX_ERROR))
@@ -87,7 +95,14 @@ def step_rows(batch: CodedBatch) -> Tensor:
 
 
 def row_differences(teacher: TeacherRows, student_RHL: Tensor) -> Tensor:
-    """A_T - A_S [R, H, L + 1] on the teacher's columns; the last column is what lies outside of them."""
+    """A_T - A_S on the teacher's columns, and of what lies outside of them.
+
+    Args:
+        teacher: R rows of H heads, on M stored columns each.
+        student_RHL: float [R, H, L], the student's matched heads, in the graph; L at least the teacher's longest row.
+    Returns:
+        Float [R, H, L + 1]; the last column is the mass outside the stored columns, 0 where all are stored.
+    """
     kept_RHM = teacher.weights > 0
     matched_RHM = student_RHL.gather(2, teacher.columns)
     if teacher.residual is None:
@@ -100,7 +115,16 @@ def row_differences(teacher: TeacherRows, student_RHL: Tensor) -> Tensor:
 
 
 def tensor_nuclear_norm(tensor_KAHTL: Tensor, numel_K: Tensor, noise: float) -> Tensor:
-    """[K]: mean over the four unfoldings of their smoothed nuclear norms, over √numel. `noise`: largest error of an entry."""
+    """1/4 Σ_n Σ_i (√(σ²_ni + ε²) - ε) / √numel, σ_ni the singular values of the n-th unfolding, ε = noise · √numel.
+
+    Args:
+        tensor_KAHTL: float32 or float64 [K, A, H, T, L], filled up with zeros.
+        numel_K: int64, entries of each tensor without the filling.
+        noise: the largest error of an entry, of which the norm has no slope.
+    Returns:
+        Float [K], at least 0, in units of an entry's root mean square; not reduced.
+    Source: Liu et al. 2013, "Tensor Completion for Estimating Missing Values in Visual Data", for the norm over unfoldings.
+    """
     unfoldings = [tensor_KAHTL.movedim(axis, 1).flatten(2) for axis in range(1, 5)]
     scale_K = numel_K.to(tensor_KAHTL.dtype).clamp(min=1).sqrt()
     floor_K1 = (noise * scale_K)[:, None]
@@ -110,3 +134,6 @@ def tensor_nuclear_norm(tensor_KAHTL: Tensor, numel_K: Tensor, noise: float) -> 
         squares = torch.linalg.eigvalsh(short @ short.mT).clamp(min=0)
         total_K = total_K + ((squares + floor_K1.square()).sqrt() - floor_K1).sum(1)
     return total_K / (len(unfoldings) * scale_K)
+
+
+TERM = StatesTerm(section=AttentionEvolutionSection, kind=Kind.TEMPORAL, module=AttentionEvolution, residue=1e-3)

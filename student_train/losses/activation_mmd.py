@@ -1,4 +1,4 @@
-"""FFN pre-activations as sets: maximum mean discrepancy under a learnable mixture of Gaussians (REQUIREMENTS 25).
+"""FFN pre-activations as sets: maximum mean discrepancy under a learnable mixture of Gaussians.
 
 k(x, y) = Σ π_m exp(-‖x - y‖² / 2σ_m²), σ_m = (median distance, no gradient) · exp θ_m. Shares and widths *ascend* (gradient
 reversal; MMD-GAN, Li et al. 2017): descending, the kernel goes blind. Both sides are LayerNormed and projected by frozen
@@ -10,16 +10,27 @@ import math
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model_taps.spread import Groups
 from signal_store.cache import Cache
-from student_train.losses.config import ActivationMmdTerm
-from student_train.losses.features import GroupedTerm
+from student_train.losses.features import FeatureSection, GroupedTerm
+from student_train.losses.kinds import Kind
+from student_train.losses.schedule import WeightField, constant
+from student_train.losses.term import StatesTerm, at_least_float32
 
 GAUSSIANS = 5
 LARGEST_LOG_WIDTH = math.log(4)
+
+
+class ActivationMmdSection(FeatureSection):
+    """MMD² of FFN pre-activations, as sets of a segment's tokens, under a mixture of Gaussians whose widths and shares ascend; both
+    sides LayerNormed and projected by frozen orthonormal maps; mean over segments."""
+
+    weight: WeightField = constant(0.1)
+    directions: int = Field(128, ge=1)
 
 
 class _Reversed(torch.autograd.Function):
@@ -41,7 +52,14 @@ class Kernel(nn.Module):
         self.share = nn.Parameter(torch.zeros(GAUSSIANS))
 
     def forward(self, squared_distance: Tensor, median_G: Tensor) -> Tensor:
-        """Same shape as `squared_distance` [..., G, M, M]; `median_G` of the distances."""
+        """Σ_c π_c exp(-d² / 2σ_c²), σ_c = median · exp θ_c.
+
+        Args:
+            squared_distance: d², float [..., G, M, M].
+            median_G: float [G], of the distances.
+        Returns:
+            Of the shape of `squared_distance`, in (0, 1].
+        """
         reverse = _Reversed.apply
         width_GC = median_G[:, None] * reverse(self.log_width).clamp(-LARGEST_LOG_WIDTH, LARGEST_LOG_WIDTH).exp()  # type: ignore[no-untyped-call]
         scale_CG = -0.5 / width_GC.T.square().clamp(min=torch.finfo(torch.float32).tiny)
@@ -52,16 +70,16 @@ class Kernel(nn.Module):
 
 
 class ActivationMmd(GroupedTerm):
-    """See the module."""
+    """A kernel a pair of layers, and maps that no one trains."""
 
-    def __init__(self, section: ActivationMmdTerm, cache: Cache, student: PreTrainedModel) -> None:
+    def __init__(self, section: ActivationMmdSection, cache: Cache, student: PreTrainedModel) -> None:
         super().__init__("activation_mmd", ("ffn_gate", "ffn_gate"), section.depth_decay, cache, student)
         self.section, self.max_tokens = section, section.max_tokens
         self.kernels = nn.ModuleList(Kernel() for _ in self.pairs)
         self._maps: dict[tuple[int, int, str], Tensor] = {}
 
     def group_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, groups: Groups) -> Tensor:
-        """See the module."""
+        """Over segments."""
         kernel = self.kernels[number]
         assert isinstance(kernel, Kernel)
         directions = min(self.section.directions, own_Pd.shape[1], other_PD.shape[1])
@@ -77,12 +95,23 @@ class ActivationMmd(GroupedTerm):
         if key not in self._maps:
             drawn = torch.randn(width, directions, generator=torch.Generator().manual_seed(width))
             self._maps[key] = torch.linalg.qr(drawn)[0].to(states_PD.device)
-        mapped: Tensor = F.layer_norm(states_PD.float(), (width,)) @ self._maps[key]
+        normed = F.layer_norm(at_least_float32(states_PD), (width,))
+        mapped: Tensor = normed @ self._maps[key].to(normed.dtype)
         return mapped
 
 
 def squared_mmd(a_GMD: Tensor, b_GMD: Tensor, groups: Groups, kernel: Kernel) -> Tensor:
-    """[G], the biased V-statistic, never negative."""
+    """MMD² = mean_ij k(a_i, a_j) + mean_ij k(b_i, b_j) - 2 mean_ij k(a_i, b_j) of each group, the biased V-statistic.
+
+    Args:
+        a_GMD: float32 or float64 [G, M, D], at least one group.
+        b_GMD: of the same shape and dtype.
+        groups: which of the M places hold something, the same on both sides.
+        kernel: takes squared distances [3, G, M, M] and the groups' median distances [G]; the medians carry no gradient.
+    Returns:
+        Float [G], at least 0, without unit, not reduced.
+    Source: Gretton et al. 2012, "A Kernel Two-Sample Test", equation 5.
+    """
     inside_GMM = groups.inside[:, :, None] & groups.inside[:, None]
     pairs = [_squared_distances(x, y) for x, y in ((a_GMD, a_GMD), (b_GMD, b_GMD), (a_GMD, b_GMD))]
     with torch.no_grad():
@@ -97,3 +126,12 @@ def squared_mmd(a_GMD: Tensor, b_GMD: Tensor, groups: Groups, kernel: Kernel) ->
 def _squared_distances(x_GMD: Tensor, y_GMD: Tensor) -> Tensor:
     squares = x_GMD.square().sum(2)[:, :, None] + y_GMD.square().sum(2)[:, None]
     return (squares - 2 * x_GMD @ y_GMD.mT).clamp(min=0)
+
+
+TERM = StatesTerm(
+    section=ActivationMmdSection,
+    kind=Kind.STRUCTURED,
+    module=ActivationMmd,
+    residue=1e-4,
+    whole_gradient=False,  # the kernel's unit, the median distance, is held constant
+)
