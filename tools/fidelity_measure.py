@@ -114,7 +114,7 @@ class TemperatureFidelity:
 
 def logit_gradient(divergence: str, logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
     """[N, V]: gradient of the divergence with respect to the student's softened logits, p the teacher's and q the student's
-    (DESIGN 8); JSD with β = ½."""
+    JSD with β = ½."""
     q = logq_NV.exp()
     if divergence == "forward_kl":
         return q - logp_NV.exp()

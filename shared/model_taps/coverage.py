@@ -1,4 +1,4 @@
-"""Whether a summary says a word (REQUIREMENTS 8): 1 - Π_t (1 - p_t(word)) over the summary's rows, of the teacher, into the cache,
+"""Whether a summary says a word: 1 - Π_t (1 - p_t(word)) over the summary's rows, of the teacher, into the cache,
 and of the student, in the graph.
 
 Legend: N rows that count, C of a chunk, V vocabulary, S segments, W words (of all, or of the longest list).

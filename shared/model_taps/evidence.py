@@ -1,4 +1,4 @@
-"""How an answer's attention is shared out over the sentences of its question (REQUIREMENTS 7): the same sum of the teacher's rows,
+"""How an answer's attention is shared out over the sentences of its question: the same sum of the teacher's rows,
 into the cache, and of the student's, in the graph.
 
 Legend: R rows of answers, H heads, L keys of the longest row, P sentences.

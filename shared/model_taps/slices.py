@@ -1,4 +1,4 @@
-"""Where in a transformer block each tap lies, family by family, and how to read it while the model runs (REQUIREMENTS 23).
+"""Where in a transformer block each tap lies, family by family, and how to read it while the model runs.
 
 Modules are found by the names families give them, not by family: a new family that keeps to the customs works at once, and
 `resolve` says in words what is not there. A tap keeps the first firing only: activation checkpointing runs a block twice, and

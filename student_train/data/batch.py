@@ -10,24 +10,9 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from model_taps.slices import State
-from signal_store.codecs.distribution import DistributionCodes
-from student_train.data.signals.attention import AttentionCodes as AttentionCodes
-from student_train.data.signals.attention import AttentionPart
 from student_train.data.signals.base import Part
-from student_train.data.signals.coverage import CoveragePart
-from student_train.data.signals.distribution import DistributionPart
-from student_train.data.signals.evidence import EvidencePart
-from student_train.data.signals.hidden import HiddenCodes as HiddenCodes
-from student_train.data.signals.hidden import HiddenPart
-from student_train.data.signals.replay import ReplayPart
-from student_train.data.signals.stats import StatsPart
-from student_train.data.signals.tags import TagsPart
-from student_train.data.unit import IGNORE as IGNORE
 
 Kind = TypeVar("Kind", bound=Part)
-CoverageCodes = CoveragePart
-"""An old name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,103 +58,6 @@ class CodedBatch:
     def with_parts(self, *parts: Part) -> Self:
         """The batch with these in the place of those of their classes."""
         return replace(self, signals={**self.signals, **{type(part): part for part in parts}})
-
-    # Below: what the losses knew parts by, until they take them by class.
-
-    @property
-    def distribution(self) -> DistributionCodes | None:
-        """Codes of the N rows."""
-        part = self.part(DistributionPart)
-        return None if part is None else part.codes
-
-    @property
-    def types(self) -> Tensor | None:
-        """See `TagsPart`."""
-        part = self.part(TagsPart)
-        return None if part is None else part.types
-
-    @property
-    def hidden_flat(self) -> Tensor:
-        """See `HiddenPart`."""
-        part = self.part(HiddenPart)
-        return self.flat[:0] if part is None else part.flat
-
-    @property
-    def hidden(self) -> dict[State, HiddenCodes]:
-        """See `HiddenPart`."""
-        part = self.part(HiddenPart)
-        return {} if part is None else part.states
-
-    @property
-    def hidden_rows(self) -> tuple[int, ...]:
-        """See `HiddenPart`."""
-        part = self.part(HiddenPart)
-        return () if part is None else part.segment_rows
-
-    @property
-    def row_batch(self) -> Tensor:
-        """See `AttentionPart`."""
-        part = self.part(AttentionPart)
-        return self.flat[:0] if part is None else part.batch
-
-    @property
-    def row_query(self) -> Tensor:
-        """See `AttentionPart`."""
-        part = self.part(AttentionPart)
-        return self.flat[:0] if part is None else part.query
-
-    @property
-    def row_first(self) -> Tensor:
-        """See `AttentionPart`."""
-        part = self.part(AttentionPart)
-        return self.flat[:0] if part is None else part.first
-
-    @property
-    def row_length(self) -> Tensor:
-        """See `AttentionPart`."""
-        part = self.part(AttentionPart)
-        return self.flat[:0] if part is None else part.length
-
-    @property
-    def row_keyword(self) -> Tensor:
-        """See `AttentionPart`."""
-        part = self.part(AttentionPart)
-        return self.flat[:0].bool() if part is None else part.keyword
-
-    @property
-    def attention(self) -> dict[int, AttentionCodes]:
-        """See `AttentionPart`."""
-        part = self.part(AttentionPart)
-        return {} if part is None else part.layers
-
-    @property
-    def statistics(self) -> dict[int, Tensor]:
-        """See `StatsPart`."""
-        part = self.part(StatsPart)
-        return {} if part is None else part.attention
-
-    @property
-    def sparsity(self) -> Tensor | None:
-        """See `StatsPart`."""
-        part = self.part(StatsPart)
-        return None if part is None else part.ffn
-
-    @property
-    def replay(self) -> ReplayPart | None:
-        """See `ReplayPart`."""
-        return self.part(ReplayPart)
-
-    @property
-    def evidence(self) -> EvidencePart | None:
-        """See `EvidencePart`."""
-        return self.part(EvidencePart)
-
-    @property
-    def coverage(self) -> CoveragePart | None:
-        """See `CoveragePart`."""
-        return self.part(CoveragePart)
-
-    # Above: the old names.
 
     def mapped(self, change: Callable[[Any], Any], kind: type) -> Self:
         """The batch with everything of this kind in it changed."""

@@ -14,7 +14,7 @@ from signal_store.signals import Tap
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
-from student_train.data.signals.hidden import HiddenRequest
+from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.evaluate.evaluation import SHARE, Quantity
 from student_train.losses.cka import debiased_cka
 from student_train.losses.features import MIN_TOKENS
@@ -53,13 +53,14 @@ class DepthCka:
         with student.evaluating():
             for coded in batches:
                 batch = coded.to(device)
-                groups = evenly(torch.tensor(batch.hidden_rows, dtype=torch.int64), MAX_TOKENS, MIN_TOKENS).to(device)
+                part = HiddenPart.of(batch)
+                groups = evenly(torch.tensor(part.segment_rows, dtype=torch.int64), MAX_TOKENS, MIN_TOKENS).to(device)
                 with student.accelerator.autocast():
                     states = student.model(batch, look=self._states)
                 if not len(groups.index):
                     continue
                 for number, (pair, own) in enumerate(zip(self.pairs, states, strict=True)):
-                    codes = batch.hidden[self.tap, pair.teacher]
+                    codes = part.states[self.tap, pair.teacher]
                     other = codecs.hidden[self.tap, pair.teacher].decode(codes.values, codes.scale)
                     totals[number] += debiased_cka(groups.of(own), groups.of(other), groups.inside).double().sum()
                 totals[-1] += len(groups.index)
@@ -73,4 +74,4 @@ class DepthCka:
         wanted: list[State] = [(self.tap, p.student) for p in self.pairs]
         with tap_states(distiller.student, tuple(dict.fromkeys(wanted))) as states:
             distiller.final_hidden(batch)
-        return [states[state].flatten(0, -2)[batch.hidden_flat].float() for state in wanted]
+        return [states[state].flatten(0, -2)[HiddenPart.of(batch).flat].float() for state in wanted]

@@ -13,7 +13,7 @@ from signal_store.errors import InputError, MismatchError
 from signal_store.manifest import Split
 from student_train.data.batch import CodedBatch
 from student_train.data.request import TOKENS_ONLY, SignalRequest
-from student_train.data.signals.distribution import DistributionRequest
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.evaluate import fidelity
 from student_train.evaluate.evaluation import LABELS, NATS, Quantity
 from student_train.model.distiller import Distiller
@@ -89,7 +89,8 @@ def measured(distiller: Distiller, batch: CodedBatch) -> dict[str, Tensor]:
     hidden_ND, head = distiller.final_hidden(batch)[batch.flat], output_head(distiller.student)
     rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=hidden_ND.device)
     segment_N = torch.repeat_interleave(torch.arange(len(rows), device=hidden_ND.device), rows)
-    loss_N, sums = fidelity.measure_rows(hidden_ND, head, batch.labels, batch.distribution, distiller.codecs.whole)
+    codes = DistributionPart.codes_of(batch)
+    loss_N, sums = fidelity.measure_rows(hidden_ND, head, batch.labels, codes, distiller.codecs.whole)
     empty = loss_N.new_zeros(len(rows))
     by_segment = {"segment_loss": loss_N, "segment_labels": (batch.labels >= 0).to(loss_N)}
     return sums | {name: empty.index_add(0, segment_N, value_N) for name, value_N in by_segment.items()}

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.attention import AttentionPart, AttentionRequest
 from student_train.losses.attention_rows import attention_kl, decoded_rows
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
@@ -34,15 +35,15 @@ class Apc(StateTerm):
             raise not_cached("apc", "signals.attention", cache)
         layers = tuple(a.layer for a in cache.manifest.calibration.attention)
         self.matched = row_pairs("apc", layers, cache, student)
-        self.reads = Reads(Needs(False, (), layers), rows={stored_rows: tuple(p.student for p in self.matched)})
+        self.reads = Reads(SignalRequest.of(AttentionRequest(layers)), rows={stored_rows: tuple(p.student for p in self.matched)})
 
     def count(self, batch: CodedBatch) -> int:
         """Keywords."""
-        return int(batch.row_keyword.sum())
+        return int(AttentionPart.of(batch).keyword.sum())
 
     def forward(self, seen: Seen) -> Tensor:
         """Mean over heads and layers."""
-        keyword = seen.batch.row_keyword
+        keyword = AttentionPart.of(seen.batch).keyword
         parts = []
         for pair in self.matched:
             own_RGL = seen.rows[stored_rows, pair.student]

@@ -14,7 +14,8 @@ from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.signals.stats import FFN_STATISTICS
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.stats import StatsPart, StatsRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.rows import own_tokens, segment_of_token
 from student_train.losses.schedule import WeightField, constant
@@ -66,22 +67,22 @@ class RelativeAsr(StateTerm):
             raise not_cached("asr: relative", "signals.stats with ffn: true", cache, "set losses.asr.relative: false")
         depth, own = cache.manifest.teacher.num_layers, num_layers(student)
         self.states: tuple[State, ...] = tuple(("ffn_activation", layer_at_depth(layer / depth, own)) for layer in layout.layers)
-        self.reads = Reads(Needs(False, (), (), sparsity=True), tuple(dict.fromkeys(self.states)))
+        self.reads = Reads(SignalRequest.of(StatsRequest(ffn=True)), tuple(dict.fromkeys(self.states)))
 
     def count(self, batch: CodedBatch) -> int:
         """Segments."""
-        return 0 if batch.sparsity is None else len(batch.segments)
+        return 0 if batch.part(StatsPart) is None else len(batch.segments)
 
     def forward(self, seen: Seen) -> Tensor:
         """Mean over the teacher's layers."""
-        batch = seen.batch
+        batch, stats = seen.batch, seen.batch.part(StatsPart)
         activations = [seen.states[state].flatten(0, -2) for state in self.states]
-        if batch.sparsity is None or not len(batch.segments):
+        if stats is None or stats.ffn is None or not len(batch.segments):
             return 0 * torch.stack([a.sum() for a in activations]).sum()
         own = own_tokens(batch).flatten()
         segment_n, segments = segment_of_token(batch).flatten()[own], len(batch.segments)
         mine_SL = torch.stack([ffn_statistics(a[own], segment_n, segments)[:, HOYER] for a in activations], 1)
-        below_SL = (batch.sparsity[..., HOYER].float() - mine_SL).clamp(min=0)
+        below_SL = (stats.ffn[..., HOYER].float() - mine_SL).clamp(min=0)
         return below_SL.nan_to_num().mean(1).sum()
 
 

@@ -14,7 +14,8 @@ from signal_store.cache import Cache
 from signal_store.codecs.attention import MAX_ERROR
 from signal_store.errors import MismatchError
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.attention import AttentionPart, AttentionRequest
 from student_train.losses.attention_rows import TeacherRows, decoded_rows
 from student_train.losses.kinds import Kind
 from student_train.losses.level import Level, TokenLosses
@@ -49,7 +50,9 @@ class AttentionEvolution(Level):
             )
         layers = tuple(a.layer for a in cache.manifest.calibration.attention)
         self.matched = row_pairs("attention_evolution", layers, cache, student)
-        self.reads = Reads(Needs(False, (), layers, steps=True), rows={stored_rows: tuple(p.student for p in self.matched)})
+        self.reads = Reads(
+            SignalRequest.of(AttentionRequest(layers, steps=True)), rows={stored_rows: tuple(p.student for p in self.matched)}
+        )
 
     def count(self, batch: CodedBatch) -> int:
         """Keywords with three tokens before them."""
@@ -75,22 +78,23 @@ class AttentionEvolution(Level):
             everywhere = torch.ones(len(own_RGL), dtype=torch.bool, device=own_RGL.device)
             chosen = teacher.of(everywhere, [t for t, _ in heads])
             differences.append(row_differences(chosen, own_RGL[:, [s for _, s in heads], :keys])[rows_KT].transpose(1, 2))
-        numel_K = seen.batch.row_length[rows_KT].sum(1) * len(self.matched) * differences[0].shape[1]
-        batch, keyword_K = seen.batch, rows_KT[:, 0]
-        flat_K = batch.row_batch[keyword_K] * batch.input_ids.shape[1] + batch.row_query[keyword_K]
+        part, keyword_K = AttentionPart.of(seen.batch), rows_KT[:, 0]
+        numel_K = part.length[rows_KT].sum(1) * len(self.matched) * differences[0].shape[1]
+        flat_K = part.batch[keyword_K] * seen.batch.input_ids.shape[1] + part.query[keyword_K]
         return TokenLosses(flat_K, tensor_nuclear_norm(torch.stack(differences, 1), numel_K, MAX_ERROR))
 
 
 def step_rows(batch: CodedBatch) -> Tensor:
     """int64 [K, T]: of each keyword that has them, its row and those of the three tokens before it."""
-    keyword_K = batch.row_keyword.nonzero()[:, 0]
+    rows = AttentionPart.of(batch)
+    keyword_K = rows.keyword.nonzero()[:, 0]
     back_T = torch.arange(STEPS, device=keyword_K.device)
     rows_KT = keyword_K[:, None] - back_T
     inside_KT = rows_KT >= 0
     rows_KT = rows_KT.clamp(min=0)
-    same = inside_KT & (batch.row_query[rows_KT] == batch.row_query[keyword_K][:, None] - back_T)
-    for part in (batch.row_batch, batch.row_first):
-        same &= part[rows_KT] == part[keyword_K][:, None]
+    same = inside_KT & (rows.query[rows_KT] == rows.query[keyword_K][:, None] - back_T)
+    for place in (rows.batch, rows.first):
+        same &= place[rows_KT] == place[keyword_K][:, None]
     return rows_KT[same.all(1)]
 
 

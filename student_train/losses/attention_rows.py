@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from signal_store.codecs.attention import decode_attention
-from student_train.data.batch import AttentionCodes, CodedBatch
+from student_train.data.batch import CodedBatch
+from student_train.data.signals.attention import AttentionPart
 
 EPSILON = 1e-8
 HeadPairs = dict[int, list[tuple[int, int]]]
@@ -41,10 +42,10 @@ class TeacherRows:
 
 def decoded_rows(batch: CodedBatch, layer: int) -> TeacherRows | None:
     """The stored rows of one teacher layer, padded to the longest; None where the batch has none. float32, total mass 1."""
-    codes: AttentionCodes | None = batch.attention.get(layer)
-    if codes is None or not len(batch.row_length):
+    part = AttentionPart.of(batch)
+    if not len(part.length):
         return None
-    lengths_R = batch.row_length
+    codes, lengths_R = part.layers[layer], part.length
     columns_M = torch.arange(int(lengths_R.max()), device=lengths_R.device)
     inside_RM = columns_M < lengths_R[:, None]
     heads = codes.weights.shape[1]

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from model_taps.attention_statistics import attention_statistics
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.stats import StatsPart, StatsRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import RowsOf, segment_of_query, statistics_rows
@@ -38,7 +39,7 @@ class AttentionStatistics(StateTerm):
             raise not_cached("attention_statistics", "signals.stats with attention: true", cache)
         self.pairs = row_pairs("attention_statistics", layout.attention_layers, cache, student)
         rows: dict[RowsOf, tuple[int, ...]] = {statistics_rows: tuple(dict.fromkeys(p.student for p in self.pairs))}
-        self.reads = Reads(Needs(False, (), (), statistics=layout.attention_layers), rows=rows)
+        self.reads = Reads(SignalRequest.of(StatsRequest(layout.attention_layers)), rows=rows)
 
     def count(self, batch: CodedBatch) -> int:
         """Segments that have statistics."""
@@ -46,7 +47,7 @@ class AttentionStatistics(StateTerm):
 
     def forward(self, seen: Seen) -> Tensor:
         """Mean over layers."""
-        batch = seen.batch
+        batch, stats = seen.batch, seen.batch.part(StatsPart)
         query = seen.queries[statistics_rows]
         segment_R = segment_of_query(batch, query)
         known = _known(batch, self.pairs[0].teacher)
@@ -55,7 +56,7 @@ class AttentionStatistics(StateTerm):
         for pair in self.pairs:
             rows = seen.rows[statistics_rows, pair.student]
             own = attention_statistics(rows, query.lengths, segment_R, len(batch.segments))[known]
-            other = batch.statistics[pair.teacher].float()[known] if pair.teacher in batch.statistics else own.detach()
+            other = own.detach() if stats is None else stats.attention[pair.teacher].float()[known]
             apart = own.quantile(levels, dim=1) - other.quantile(levels, dim=1) if len(own) else rows[:0]
             parts.append(apart.abs().mean((0, 2)).sum() if len(own) else 0 * rows.sum())
         return torch.stack(parts).mean()
@@ -63,8 +64,8 @@ class AttentionStatistics(StateTerm):
 
 def _known(batch: CodedBatch, layer: int) -> Tensor:
     """bool [segments]: which have a row to take statistics from."""
-    found = batch.statistics.get(layer)
-    return torch.zeros(0, dtype=torch.bool) if found is None else ~found[:, 0, 0].isnan()
+    stats = batch.part(StatsPart)
+    return torch.zeros(0, dtype=torch.bool) if stats is None else ~stats.attention[layer][:, 0, 0].isnan()
 
 
 TERM = StatesTerm(section=AttentionStatisticsSection, kind=Kind.IMPLICIT, module=AttentionStatistics, residue=2e-3)

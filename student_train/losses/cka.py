@@ -20,7 +20,7 @@ def debiased_cka(a_GMD: Tensor, b_GME: Tensor, inside_GM: Tensor) -> Tensor:
     Returns:
         Float [G], 1 where the one is a rotation and scaling of the other, about 0 for independent ones; not reduced.
     Source: Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", equation 4; Song et al. 2012, "Feature
-    Selection via Dependence Maximization", equation 5, for HSIC₁.
+    Selection via Dependence Maximization", for HSIC₁.
     """
     first, second = (_gram(x, inside_GM) for x in (a_GMD, b_GME))
     tokens_G = inside_GM.sum(1)

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from model_taps.coverage import summary_coverage
 from signal_store.cache import Cache
-from student_train.data.batch import CodedBatch, CoverageCodes
-from student_train.data.reader import Needs
+from student_train.data.batch import CodedBatch
+from student_train.data.request import SignalRequest
+from student_train.data.signals.coverage import CoveragePart, CoverageRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.rows import segment_of_row
 from student_train.losses.schedule import WeightField, constant
@@ -31,21 +32,22 @@ class Coverage(StateTerm):
         super().__init__()
         if cache.manifest.signals.coverage is None:
             raise not_cached("coverage", "signals.coverage and a source with task: summary", cache)
-        self.reads = Reads(Needs(False, (), (), coverage=True))
+        self.reads = Reads(SignalRequest.of(CoverageRequest()))
 
     def count(self, batch: CodedBatch) -> int:
         """Key words."""
-        return 0 if batch.coverage is None else len(batch.coverage.token)
+        part = batch.part(CoveragePart)
+        return 0 if part is None else len(part.token)
 
     def forward(self, seen: Seen) -> Tensor:
         """Over key words."""
-        codes = seen.batch.coverage
+        codes = seen.batch.part(CoveragePart)
         if codes is None or not len(codes.token):
             return 0 * (seen.final.sum() + seen.head.weight.sum())
         return (student_coverage(seen, codes) - codes.probability.float()).abs().sum()
 
 
-def student_coverage(seen: Seen, codes: CoverageCodes) -> Tensor:
+def student_coverage(seen: Seen, codes: CoveragePart) -> Tensor:
     """c_w = 1 - Π_t (1 - p_t(first token of w)) over the rows t of the word's segment that count.
 
     Args:

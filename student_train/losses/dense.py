@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model_taps.head import OutputHead
 from signal_store.codecs.distribution import PADDED_LOGIT, apply_softcap
-from student_train.data.batch import IGNORE
+from student_train.data.unit import IGNORE
 from student_train.losses.divergence import Divergence
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from model_taps.evidence import evidence_shares, shares_of
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.evidence import EvidencePart, EvidenceRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import AnswerRows, segment_of_query
@@ -39,16 +40,17 @@ class Evidence(StateTerm):
         self.pairs = row_pairs("evidence", layers, cache, student)
         self.answers = AnswerRows(signal.queries)
         self.reads = Reads(
-            Needs(False, (), (), evidence=layers), rows={self.answers: tuple(dict.fromkeys(p.student for p in self.pairs))}
+            SignalRequest.of(EvidenceRequest(layers)), rows={self.answers: tuple(dict.fromkeys(p.student for p in self.pairs))}
         )
 
     def count(self, batch: CodedBatch) -> int:
         """Segments with evidence."""
-        return 0 if batch.evidence is None else len(batch.evidence.segment.unique())
+        part = batch.part(EvidencePart)
+        return 0 if part is None else len(part.segment.unique())
 
     def forward(self, seen: Seen) -> Tensor:
         """Mean over layers."""
-        codes, query = seen.batch.evidence, seen.queries[self.answers]
+        codes, query = seen.batch.part(EvidencePart), seen.queries[self.answers]
         rows = [seen.rows[self.answers, pair.student] for pair in self.pairs]
         if codes is None or not len(codes.segment):
             return 0 * torch.stack([row.sum() for row in rows]).sum()

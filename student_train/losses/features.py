@@ -13,7 +13,8 @@ from model_taps.spread import Groups, evenly
 from signal_store.cache import Cache
 from signal_store.signals import Tap
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.losses.pairing import depth_weights, state_pairs
 from student_train.losses.term import Reads, Seen, StateTerm, TermSection
 
@@ -44,12 +45,12 @@ class PairedTerm(StateTerm):
         self.decay = decay
         self.pairs = state_pairs(name, self.tap, cache, student, own_tap=self.own_tap)
         self.own_width: int = student.config.get_text_config().hidden_size
-        needs = Needs(False, tuple((self.tap, p.teacher) for p in self.pairs), ())
+        needs = SignalRequest.of(HiddenRequest(tuple((self.tap, p.teacher) for p in self.pairs)))
         self.reads = Reads(needs, tuple((self.own_tap, p.student) for p in self.pairs))
 
     def count(self, batch: CodedBatch) -> int:
         """Tokens."""
-        return sum(rows if self.max_tokens is None else min(rows, self.max_tokens) for rows in batch.hidden_rows)
+        return sum(rows if self.max_tokens is None else min(rows, self.max_tokens) for rows in HiddenPart.of(batch).segment_rows)
 
     def forward(self, seen: Seen) -> Tensor:
         """Layers weighed by depth."""
@@ -61,10 +62,11 @@ class PairedTerm(StateTerm):
 
     def kept(self, batch: CodedBatch) -> Tensor | None:
         """int64, which of the sampled states it looks at; None for all."""
-        if self.max_tokens is None or max(batch.hidden_rows, default=0) <= self.max_tokens:
+        part = HiddenPart.of(batch)
+        if self.max_tokens is None or max(part.segment_rows, default=0) <= self.max_tokens:
             return None
-        groups = evenly(torch.tensor(batch.hidden_rows, dtype=torch.int64), self.max_tokens)
-        return groups.index[groups.inside].to(batch.hidden_flat.device)
+        groups = evenly(torch.tensor(part.segment_rows, dtype=torch.int64), self.max_tokens)
+        return groups.index[groups.inside].to(part.flat.device)
 
     def _of_pair(self, number: int, kept: Tensor | None, seen: Seen) -> Tensor:
         pair = self.pairs[number]
@@ -84,11 +86,11 @@ class GroupedTerm(PairedTerm):
 
     def count(self, batch: CodedBatch) -> int:
         """Segments with enough sampled tokens."""
-        return sum(rows >= MIN_TOKENS for rows in batch.hidden_rows)
+        return sum(rows >= MIN_TOKENS for rows in HiddenPart.of(batch).segment_rows)
 
     def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
         """Over segments."""
-        rows = torch.tensor(seen.batch.hidden_rows, dtype=torch.int64).clamp(max=self.max_tokens)
+        rows = torch.tensor(HiddenPart.of(seen.batch).segment_rows, dtype=torch.int64).clamp(max=self.max_tokens)
         return self.group_sum(number, own_Pd, other_PD, evenly(rows, self.max_tokens, MIN_TOKENS).to(own_Pd.device))
 
     @abstractmethod
@@ -107,7 +109,7 @@ def teacher_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tens
         float32 [P, d], in the model's own units; [0, d] where the batch has none.
     """
     codec = seen.codecs.hidden[state]
-    codes = seen.batch.hidden.get(state)
+    codes = HiddenPart.of(seen.batch).states.get(state)
     if codes is None:
         return codec.mean.new_zeros(0, len(codec.mean))
     values, scale = (codes.values, codes.scale) if kept is None else (codes.values[kept], codes.scale[kept])
@@ -116,8 +118,9 @@ def teacher_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tens
 
 def student_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tensor:
     """[P, d] of the same tokens, in the graph."""
-    flat = seen.batch.hidden_flat if kept is None else seen.batch.hidden_flat[kept]
-    return seen.states[state].flatten(0, -2)[flat]  # some families walk their FFN without the batch axis
+    flat = HiddenPart.of(seen.batch).flat
+    wanted = flat if kept is None else flat[kept]
+    return seen.states[state].flatten(0, -2)[wanted]  # some families walk their FFN without the batch axis
 
 
 def in_channel_units(seen: Seen, state: State, states_PD: Tensor) -> Tensor:

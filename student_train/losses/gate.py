@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from signal_store.cache import Cache
 from signal_store.format.roles import TOKEN_TYPES
 from signal_store.signals.distribution import SCALARS
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.signals.tags import TagsPart, TagsRequest
 from student_train.losses.head_terms import OutputTerm
 from student_train.losses.kinds import Kind
 from student_train.losses.level import TokenLosses
@@ -117,7 +119,8 @@ class Gate(nn.Module):
         nn.init.zeros_(last.bias)
         self.register_buffer("mean_loss", torch.zeros(len(levels)))
         self.register_buffer("first_loss", torch.zeros(len(levels)))
-        self.reads = Reads(Needs(distribution=True, hidden=(), attention=(), tags="tags/roles" in cache.capacity_rows))
+        tags = [TagsRequest()] if "tags/roles" in cache.capacity_rows else []
+        self.reads = Reads(SignalRequest.of(DistributionRequest(), *tags))
 
     def weights(self, features_MF: Tensor, present_ML: Tensor) -> Tensor:
         """floor + (1 - n · floor) · softmax(MLP(features)) over a token's n present levels.
@@ -188,10 +191,11 @@ class Gate(nn.Module):
         """float32 [B · S, features]; zero where a token does not count."""
         batch, codec = seen.batch, seen.codecs.distribution
         segment_N, place_N, follows_N = places_of(batch)
+        distribution, tags = batch.part(DistributionPart), batch.part(TagsPart)
         nothing = torch.zeros(len(batch.flat), device=seen.final.device)
         columns = dict.fromkeys(FEATURES, nothing)
-        if batch.distribution is not None and codec is not None:
-            scalars = batch.distribution.scalars.float()
+        if distribution is not None and codec is not None:
+            scalars = distribution.codes.scalars.float()
             columns["teacher_entropy"] = scalars[:, SCALARS.index("entropy")] / self.log_vocab
             columns["teacher_surprise"] = -scalars[:, SCALARS.index("label_logprob")].nan_to_num()
             columns["teacher_confidence"] = scalars[:, SCALARS.index("max_logprob")]
@@ -208,9 +212,9 @@ class Gate(nn.Module):
         columns["attention_entropy"] = self._attention_entropy(seen)[segment_N]
         if batch.importance is not None:
             columns["importance"] = batch.importance
-        if batch.types is not None:
+        if tags is not None:
             for number, name in enumerate(TOKEN_TYPES[1:], start=1):
-                columns[name] = (batch.types == number).float()
+                columns[name] = (tags.types == number).float()
         table_SF = nothing.new_zeros(batch.input_ids.numel(), len(FEATURES))
         table_SF[batch.flat] = torch.stack([columns[name].float() for name in FEATURES], 1)
         return table_SF

@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
+from operator import or_
 
 from transformers import PreTrainedModel
 
@@ -12,7 +13,9 @@ from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError, SignalStoreError
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.distribution import DistributionRequest
+from student_train.data.signals.tags import TagsRequest
 from student_train.importance.rules import load_rules
 from student_train.importance.weigher import Weigher
 from student_train.losses import registry
@@ -46,11 +49,12 @@ class Objective:
         return {name: section for name, section in self.losses if isinstance(section, TermSection | RouterBalanceSection)}
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> SignalRequest:
         """What is read of the cache besides tokens."""
-        start = Needs(bool(self.losses.divergences), (), (), tags=self.weigher is not None)
-        start = start if self.gate is None else start.union(self.gate.reads.cache)
-        return reduce(Needs.union, (term.reads.cache for term in self.states.values()), start)
+        own = {DistributionRequest(): bool(self.losses.divergences), TagsRequest(): self.weigher is not None}
+        parts = [SignalRequest.of(*(request for request, asked in own.items() if asked))]
+        parts += [] if self.gate is None else [self.gate.reads.cache]
+        return reduce(or_, (term.reads.cache for term in self.states.values()), reduce(or_, parts))
 
     @property
     def student_states(self) -> tuple[State, ...]:

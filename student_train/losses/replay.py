@@ -20,7 +20,8 @@ from model_taps.head import final_norm
 from model_taps.slices import State
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.replay import ReplayPart, ReplayRequest
 from student_train.losses.features import make_projection
 from student_train.losses.kinds import Kind
 from student_train.losses.level import Level, TokenLosses
@@ -53,16 +54,17 @@ class Replay(Level):
         self.projection = make_projection(own, cache.manifest.teacher.hidden_size)
         self._norm = [final_norm(student)]  # in a list: the student's own parameters are not this module's
         self.last: State = ("block_output", num_layers(student))
-        self.reads = Reads(Needs(False, (), (), replay=True), (self.last,))
+        self.reads = Reads(SignalRequest.of(ReplayRequest()), (self.last,))
 
     def count(self, batch: CodedBatch) -> int:
         """Sampled tokens."""
-        return 0 if batch.replay is None else len(batch.replay.flat)
+        part = batch.part(ReplayPart)
+        return 0 if part is None else len(part.flat)
 
     def per_token(self, seen: Seen) -> TokenLosses:
         """Of sampled tokens."""
         states = seen.states[self.last].flatten(0, 1)
-        codes = seen.batch.replay
+        codes = seen.batch.part(ReplayPart)
         if codes is None or not len(codes.flat):
             nothing = 0 * (states.sum() + self.projection.weight.sum())
             return TokenLosses(seen.batch.flat[:0], nothing.new_zeros(0), nothing)

@@ -10,6 +10,8 @@ from model_taps.attention import RowQuery
 from model_taps.attention_statistics import STATISTICS_EVERY
 from model_taps.spread import evenly
 from student_train.data.batch import CodedBatch
+from student_train.data.signals.attention import AttentionPart
+from student_train.data.signals.evidence import EvidencePart
 
 RowsOf = Callable[[CodedBatch], RowQuery]
 """Where rows of one kind are; terms that name the same share them."""
@@ -17,7 +19,8 @@ RowsOf = Callable[[CodedBatch], RowQuery]
 
 def stored_rows(batch: CodedBatch) -> RowQuery:
     """Those whose teacher's twins are in the batch."""
-    return RowQuery(batch.row_batch, batch.row_query, batch.row_first)
+    part = AttentionPart.of(batch)
+    return RowQuery(part.batch, part.query, part.first)
 
 
 def statistics_rows(batch: CodedBatch) -> RowQuery:
@@ -36,11 +39,12 @@ class AnswerRows:
     def __call__(self, batch: CodedBatch) -> RowQuery:
         """Rows segment by segment."""
         rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=batch.flat.device)
-        if batch.evidence is None or not len(batch.evidence.segment):
+        evidence = batch.part(EvidencePart)
+        if evidence is None or not len(evidence.segment):
             flat = batch.flat[:0]
         else:
             asked = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-            asked[batch.evidence.segment] = True
+            asked[evidence.segment] = True
             spread = evenly(rows, self.most)
             flat = batch.flat[spread.index[spread.inside & asked[:, None]]]
         width = batch.input_ids.shape[1]

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from student_train.data.batch import CodedBatch
-from student_train.data.reader import Needs
+from student_train.data.request import SignalRequest
+from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.losses.features import teacher_states
 from student_train.losses.kinds import Kind
 from student_train.losses.level import Level, TokenLosses
@@ -49,7 +50,7 @@ class Smoothness(Level):
                     where=cache.uri,
                     remedy="Set losses.smoothness.relative: false, or build a cache with all positions.",
                 )
-            needs = Needs(False, (("block_output", self.pair.teacher),), ())
+            needs = SignalRequest.of(HiddenRequest((("block_output", self.pair.teacher),)))
             self.reads = Reads(needs, (("block_output", self.pair.student),))
 
     def count(self, batch: CodedBatch) -> int:
@@ -65,8 +66,9 @@ class Smoothness(Level):
             excess_N = moved(at_least_float32(seen.final[batch.flat]), segment_N, segments, follows_N)
         else:
             own = at_least_float32(seen.states["block_output", self.pair.student].flatten(0, 1)[batch.flat])
-            index = batch.hidden_flat.new_zeros(batch.input_ids.numel())
-            index[batch.hidden_flat] = torch.arange(len(batch.hidden_flat), device=index.device)
+            flat = HiddenPart.of(batch).flat
+            index = flat.new_zeros(batch.input_ids.numel())
+            index[flat] = torch.arange(len(flat), device=index.device)
             other = teacher_states(seen, ("block_output", self.pair.teacher))[index[batch.flat]]
             both = (moved(states, segment_N, segments, follows_N) for states in (own, other))
             mine_N, theirs_N = both

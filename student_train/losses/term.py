@@ -24,7 +24,7 @@ from signal_store.errors import MismatchError
 from signal_store.format.section import Section
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
-from student_train.data.reader import TOKENS_ONLY, Needs
+from student_train.data.request import TOKENS_ONLY, SignalRequest
 from student_train.losses.attention_rows import HeadPairs
 from student_train.losses.divergence import Divergence
 from student_train.losses.kinds import Kind
@@ -97,7 +97,7 @@ class Reads:
     """`cache`: signals; `states`: taps of the student by (tap, layer from 1); `rows`: which of its attention rows, of which
     layers."""
 
-    cache: Needs = TOKENS_ONLY
+    cache: SignalRequest = TOKENS_ONLY
     states: tuple[State, ...] = ()
     rows: Mapping[RowsOf, tuple[int, ...]] | None = None
 

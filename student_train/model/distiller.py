@@ -18,6 +18,8 @@ from model_taps.head import final_hidden, output_head
 from model_taps.slices import refuse_silent_taps, tap_states
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
+from student_train.data.signals.attention import AttentionPart
+from student_train.data.signals.distribution import DistributionPart
 from student_train.losses.attention_rows import HeadPairs, decoded_rows, match_heads
 from student_train.losses.gate import RowLosses
 from student_train.losses.head_terms import OutputTargets
@@ -98,7 +100,7 @@ class Distiller(nn.Module):
         queries = {rows_of: rows_of(batch) for rows_of in wanted}
         taken = self._open_taps.enter_context(tap_attention_rows(joined_queries(wanted, queries)))
         (final, balance), head = self._hidden_and_balance(batch), output_head(self.student)
-        targets = OutputTargets(batch.labels, batch.distribution, self.codecs.distribution, batch.importance)
+        targets = OutputTargets(batch.labels, DistributionPart.codes_of(batch), self.codecs.distribution, batch.importance)
         terms = objective.output_terms(scales)
         total, losses_KN = output_loss(final[batch.flat], head, targets, list(terms.values()), impl=self.impl)
         sums = {name: losses_N.sum() for name, losses_N in zip(terms, losses_KN, strict=True) if name in scales}
@@ -139,7 +141,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def choose_heads(self, batch: CodedBatch) -> bool:
         """Match heads once, on the keywords of a batch; False if it has none."""
-        keyword = batch.row_keyword
+        keyword = AttentionPart.of(batch).keyword
         if not keyword.any():
             return False
         query = stored_rows(batch)

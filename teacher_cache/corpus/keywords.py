@@ -1,4 +1,4 @@
-"""Where the keywords of a programming language stand in a text: by its lexer, never by token id (REQUIREMENTS 69); and what stands
+"""Where the keywords of a programming language stand in a text: by its lexer, never by token id; and what stands
 for them in prose.
 
 Strings and comments hold none, `undefined` holds no `def`, and code that does not parse still has its keywords.

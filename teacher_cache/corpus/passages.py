@@ -1,4 +1,4 @@
-"""What of a prompt its answer may rest on: the sentences of a question (REQUIREMENTS 7), the key words of a text to sum up (8).
+"""What of a prompt its answer may rest on: the sentences of a question, the key words of a text to sum up.
 
 Sentences end with . ! ? and their Chinese forms, or with a line; of code, a line is one. Key words are nouns and names, of code
 identifiers; a word is told by its first token, and stands once.

@@ -1,4 +1,4 @@
-"""What part each word plays (REQUIREMENTS 13-15): spans of characters with roles, by jieba, a spaCy pipeline, or a Pygments lexer.
+"""What part each word plays: spans of characters with roles, by jieba, a spaCy pipeline, or a Pygments lexer.
 
 jieba (Chinese) gives parts of speech. spaCy gives parts of speech and dependencies; semantic roles come from a token-classification
 checkpoint with BIO labels, or from the dependencies. Code gets roles from its lexer. Words become tokens by overlap of characters.

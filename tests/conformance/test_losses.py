@@ -20,12 +20,13 @@ from model_taps.loading import load_model
 from run_kit.recipe_file import validate
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError
-from student_train.data.batch import IGNORE, CodedBatch
+from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.collate import collate
 from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionRequest
+from student_train.data.unit import IGNORE
 from student_train.losses import registry
 from student_train.losses.divergence import Divergence, Softened
 from student_train.losses.head_terms import OutputTargets, OutputTerm

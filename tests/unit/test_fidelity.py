@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model_taps.head import OutputHead
-from student_train.data.batch import IGNORE
+from student_train.data.unit import IGNORE
 from student_train.evaluate import fidelity
 from student_train.evaluate.evaluation import numbers
 from tests.unit.test_losses import WIDTH, made_codec, made_codes

@@ -10,7 +10,7 @@ from model_taps.head import OutputHead
 from signal_store.codecs.attention import MAX_ERROR, decode_attention, encode_attention
 from signal_store.codecs.bf16_units import two_halves
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
-from student_train.data.batch import IGNORE
+from student_train.data.unit import IGNORE
 from student_train.losses import chunked
 from student_train.losses.attention_rows import TeacherRows, attention_kl, match_heads
 from student_train.losses.dense import teacher_logprobs

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from signal_store.cache import Cache
+from student_train.data.batch import CodedBatch
 from student_train.data.placement import Placed, Placement, joined
 from student_train.data.signals.base import Part, Request
 
@@ -32,6 +33,12 @@ class AttentionPart(Part):
     length: Tensor
     keyword: Tensor
     layers: dict[int, AttentionCodes]
+
+    @classmethod
+    def of(cls, batch: CodedBatch) -> "AttentionPart":
+        """The batch's; an empty one where it has none, as where there is no segment."""
+        none = batch.flat[:0]
+        return batch.part(cls) or cls(none, none, none, none, none.bool(), {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from signal_store.cache import Cache
 from signal_store.codecs.cached import distribution_codec
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
+from student_train.data.batch import CodedBatch
 from student_train.data.placement import Placement
 from student_train.data.signals.base import Part, Request
 
@@ -17,6 +18,12 @@ class DistributionPart(Part):
     """`codes` of N rows."""
 
     codes: DistributionCodes
+
+    @classmethod
+    def codes_of(cls, batch: CodedBatch) -> DistributionCodes | None:
+        """The batch's codes, where it has them."""
+        part = batch.part(cls)
+        return None if part is None else part.codes
 
 
 @dataclass(frozen=True, slots=True)

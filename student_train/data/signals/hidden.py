@@ -9,6 +9,7 @@ from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.codecs.cached import hidden_codec
 from signal_store.codecs.hidden import HiddenCodec
+from student_train.data.batch import CodedBatch
 from student_train.data.placement import Placement
 from student_train.data.signals.base import Part, Request
 
@@ -29,6 +30,11 @@ class HiddenPart(Part):
     flat: Tensor
     states: dict[State, HiddenCodes]
     segment_rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: CodedBatch) -> "HiddenPart":
+        """The batch's; an empty one where it has none, as where there is no segment."""
+        return batch.part(cls) or cls(batch.flat[:0], {}, ())
 
 
 @dataclass(frozen=True, slots=True)
