@@ -1,7 +1,8 @@
 """The recipe of a run: which cache, which student, which objective, how trained. A section lies beside the code that reads it."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
@@ -13,7 +14,7 @@ from student_train.evaluate.sections import ValidationSection
 from student_train.losses.aliases import by_own_names
 from student_train.losses.kinds import Kind
 from student_train.losses.presets import find_preset
-from student_train.model.sections import SharingSection
+from student_train.model.sections import ParallelSection
 from student_train.student.sections import StudentSection
 from student_train.train.sections import CheckpointSection, OptimizerSection
 from student_train.train.settings import TrainSettings
@@ -42,6 +43,8 @@ def _inside(error: ValidationError, place: str) -> ValidationError:
 class RunRecipe(Section):
     """Everything `student-train run` needs."""
 
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({"sharing": "parallel"})
+
     cache: str | tuple[str, ...]
     """Where the cache is; a list opens a cache with its overlays."""
     out: LocalPath
@@ -61,7 +64,7 @@ class RunRecipe(Section):
     activation_checkpointing: bool = False
     compile: bool = False
     """Run the losses of the output head through torch.compile (needs a C++ compiler on a CPU)."""
-    sharing: SharingSection = SharingSection.model_validate({})
+    parallel: ParallelSection = ParallelSection.model_validate({})
     tensorboard: bool = False
     gradient_shares_every: int | None = Field(None, ge=1)
     """Measure each term's share of the gradient every so many steps, at the cost of a step for each term."""
@@ -143,7 +146,7 @@ class RunRecipe(Section):
             stream=self.stream,
             validation=self.validation,
             checkpoint=self.checkpoint,
-            sharing=self.sharing,
+            parallel=self.parallel,
             steps=self.steps,
             seed=self.seed,
             tail_rank=self.tail_rank,

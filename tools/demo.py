@@ -80,7 +80,7 @@ def run_recipe(preset: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
         "steps": steps,
         "seed": seed,
         "optimizer": {"learning_rate": 1.5e-3, "betas": [0.9, 0.95], "warmup_steps": steps // 20, "min_factor": 0.02},
-        "stream": {"row_tokens": 256, "rows_per_step": 4, "seed": seed},
+        "stream": {"sequence_length": 256, "global_batch_rows": 4, "seed": seed},
         "validation": {"every": max(1, steps // 4)},
         "checkpoint": {"every": max(1, steps // 2), "keep": 1},
     }

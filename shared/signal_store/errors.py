@@ -147,7 +147,7 @@ def memory_error(error: Exception) -> SignalStoreError | None:
     if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in said:
         return None
     remedy = (
-        "For a teacher lower batch_tokens; for a student stream.micro_rows, or set activation_checkpointing: true or "
+        "For a teacher lower batch_tokens; for a student stream.micro_batch_rows, or set activation_checkpointing: true or "
         "precision: bfloat16. The same command goes on from what is committed."
     )
     return OutOfMemoryError("out of memory", found=said, remedy=remedy)

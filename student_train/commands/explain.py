@@ -58,7 +58,7 @@ def explain(recipe: RunRecipe) -> dict[str, Any]:
     if importance is not None:
         weights_of_tokens = f"0.2 to 3, rules {load_rules(importance.rules).digest[:19]}, divided by {importance.normalise}"
     tokens = sum(source.num_tokens for source in cache.sources if source.split == "train")
-    per_step = recipe.stream.row_tokens * recipe.stream.rows_per_step
+    per_step = recipe.stream.sequence_length * recipe.stream.global_batch_rows
     return {
         "cache_id": cache.manifest.cache_id,
         "parameters": sum(p.numel() for p in student.parameters()),

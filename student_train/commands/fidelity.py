@@ -20,8 +20,8 @@ from student_train.losses.objective import Objective
 from student_train.losses.pairing import state_pairs
 from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
-from student_train.model.parallel import Shared, accelerator_of
-from student_train.model.sections import SharingSection
+from student_train.model.parallel import ParallelModel, accelerator_of
+from student_train.model.sections import ParallelSection
 from student_train.student.build import build_student
 from student_train.student.packing import packs_rows
 from student_train.student.sections import StudentSection
@@ -57,15 +57,15 @@ def evaluated(student: Path, cache: str | tuple[str, ...], max_tokens: int | Non
         raise MismatchError("the cache holds no distribution to compare with", expected="signals.distribution", where=opened.uri)
     if not len(opened.units("validation")):
         raise MismatchError("the cache has no validation split", expected="a source with split: validation", where=opened.uri)
-    shared = _shared(student, opened, bf16=bf16)
+    parallel = _shared(student, opened, bf16=bf16)
     validation = Validation(opened)
-    shared.distiller.codecs = Codecs.of(opened, validation.needs, shared.accelerator.device)
-    rows = StreamSection(row_tokens=opened.manifest.plan.context, rows_per_step=ROWS)
-    with shared.accelerator.autocast():
-        packed = packs_rows(shared.distiller.student, opened, rows.row_tokens, rows.forward_rows)
+    parallel.distiller.codecs = Codecs.of(opened, validation.needs, parallel.accelerator.device)
+    rows = StreamSection(sequence_length=opened.manifest.plan.context, global_batch_rows=ROWS)
+    with parallel.accelerator.autocast():
+        packed = packs_rows(parallel.distiller.student, opened, rows.sequence_length, rows.forward_rows)
     stream = Stream(opened, validation.needs, rows, packed=packed)
-    evaluations: list[Evaluation] = [validation, *_cka(opened, shared)]
-    return {each.name: each.run(shared, stream.once("validation", each.needs, max_tokens)) for each in evaluations}
+    evaluations: list[Evaluation] = [validation, *_cka(opened, parallel)]
+    return {each.name: each.run(parallel, stream.once("validation", each.needs, max_tokens)) for each in evaluations}
 
 
 def text_of(found: Mapping[str, Mapping[str, Quantity]]) -> str:
@@ -81,15 +81,15 @@ def _shown(quantity: Quantity) -> str:
     return f"{value} {quantity.unit}".rstrip()
 
 
-def _shared(student: Path, cache: Cache, *, bf16: bool) -> Shared:
+def _shared(student: Path, cache: Cache, *, bf16: bool) -> ParallelModel:
     model, _ = build_student(StudentSection(checkpoint=str(student)), cache)
     accelerator = accelerator_of(bf16=bf16)
     distiller = Distiller(model, Objective(Losses.of({}), {})).to(accelerator.device)
-    return Shared.of(accelerator, distiller, SharingSection())
+    return ParallelModel.of(accelerator, distiller, ParallelSection())
 
 
-def _cka(cache: Cache, shared: Shared) -> list[DepthCka]:
+def _cka(cache: Cache, parallel: ParallelModel) -> list[DepthCka]:
     """Where the cache holds outputs of blocks."""
     if not any(held.tap == DepthCka.tap for held in cache.manifest.calibration.hidden):
         return []
-    return [DepthCka(cache, state_pairs("cka", DepthCka.tap, cache, shared.distiller.student))]
+    return [DepthCka(cache, state_pairs("cka", DepthCka.tap, cache, parallel.distiller.student))]

@@ -60,8 +60,8 @@ def plan(recipe: PlanRecipe, evaluation: Path | None = None, write: Path | None 
             data=data_facts(cache),
             hardware=hardware_facts(),
             evaluation=None if evaluation is None else evaluation_facts(evaluation),
-            row_tokens=recipe.stream.row_tokens,
-            rows_per_step=recipe.stream.rows_per_step,
+            sequence_length=recipe.stream.sequence_length,
+            global_batch_rows=recipe.stream.global_batch_rows,
             without=frozenset(name for name, kind in registry.kinds().items() if kind in recipe.without),
         )
     )

@@ -96,7 +96,7 @@ class _Start:
 
 def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     cache = start.cache
-    refuse_lone_shard(recipe.sharing)
+    refuse_lone_shard(recipe.parallel)
     check_splits(cache, validates=recipe.validation is not None)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
@@ -123,7 +123,7 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
 def _accelerator(recipe: RunRecipe, begun: Begun) -> tuple[Accelerator, Precision]:
     # What is offloaded is reduced on the CPU, which NCCL does not serve.
     both = (
-        [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.sharing.cpu_offload and torch.cuda.is_available() else []
+        [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if recipe.parallel.cpu_offload and torch.cuda.is_available() else []
     )
     precision = choose_precision(recipe.precision, training_device(), begun.precision)
     accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)

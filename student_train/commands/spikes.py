@@ -118,8 +118,8 @@ def segments_of(recipe: RunRecipe, cache: CacheView, steps: set[int], packed: bo
     its beginning. `packed`: whether its rows hold several segments; None asks the student, as records of before did not say."""
     stream = recipe.stream
     if packed is None:
-        packed = packs_rows(build_student(recipe.student, cache)[0], cache, stream.row_tokens, stream.forward_rows)
-    config = stream.model_copy(update={"micro_rows": None})
+        packed = packs_rows(build_student(recipe.student, cache)[0], cache, stream.sequence_length, stream.forward_rows)
+    config = stream.model_copy(update={"micro_batch_rows": None})
     batches = Stream(cache, TOKENS_ONLY, config, packed=packed).micro_batches({}, 0)
     return {step: sorted(batch.segments) for step, batch in enumerate(islice(batches, max(steps)), start=1) if step in steps}
 

@@ -15,7 +15,7 @@ from student_train.data.signals.base import Part
 from student_train.data.signals.distribution import DistributionPart
 from student_train.data.signals.tags import TagsPart, next_roles
 from student_train.data.unit import UnitReader
-from student_train.importance.weigher import Weigher
+from student_train.importance.token_weights import TokenWeights
 
 WIDTH_STEP = 64
 """Rows of one segment are as wide as the longest, rounded up to this: few shapes to compile for."""
@@ -29,7 +29,7 @@ def collate(
     *,
     packed: bool,
     cursor: dict[int, LaneCursor],
-    weigher: Weigher | None = None,
+    token_weights: TokenWeights | None = None,
     aligner: IdentityAligner = IDENTITY,
 ) -> CodedBatch:
     """A micro-batch of these rows, each filled up to `width` tokens, or, where rows hold one segment, as long as the longest; a row
@@ -49,7 +49,7 @@ def collate(
         real=real,
         flat=placement.flat(places),
         labels=placement.labels(places),
-        importance=None if weigher is None else _importance(weigher, placement, signals),
+        importance=None if token_weights is None else _importance(token_weights, placement, signals),
         segments=tuple(p.unit.first_segment + p.segment for p in placed),
         sources=tuple(p.of("source") for p in placed),
         segment_rows=tuple(len(mine) for mine in places),
@@ -77,10 +77,10 @@ def _text(placed: Sequence[Placed], shape: tuple[int, int], longest: int) -> tup
     return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(real)
 
 
-def _importance(weigher: Weigher, placement: Placement, signals: dict[type[Part], Part]) -> Tensor | None:
+def _importance(token_weights: TokenWeights, placement: Placement, signals: dict[type[Part], Part]) -> Tensor | None:
     """float32 [N]: what the rows weigh by their tokens' roles and the teacher's entropy; None where either was not asked for."""
     distribution = signals.get(DistributionPart)
     if TagsPart not in signals or not isinstance(distribution, DistributionPart):
         return None
     entropies = distribution.codes.scalars[:, SCALARS.index("entropy")].float().numpy()
-    return torch.from_numpy(weigher.weights(next_roles(placement), entropies))
+    return torch.from_numpy(token_weights.weights(next_roles(placement), entropies))

@@ -26,20 +26,20 @@ EMPTY_EPOCHS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class RowLayout:
     """How segments become rows. `packed`: several a row; else one, and rows of like length next to each other, `bucket_rows` of
     them at a time."""
 
-    row_tokens: int
+    sequence_length: int
     packed: bool
     bucket_rows: int
 
 
-def cut_rows(segments: Sequence[tuple[UnitReader, int]], cut: Cut, key: int) -> list[Row]:
-    """All segments in rows of at most `row_tokens`, shuffled by key: best fit, or one a row in shuffled buckets of like length."""
+def cut_rows(segments: Sequence[tuple[UnitReader, int]], cut: RowLayout, key: int) -> list[Row]:
+    """Segments in rows of at most `sequence_length`, shuffled by key: best fit, or one a row in shuffled buckets of like length."""
     lengths = [int(unit.segments["length"][segment]) for unit, segment in segments]
     if cut.packed:
-        numbers = best_fit(lengths, cut.row_tokens)
+        numbers = best_fit(lengths, cut.sequence_length)
         return [[segments[i] for i in numbers[row]] for row in shuffled(len(numbers), key)]
     order = sorted(shuffled(len(segments), key).tolist(), key=lambda i: lengths[i])  # stable: equal lengths stay shuffled
     buckets = [order[first : first + cut.bucket_rows] for first in range(0, len(order), cut.bucket_rows)]
@@ -53,7 +53,7 @@ class Lane:
     cache: Cache
     train_units: NDArray[np.int64]
     request: SignalRequest
-    cut: Cut
+    cut: RowLayout
     mixing: Mixing
     number: int
     count: int

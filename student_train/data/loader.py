@@ -13,21 +13,21 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from signal_store.errors import SignalStoreError
 from signal_store.io.local import LocalObjects
-from student_train.data.packed_batch import Parcel
+from student_train.data.packed_batch import PackedBatch
 from student_train.data.rows import Cursor, Stream
 
 
-class _MicroBatches(IterableDataset[Parcel]):
+class _MicroBatches(IterableDataset[PackedBatch]):
     def __init__(self, stream: Stream, cursor: Cursor, first_step: int) -> None:
         self._stream, self._cursor, self._first_step = stream, cursor, first_step
 
-    def __iter__(self) -> Iterator[Parcel]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return map(Parcel.of, self._stream.micro_batches(self._cursor, self._first_step, worker, workers))
+        return map(PackedBatch.of, self._stream.micro_batches(self._cursor, self._first_step, worker, workers))
 
 
-def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -> Iterator[Parcel]:
+def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -> Iterator[PackedBatch]:
     """Endless micro-batches from a step on, the same whatever the number of worker processes; with 0 the reading is in line.
 
     Workers of a local cache are forked, which costs nothing; of a remote one they are spawned, and open it anew: the threads of its
@@ -37,7 +37,7 @@ def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -
     local = all(isinstance(part.objects, LocalObjects) for part in stream.cache.parts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
-        loader: StatefulDataLoader[Parcel] = StatefulDataLoader(
+        loader: StatefulDataLoader[PackedBatch] = StatefulDataLoader(
             _MicroBatches(stream, cursor, first_step),
             batch_size=None,
             num_workers=workers,
@@ -49,7 +49,7 @@ def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -
         return _plainly(iter(loader))
 
 
-def _plainly(batches: Iterator[Parcel]) -> Iterator[Parcel]:
+def _plainly(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
     """The batches; a worker's own error, which arrives with its whole traceback as text, is said in its one line."""
     while True:
         try:

@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class PackedBatch:
     """`data` uint8, all bytes of the micro-batch; `contents` the batch with a `Place` where each tensor was."""
 
     data: Tensor

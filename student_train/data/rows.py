@@ -1,8 +1,8 @@
 """The global stream of rows, a function of (cache, recipe, seed): lanes dealt out row by row; and the validation split, once.
 
-Row g of the stream is of lane (g // run_rows) % lanes. A step takes `rows_per_step` rows; rank r of n takes its run of them, in
-micro-batches of `micro_rows`; worker w of m makes every m-th micro-batch. Nothing of that changes which rows a step has. Who makes
-a micro-batch reads the signals of its own rows only, so that ranks whose runs lie in different lanes share no window.
+Row g of the stream is of lane (g // run_rows) % lanes. A step takes `global_batch_rows` rows; rank r of n takes its run of them,
+in micro-batches of `micro_batch_rows`; worker w of m makes every m-th micro-batch. Nothing of that changes which rows a step has.
+Who makes a micro-batch reads the signals of its own rows only, so that ranks whose runs lie in different lanes share no window.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ from signal_store.errors import InputError
 from signal_store.manifest import Split
 from student_train.data.batch import CodedBatch, LaneCursor
 from student_train.data.collate import collate
-from student_train.data.lanes import Cut, Lane, cut_rows
+from student_train.data.lanes import Lane, RowLayout, cut_rows
 from student_train.data.mixing import Mixing
 from student_train.data.placement import Row
 from student_train.data.request import TOKENS_ONLY, SignalRequest
 from student_train.data.sections import StreamSection
-from student_train.importance.weigher import Weigher
+from student_train.importance.token_weights import TokenWeights
 
 Cursor = dict[int, LaneCursor]
 """Where each lane goes on; one that is absent has not begun."""
@@ -39,24 +39,24 @@ class Stream:
     packed: bool
     rank: int = 0
     world_size: int = 1
-    weigher: Weigher | None = None
+    token_weights: TokenWeights | None = None
     """Gives the rows' importance, where the objective wants it."""
 
     def __post_init__(self) -> None:
         longest = self.cache.manifest.plan.context
-        if longest > self.config.row_tokens:
+        if longest > self.config.sequence_length:
             raise InputError(
                 "a segment may be longer than a row",
-                expected=f"stream.row_tokens of at least {longest}",
-                found=self.config.row_tokens,
+                expected=f"stream.sequence_length of at least {longest}",
+                found=self.config.sequence_length,
                 where=self.cache.uri,
             )
-        even = self.rows_per_rank * self.world_size == self.config.rows_per_step
-        if not even or self.rows_per_rank % self.micro_rows:
+        even = self.rows_per_rank * self.world_size == self.config.global_batch_rows
+        if not even or self.rows_per_rank % self.micro_batch_rows:
             raise InputError(
                 "rows do not divide evenly",
-                expected="rows_per_step a multiple of ranks × micro_rows",
-                found=f"{self.config.rows_per_step} rows, {self.world_size} ranks, {self.config.micro_rows} a micro-step",
+                expected="global_batch_rows a multiple of ranks × micro_batch_rows",
+                found=f"{self.config.global_batch_rows} rows, {self.world_size} ranks, {self.config.micro_batch_rows} a micro-step",
             )
         if len(self.cache.units("train")):
             _ = self._mixing  # refuses names of sources that there are not
@@ -64,17 +64,17 @@ class Stream:
     @property
     def rows_per_rank(self) -> int:
         """Rows of one step on this rank."""
-        return self.config.rows_per_step // self.world_size
+        return self.config.global_batch_rows // self.world_size
 
     @property
-    def micro_rows(self) -> int:
+    def micro_batch_rows(self) -> int:
         """Rows of a micro-batch."""
-        return self.config.micro_rows or self.rows_per_rank
+        return self.config.micro_batch_rows or self.rows_per_rank
 
     @property
     def micro_steps(self) -> int:
         """Micro-steps of one step: the same on every rank."""
-        return self.rows_per_rank // self.micro_rows
+        return self.rows_per_rank // self.micro_batch_rows
 
     @cached_property
     def lanes(self) -> int:
@@ -93,7 +93,7 @@ class Stream:
     @cached_property
     def run_rows(self) -> int:
         """Rows that come from a lane before the next has its turn."""
-        return max(1, self.config.rows_per_step // max(1, self.lanes))
+        return max(1, self.config.global_batch_rows // max(1, self.lanes))
 
     def place_of(self, row: int) -> tuple[int, int]:
         """(lane, number within the lane) of a row of the global stream."""
@@ -102,7 +102,7 @@ class Stream:
 
     def lane(self, number: int, at: LaneCursor) -> Lane:
         """A lane from a place on."""
-        cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
+        cut = RowLayout(self.config.sequence_length, self.packed, self.run_rows)
         return Lane(
             self.cache,
             self._train_units,
@@ -123,21 +123,32 @@ class Stream:
         with ThreadPoolExecutor(max_workers=1) as ahead:
             while True:
                 step, part = divmod(micro, self.micro_steps)
-                first = (first_step + step) * self.config.rows_per_step + self.rank * self.rows_per_rank + part * self.micro_rows
+                first = (
+                    (first_step + step) * self.config.global_batch_rows
+                    + self.rank * self.rows_per_rank
+                    + part * self.micro_batch_rows
+                )
                 rows: list[Row] = []
                 after: Cursor = {}
-                for row in range(first, first + self.micro_rows):
+                for row in range(first, first + self.micro_batch_rows):
                     lane, inside = self.place_of(row)
                     if lane not in lanes:
                         lanes[lane] = self.lane(lane, cursor.get(lane, LaneCursor()))
                     rows.append(lanes[lane].row(inside, ahead))
                     after[lane] = lanes[lane].at
-                yield collate(rows, self.config.row_tokens, self.request, packed=self.packed, cursor=after, weigher=self.weigher)
+                yield collate(
+                    rows,
+                    self.config.sequence_length,
+                    self.request,
+                    packed=self.packed,
+                    cursor=after,
+                    token_weights=self.token_weights,
+                )
                 micro += workers
 
     def once(self, split: Split, request: SignalRequest = TOKENS_ONLY, max_tokens: int | None = None) -> Iterator[CodedBatch]:
         """A split in order, once, dealt out to the ranks row by row; filler rows at the end."""
-        per_batch = self.micro_rows * self.world_size
+        per_batch = self.micro_batch_rows * self.world_size
         pending: list[Row] = []
         for row in self._rows_once(split, request, max_tokens):
             pending.append(row)
@@ -148,7 +159,7 @@ class Stream:
             yield self._dealt([*pending, *([] for _ in range(per_batch - len(pending)))], request)
 
     def _rows_once(self, split: Split, request: SignalRequest, max_tokens: int | None) -> Iterator[Row]:
-        cut = Cut(self.config.row_tokens, self.packed, self.run_rows)
+        cut = RowLayout(self.config.sequence_length, self.packed, self.run_rows)
         tokens = 0
         for unit in self.cache.units(split):
             (loaded,) = request.load(self.cache, [int(unit)])
@@ -160,4 +171,4 @@ class Stream:
 
     def _dealt(self, rows: Sequence[Row], request: SignalRequest) -> CodedBatch:
         mine = rows[self.rank :: self.world_size]
-        return collate(mine, self.config.row_tokens, request, packed=self.packed, cursor={})
+        return collate(mine, self.config.sequence_length, request, packed=self.packed, cursor={})

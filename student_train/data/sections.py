@@ -1,6 +1,8 @@
 """How a recipe says in which proportions and in which order a cache is read."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,11 +18,15 @@ class MixSection(Section):
 
 
 class StreamSection(Section):
-    """How the cache is read. A step is `rows_per_step` rows of `row_tokens` tokens over all ranks and micro-steps."""
+    """How the cache is read. A step is `global_batch_rows` rows of `sequence_length` tokens over all ranks and micro-steps."""
 
-    row_tokens: int = Field(1024, ge=2)
-    rows_per_step: int = Field(32, ge=1)
-    micro_rows: int | None = Field(None, ge=1)
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"row_tokens": "sequence_length", "rows_per_step": "global_batch_rows", "micro_rows": "micro_batch_rows"}
+    )
+
+    sequence_length: int = Field(1024, ge=2)
+    global_batch_rows: int = Field(32, ge=1)
+    micro_batch_rows: int | None = Field(None, ge=1)
     """Rows of one forward pass; None is all of a rank's."""
     lanes: int = Field(4, ge=1)
     """Rows come from this many places of the order in turn; ranks whose runs lie in different lanes read different units."""
@@ -35,4 +41,4 @@ class StreamSection(Section):
     @property
     def forward_rows(self) -> int:
         """Rows of the largest forward pass that it may come to."""
-        return self.micro_rows or self.rows_per_step
+        return self.micro_batch_rows or self.global_batch_rows

@@ -20,7 +20,7 @@ FROZEN_BYTES = 4
 ROOM = 0.8
 """Share of the memory that is given away."""
 FEATURES = ("attention_direction", "normalised_direction", "activation_mmd", "input_reconstruction", "residual_cka")
-DIVERGENCES = ("tla", "jsd")
+DIVERGENCES = ("forward_kl", "jsd")
 LEVELS = ("smoothness", "attention_evolution", "replay")
 
 
@@ -79,15 +79,15 @@ class EvaluationFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that a proposal rests on; `row_tokens` and `rows_per_step` of the recipe. `evaluation`: None before the first student."""
+    """A proposal's ground; `sequence_length`, `global_batch_rows` of the recipe. `evaluation`: None before the first student."""
 
     cache: CacheFacts
     student: StudentFacts
     data: DataFacts
     hardware: HardwareFacts
     evaluation: EvaluationFacts | None
-    row_tokens: int
-    rows_per_step: int
+    sequence_length: int
+    global_batch_rows: int
     without: frozenset[str] = frozenset()
     """Terms whose kinds the recipe leaves out."""
 
@@ -128,7 +128,10 @@ def _explicit(facts: Facts) -> list[Choice]:
     if mass is None or (cache.tail_rank == 0 and mass < 0.9):
         held = "is not cached" if mass is None else f"has only {mass:.0%} of its mass in the head, and there is no tail"
         temperature, why = 1.0, f"temperature {temperature:g} {held}; 1 is"
-    kind, reason = "tla", f"the student has {facts.student.size:.2f} of its teacher's size: forward KL, all of the distribution"
+    kind, reason = (
+        "forward_kl",
+        f"the student has {facts.student.size:.2f} of its teacher's size: forward KL, all of the distribution",
+    )
     if facts.student.size < SMALL_SHARE:
         kind = "jsd"
         reason = (
@@ -191,22 +194,22 @@ def _machine(facts: Facts) -> list[Choice]:
     ]
     state = STATE_BYTES * (student.parameters - student.frozen) + FROZEN_BYTES * student.frozen
     room = ROOM * hardware.memory_bytes - state
-    row = facts.row_tokens * student.width * student.layers * ACTIVATION_BYTES * size // 2
+    row = facts.sequence_length * student.width * student.layers * ACTIVATION_BYTES * size // 2
     gigabytes = f"{hardware.memory_bytes / 2**30:.1f} GiB, of which {state / 2**30:.1f} are weights and moments"
     if room < row / student.layers:
         why = f"{gigabytes}: too few for one row; several processes with sharding: {{mode: sharded}} hold a part each"
-        return [*choices, Choice("stream.micro_rows", 1, why), Choice("activation_checkpointing", True, why)]
-    whole = min(facts.rows_per_step, int(room // row))
+        return [*choices, Choice("stream.micro_batch_rows", 1, why), Choice("activation_checkpointing", True, why)]
+    whole = min(facts.global_batch_rows, int(room // row))
     checkpointing = whole == 0
-    fits = whole or min(facts.rows_per_step, int(room // (row / student.layers)))
-    fits = max(n for n in range(1, fits + 1) if facts.rows_per_step % n == 0)
-    why = f"{gigabytes}; a row of {facts.row_tokens} tokens takes about {row / 2**20:,.0f} MiB of activations"
+    fits = whole or min(facts.global_batch_rows, int(room // (row / student.layers)))
+    fits = max(n for n in range(1, fits + 1) if facts.global_batch_rows % n == 0)
+    why = f"{gigabytes}; a row of {facts.sequence_length} tokens takes about {row / 2**20:,.0f} MiB of activations"
     return [
         *choices,
         Choice(
-            "stream.micro_rows",
-            None if fits == facts.rows_per_step else fits,
-            why + (": all at once" if fits == facts.rows_per_step else ""),
+            "stream.micro_batch_rows",
+            None if fits == facts.global_batch_rows else fits,
+            why + (": all at once" if fits == facts.global_batch_rows else ""),
         ),
         Choice("activation_checkpointing", checkpointing, why + ("" if checkpointing else ": there is room")),
     ]

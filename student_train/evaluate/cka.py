@@ -20,7 +20,7 @@ from student_train.losses.cka import debiased_cka
 from student_train.losses.features import MIN_TOKENS
 from student_train.losses.pairing import LayerPair
 from student_train.model.distiller import Distiller
-from student_train.model.parallel import Shared
+from student_train.model.parallel import ParallelModel
 
 MAX_TOKENS = 64
 """Of a segment, evenly spread."""
@@ -41,7 +41,7 @@ class DepthCka:
         """The teacher's states of the pairs."""
         return SignalRequest.of(HiddenRequest(tuple((self.tap, p.teacher) for p in self.pairs)))
 
-    def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
+    def run(self, student: ParallelModel, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
         """Mean over segments of at least `MIN_TOKENS` sampled tokens.
 
         Returns:

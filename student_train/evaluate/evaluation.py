@@ -6,7 +6,7 @@ from typing import Protocol
 
 from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
-from student_train.model.parallel import Shared
+from student_train.model.parallel import ParallelModel
 
 NATS, SHARE, LABELS = "nats", "", "labels"
 """Units; a share of something, such as an agreement, has none."""
@@ -31,7 +31,7 @@ class Evaluation(Protocol):
     def needs(self) -> SignalRequest:
         """The signals that its batches must hold."""
 
-    def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
+    def run(self, student: ParallelModel, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
         """Evaluate on these batches, which are on the CPU. Every rank must call this, with equally many batches.
 
         Returns:

@@ -11,7 +11,7 @@ from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
 from student_train.evaluate.evaluation import SHARE, Quantity
 from student_train.losses.objective import Objective
-from student_train.model.parallel import Shared
+from student_train.model.parallel import ParallelModel
 
 SUFFIX = "_gradient_share"
 TINY = 1e-30
@@ -30,7 +30,7 @@ class GradientShares:
         """Whatever the objective reads."""
         return self.objective.needs
 
-    def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
+    def run(self, student: ParallelModel, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
         """‖g_i‖ / Σ_j ‖g_j‖, g_i the gradient of term i as it is weighed now; norms summed over batches.
 
         Returns:

@@ -17,7 +17,7 @@ from student_train.data.signals.distribution import DistributionPart, Distributi
 from student_train.evaluate import fidelity
 from student_train.evaluate.evaluation import LABELS, NATS, Quantity
 from student_train.model.distiller import Distiller
-from student_train.model.parallel import Shared
+from student_train.model.parallel import ParallelModel
 
 
 def check_splits(cache: Cache, *, validates: bool) -> None:
@@ -46,7 +46,7 @@ class Validation:
         held = self.cache.manifest.signals.distribution is not None
         return SignalRequest.of(DistributionRequest()) if held and self.with_teacher else TOKENS_ONLY
 
-    def run(self, student: Shared, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
+    def run(self, student: ParallelModel, batches: Iterable[CodedBatch]) -> dict[str, Quantity]:
         """One forward pass a batch.
 
         Returns:

@@ -15,7 +15,7 @@ from signal_view.coloured import tokens_html
 from signal_view.plots import axes_of, label_tokens
 from signal_view.tokens import token_texts
 from student_train.importance.rules import LEAST, MOST, Rules
-from student_train.importance.weigher import Weigher, surface
+from student_train.importance.token_weights import TokenWeights, surface
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def token_weights(cache: Cache, segment: int, rules: Rules) -> list[TokenWeight]
     roles = cache.read("tags/roles", rows.start, rows.stop)
     entropy = cache.read("distribution/scalars", rows.start, rows.stop)[:, SCALARS.index("entropy")]
     counts = cache.read("tokens/loss_mask", rows.start, rows.stop)[:-1] > 0
-    weights = Weigher.of(rules, cache.manifest.tokenizer.vocab_size).weights(
+    weights = TokenWeights.of(rules, cache.manifest.tokenizer.vocab_size).weights(
         roles[1:], np.nan_to_num(entropy[:-1].astype(np.float32))
     )
     weighed: list[TokenWeight] = []

@@ -17,7 +17,7 @@ from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import stored_rows
 from student_train.losses.schedule import Weight, WeightField
-from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
+from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
 
 
 class ApcSection(TermSection):
@@ -41,17 +41,17 @@ class Apc(StateTerm):
         """Keywords."""
         return int(AttentionPart.of(batch).keyword.sum())
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Mean over heads and layers."""
-        keyword = AttentionPart.of(seen.batch).keyword
+        keyword = AttentionPart.of(outputs.batch).keyword
         parts = []
         for pair in self.matched:
-            own_RGL = seen.rows[stored_rows, pair.student]
-            teacher = decoded_rows(seen.batch, pair.teacher)
+            own_RGL = outputs.rows[stored_rows, pair.student]
+            teacher = decoded_rows(outputs.batch, pair.teacher)
             if teacher is None:
                 parts.append(own_RGL.sum() * 0)
                 continue
-            heads = seen.head_pairs[pair.teacher]
+            heads = outputs.head_pairs[pair.teacher]
             kl_RH = attention_kl(teacher.of(keyword, [t for t, _ in heads]), own_RGL[keyword][:, [s for _, s in heads]])
             parts.append(kl_RH.mean(1).sum())
         return torch.stack(parts).mean()

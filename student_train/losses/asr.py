@@ -19,7 +19,7 @@ from student_train.data.signals.stats import StatsPart, StatsRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.rows import own_tokens, segment_of_token
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
+from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
 
 HOYER = FFN_STATISTICS.index("hoyer_sparsity")
 
@@ -50,11 +50,11 @@ class Asr(StateTerm):
         """Tokens."""
         return int(batch.real.sum())
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Mean over blocks."""
-        activations = [seen.states[state] for state in self.reads.states]
+        activations = [outputs.states[state] for state in self.reads.states]
         units = activations[0].shape[-1] if self.sums else 1
-        return mean_abs_activation(activations, seen.batch.real) * seen.batch.real.sum() * units
+        return mean_abs_activation(activations, outputs.batch.real) * outputs.batch.real.sum() * units
 
 
 class RelativeAsr(StateTerm):
@@ -73,10 +73,10 @@ class RelativeAsr(StateTerm):
         """Segments."""
         return 0 if batch.part(StatsPart) is None else len(batch.segments)
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Mean over the teacher's layers."""
-        batch, stats = seen.batch, seen.batch.part(StatsPart)
-        activations = [seen.states[state].flatten(0, -2) for state in self.states]
+        batch, stats = outputs.batch, outputs.batch.part(StatsPart)
+        activations = [outputs.states[state].flatten(0, -2) for state in self.states]
         if stats is None or stats.ffn is None or not len(batch.segments):
             return 0 * torch.stack([a.sum() for a in activations]).sum()
         own = own_tokens(batch).flatten()

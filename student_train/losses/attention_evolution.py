@@ -18,11 +18,11 @@ from student_train.data.request import SignalRequest
 from student_train.data.signals.attention import AttentionPart, AttentionRequest
 from student_train.losses.attention_rows import TeacherRows, decoded_rows
 from student_train.losses.kinds import Kind
-from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import stored_rows
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, Seen, StatesTerm, TermSection
+from student_train.losses.temporal import TemporalTerm, TokenLosses
+from student_train.losses.term import Reads, StatesTerm, StudentOutputs, TermSection
 
 STEPS = 4
 
@@ -34,7 +34,7 @@ class AttentionEvolutionSection(TermSection):
     weight: WeightField = constant(0.2)
 
 
-class AttentionEvolution(Level):
+class AttentionEvolution(TemporalTerm):
     """Keywords with the rows before them, head by matched head."""
 
     def __init__(self, _section: AttentionEvolutionSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -58,29 +58,29 @@ class AttentionEvolution(Level):
         """Keywords with three tokens before them."""
         return len(step_rows(batch))
 
-    def per_token(self, seen: Seen) -> TokenLosses:
+    def per_token(self, outputs: StudentOutputs) -> TokenLosses:
         """Of keywords."""
-        with torch.autocast(seen.final.device.type, enabled=False):
-            return self._of_keywords(seen)
+        with torch.autocast(outputs.final.device.type, enabled=False):
+            return self._of_keywords(outputs)
 
-    def _of_keywords(self, seen: Seen) -> TokenLosses:
-        rows_KT = step_rows(seen.batch)
-        rows = {pair: seen.rows[stored_rows, pair.student] for pair in self.matched}
+    def _of_keywords(self, outputs: StudentOutputs) -> TokenLosses:
+        rows_KT = step_rows(outputs.batch)
+        rows = {pair: outputs.rows[stored_rows, pair.student] for pair in self.matched}
         if not len(rows_KT):
             nothing = 0 * torch.stack([own.sum() for own in rows.values()]).sum()
             return TokenLosses(rows_KT[:, 0], nothing.new_zeros(0), nothing)
         keys = min(own.shape[2] for own in rows.values())  # a layer of which other rows are wanted too may be padded further
         differences = []
         for pair, own_RGL in rows.items():
-            teacher = decoded_rows(seen.batch, pair.teacher)
+            teacher = decoded_rows(outputs.batch, pair.teacher)
             assert teacher is not None
-            heads = seen.head_pairs[pair.teacher]
+            heads = outputs.head_pairs[pair.teacher]
             everywhere = torch.ones(len(own_RGL), dtype=torch.bool, device=own_RGL.device)
             chosen = teacher.of(everywhere, [t for t, _ in heads])
             differences.append(row_differences(chosen, own_RGL[:, [s for _, s in heads], :keys])[rows_KT].transpose(1, 2))
-        part, keyword_K = AttentionPart.of(seen.batch), rows_KT[:, 0]
+        part, keyword_K = AttentionPart.of(outputs.batch), rows_KT[:, 0]
         numel_K = part.length[rows_KT].sum(1) * len(self.matched) * differences[0].shape[1]
-        flat_K = part.batch[keyword_K] * seen.batch.input_ids.shape[1] + part.query[keyword_K]
+        flat_K = part.batch[keyword_K] * outputs.batch.input_ids.shape[1] + part.query[keyword_K]
         return TokenLosses(flat_K, tensor_nuclear_norm(torch.stack(differences, 1), numel_K, MAX_ERROR))
 
 

@@ -17,7 +17,7 @@ from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import RowsOf, segment_of_query, statistics_rows
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
+from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
 
 DECILES = tuple(n / 10 for n in range(1, 10))
 
@@ -45,16 +45,16 @@ class AttentionStatistics(StateTerm):
         """Segments that have statistics."""
         return int(_known(batch, self.pairs[0].teacher).sum())
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Mean over layers."""
-        batch, stats = seen.batch, seen.batch.part(StatsPart)
-        query = seen.queries[statistics_rows]
+        batch, stats = outputs.batch, outputs.batch.part(StatsPart)
+        query = outputs.queries[statistics_rows]
         segment_R = segment_of_query(batch, query)
         known = _known(batch, self.pairs[0].teacher)
-        levels = torch.tensor(DECILES, device=seen.final.device)
+        levels = torch.tensor(DECILES, device=outputs.final.device)
         parts = []
         for pair in self.pairs:
-            rows = seen.rows[statistics_rows, pair.student]
+            rows = outputs.rows[statistics_rows, pair.student]
             own = attention_statistics(rows, query.lengths, segment_R, len(batch.segments))[known]
             other = own.detach() if stats is None else stats.attention[pair.teacher].float()[known]
             apart = own.quantile(levels, dim=1) - other.quantile(levels, dim=1) if len(own) else rows[:0]

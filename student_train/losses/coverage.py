@@ -15,7 +15,7 @@ from student_train.data.signals.coverage import CoveragePart, CoverageRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.rows import segment_of_row
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
+from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
 
 
 class CoverageSection(TermSection):
@@ -39,28 +39,28 @@ class Coverage(StateTerm):
         part = batch.part(CoveragePart)
         return 0 if part is None else len(part.token)
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Over key words."""
-        codes = seen.batch.part(CoveragePart)
+        codes = outputs.batch.part(CoveragePart)
         if codes is None or not len(codes.token):
-            return 0 * (seen.final.sum() + seen.head.weight.sum())
-        return (student_coverage(seen, codes) - codes.probability.float()).abs().sum()
+            return 0 * (outputs.final.sum() + outputs.head.weight.sum())
+        return (student_coverage(outputs, codes) - codes.probability.float()).abs().sum()
 
 
-def student_coverage(seen: Seen, codes: CoveragePart) -> Tensor:
+def student_coverage(outputs: StudentOutputs, codes: CoveragePart) -> Tensor:
     """c_w = 1 - Π_t (1 - p_t(first token of w)) over the rows t of the word's segment that count.
 
     Args:
-        seen: with hidden states before the output head [B · S, d].
+        outputs: with hidden states before the output head [B · S, d].
         codes: W words, each with its segment's number and its first token.
     Returns:
         float32 [W] in [0, 1], in the graph, not reduced.
     """
-    batch = seen.batch
+    batch = outputs.batch
     segment_N = segment_of_row(batch)
 
     def logits_of(flat_C: Tensor) -> Tensor:
-        return seen.head.logits(seen.final[flat_C])
+        return outputs.head.logits(outputs.final[flat_C])
 
     return summary_coverage(logits_of, batch.flat, segment_N, codes.token, codes.segment, len(batch.segment_rows))
 

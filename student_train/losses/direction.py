@@ -16,7 +16,7 @@ from signal_store.cache import Cache
 from signal_store.signals import Tap
 from student_train.losses.features import FeatureSection, PairedTerm, in_channel_units, make_projection
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Seen
+from student_train.losses.term import StudentOutputs
 
 CLOSEST = 1 - 1e-6
 """arccos has no slope beyond."""
@@ -42,10 +42,10 @@ class Direction(PairedTerm):
         self.section, self.max_tokens = section, section.max_tokens
         self.projections = nn.ModuleList(make_projection(self.own_width, p.teacher_width) for p in self.pairs)
 
-    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, outputs: StudentOutputs) -> Tensor:
         """Over sampled tokens."""
         state = (self.tap, self.pairs[number].teacher)
-        own, other = (in_channel_units(seen, state, x) for x in (self.projections[number](own_Pd), other_PD))
+        own, other = (in_channel_units(outputs, state, x) for x in (self.projections[number](own_Pd), other_PD))
         return direction_rows(own, other, self.section.margin_degrees, self.section.angle_weight).sum()
 
 

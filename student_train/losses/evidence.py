@@ -17,7 +17,7 @@ from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
 from student_train.losses.rows import AnswerRows, segment_of_query
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, Seen, StatesTerm, StateTerm, TermSection, not_cached
+from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
 
 TINY = 1e-8
 
@@ -48,13 +48,13 @@ class Evidence(StateTerm):
         part = batch.part(EvidencePart)
         return 0 if part is None else len(part.segment.unique())
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Mean over layers."""
-        codes, query = seen.batch.part(EvidencePart), seen.queries[self.answers]
-        rows = [seen.rows[self.answers, pair.student] for pair in self.pairs]
+        codes, query = outputs.batch.part(EvidencePart), outputs.queries[self.answers]
+        rows = [outputs.rows[self.answers, pair.student] for pair in self.pairs]
         if codes is None or not len(codes.segment):
             return 0 * torch.stack([row.sum() for row in rows]).sum()
-        segment_R, segments = segment_of_query(seen.batch, query), len(seen.batch.segments)
+        segment_R, segments = segment_of_query(outputs.batch, query), len(outputs.batch.segments)
         parts = []
         for pair, own in zip(self.pairs, rows, strict=True):
             teacher_E = shares_of(codes.shares[pair.teacher].float().clamp(min=TINY), codes.segment, segments)  # the cache rounds

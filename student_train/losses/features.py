@@ -16,7 +16,7 @@ from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
 from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.losses.pairing import depth_weights, state_pairs
-from student_train.losses.term import Reads, Seen, StateTerm, TermSection
+from student_train.losses.term import Reads, StateTerm, StudentOutputs, TermSection
 
 MIN_TOKENS = 8
 """Fewer say too little of a set."""
@@ -52,12 +52,12 @@ class PairedTerm(StateTerm):
         """Tokens."""
         return sum(rows if self.max_tokens is None else min(rows, self.max_tokens) for rows in HiddenPart.of(batch).segment_rows)
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Layers weighed by depth."""
-        weights = depth_weights(len(self.pairs), self.decay, seen.progress)
-        kept = self.kept(seen.batch)
-        with torch.autocast(seen.final.device.type, enabled=False):
-            parts = [weight * self._of_pair(number, kept, seen) for number, weight in enumerate(weights)]
+        weights = depth_weights(len(self.pairs), self.decay, outputs.progress)
+        kept = self.kept(outputs.batch)
+        with torch.autocast(outputs.final.device.type, enabled=False):
+            parts = [weight * self._of_pair(number, kept, outputs) for number, weight in enumerate(weights)]
             return torch.stack(parts).sum()
 
     def kept(self, batch: CodedBatch) -> Tensor | None:
@@ -68,14 +68,14 @@ class PairedTerm(StateTerm):
         groups = evenly(torch.tensor(part.segment_rows, dtype=torch.int64), self.max_tokens)
         return groups.index[groups.inside].to(part.flat.device)
 
-    def _of_pair(self, number: int, kept: Tensor | None, seen: Seen) -> Tensor:
+    def _of_pair(self, number: int, kept: Tensor | None, outputs: StudentOutputs) -> Tensor:
         pair = self.pairs[number]
-        other_PD = teacher_states(seen, (self.tap, pair.teacher), kept)
-        own_Pd = student_states(seen, (self.own_tap, pair.student), kept).to(other_PD.dtype)
-        return self.pair_sum(number, own_Pd, other_PD, seen)
+        other_PD = teacher_states(outputs, (self.tap, pair.teacher), kept)
+        own_Pd = student_states(outputs, (self.own_tap, pair.student), kept).to(other_PD.dtype)
+        return self.pair_sum(number, own_Pd, other_PD, outputs)
 
     @abstractmethod
-    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, outputs: StudentOutputs) -> Tensor:
         """Its sum over one pair of layers, the `number`-th; scalar."""
 
 
@@ -88,9 +88,9 @@ class GroupedTerm(PairedTerm):
         """Segments with enough sampled tokens."""
         return sum(rows >= MIN_TOKENS for rows in HiddenPart.of(batch).segment_rows)
 
-    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, outputs: StudentOutputs) -> Tensor:
         """Over segments."""
-        rows = torch.tensor(HiddenPart.of(seen.batch).segment_rows, dtype=torch.int64).clamp(max=self.max_tokens)
+        rows = torch.tensor(HiddenPart.of(outputs.batch).segment_rows, dtype=torch.int64).clamp(max=self.max_tokens)
         return self.group_sum(number, own_Pd, other_PD, evenly(rows, self.max_tokens, MIN_TOKENS).to(own_Pd.device))
 
     @abstractmethod
@@ -98,42 +98,42 @@ class GroupedTerm(PairedTerm):
         """Its sum over segments, of one pair of layers; scalar."""
 
 
-def teacher_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tensor:
+def teacher_states(outputs: StudentOutputs, state: State, kept: Tensor | None = None) -> Tensor:
     """The teacher's states, decoded.
 
     Args:
-        seen: with the batch's codes and the codec of that tap and layer.
+        outputs: with the batch's codes and the codec of that tap and layer.
         state: the teacher's tap and layer.
         kept: int64, which of the sampled tokens; None for all.
     Returns:
         float32 [P, d], in the model's own units; [0, d] where the batch has none.
     """
-    codec = seen.codecs.hidden[state]
-    codes = HiddenPart.of(seen.batch).states.get(state)
+    codec = outputs.codecs.hidden[state]
+    codes = HiddenPart.of(outputs.batch).states.get(state)
     if codes is None:
         return codec.mean.new_zeros(0, len(codec.mean))
     values, scale = (codes.values, codes.scale) if kept is None else (codes.values[kept], codes.scale[kept])
     return codec.decode(values, scale)
 
 
-def student_states(seen: Seen, state: State, kept: Tensor | None = None) -> Tensor:
+def student_states(outputs: StudentOutputs, state: State, kept: Tensor | None = None) -> Tensor:
     """[P, d] of the same tokens, in the graph."""
-    flat = HiddenPart.of(seen.batch).flat
+    flat = HiddenPart.of(outputs.batch).flat
     wanted = flat if kept is None else flat[kept]
-    return seen.states[state].flatten(0, -2)[wanted]  # some families walk their FFN without the batch axis
+    return outputs.states[state].flatten(0, -2)[wanted]  # some families walk their FFN without the batch axis
 
 
-def in_channel_units(seen: Seen, state: State, states_PD: Tensor) -> Tensor:
+def in_channel_units(outputs: StudentOutputs, state: State, states_PD: Tensor) -> Tensor:
     """(h - mean) / spread, channel by channel as calibrated on the teacher: a massive channel is one among others.
 
     Args:
-        seen: with the codec of that tap and layer.
+        outputs: with the codec of that tap and layer.
         state: the teacher's tap and layer.
         states_PD: its states, or the student's mapped onto its width [P, D], any float dtype.
     Returns:
         [P, D] in the codec's dtype, float32.
     """
-    codec = seen.codecs.hidden[state]
+    codec = outputs.codecs.hidden[state]
     return (states_PD.to(codec.mean.dtype) - codec.mean) / codec.spread
 
 

@@ -24,10 +24,10 @@ from student_train.data.signals.distribution import DistributionPart, Distributi
 from student_train.data.signals.tags import TagsPart, TagsRequest
 from student_train.losses.head_terms import OutputTerm
 from student_train.losses.kinds import Kind
-from student_train.losses.level import TokenLosses
 from student_train.losses.rows import segment_of_query, segment_of_token, stored_rows
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import GateTerm, Reads, Seen, TermSection
+from student_train.losses.temporal import TokenLosses
+from student_train.losses.term import GateTerm, Reads, StudentOutputs, TermSection
 from student_train.losses.trajectory import moved, places_of
 
 FEATURES = (
@@ -137,10 +137,10 @@ class Gate(nn.Module):
         found: Tensor = (floor + (1 - count_M1 * floor) * logits_ML.softmax(1)) * present_ML
         return found
 
-    def fuse(self, losses: Mapping[str, TokenLosses], row_losses: RowLosses, seen: Seen) -> Fused:
+    def fuse(self, losses: Mapping[str, TokenLosses], row_losses: RowLosses, outputs: StudentOutputs) -> Fused:
         """Weigh every level's tokens; what the network learns from comes beside it. `losses` by level."""
-        with torch.autocast(seen.final.device.type, enabled=False):
-            table_SF = self.features(row_losses, seen)
+        with torch.autocast(outputs.final.device.type, enabled=False):
+            table_SF = self.features(row_losses, outputs)
             types_S = table_SF[:, -len(TOKEN_TYPES) + 1 :]
             present_SL = torch.zeros(len(table_SF), len(self.levels), dtype=torch.bool, device=table_SF.device)
             for level, name in enumerate(self.levels):
@@ -187,12 +187,12 @@ class Gate(nn.Module):
         return found
 
     @torch.no_grad()
-    def features(self, row_losses: RowLosses, seen: Seen) -> Tensor:
+    def features(self, row_losses: RowLosses, outputs: StudentOutputs) -> Tensor:
         """float32 [B · S, features]; zero where a token does not count."""
-        batch, codec = seen.batch, seen.codecs.distribution
+        batch, codec = outputs.batch, outputs.codecs.distribution
         segment_N, place_N, follows_N = places_of(batch)
         distribution, tags = batch.part(DistributionPart), batch.part(TagsPart)
-        nothing = torch.zeros(len(batch.flat), device=seen.final.device)
+        nothing = torch.zeros(len(batch.flat), device=outputs.final.device)
         columns = dict.fromkeys(FEATURES, nothing)
         if distribution is not None and codec is not None:
             scalars = distribution.codes.scalars.float()
@@ -206,10 +206,10 @@ class Gate(nn.Module):
         counts = torch.tensor(batch.segment_rows, device=nothing.device)[segment_N]
         columns["position"] = place_N / counts
         columns["length"] = counts.float().log() / 10
-        step_N = moved(seen.final[batch.flat].float(), segment_N, len(batch.segment_rows), follows_N)
+        step_N = moved(outputs.final[batch.flat].float(), segment_N, len(batch.segment_rows), follows_N)
         columns["step"] = step_N.log1p()
         columns["repetition"] = repeated(batch.input_ids, segment_of_token(batch), batch.position_ids).flatten()[batch.flat].float()
-        columns["attention_entropy"] = self._attention_entropy(seen)[segment_N]
+        columns["attention_entropy"] = self._attention_entropy(outputs)[segment_N]
         if batch.importance is not None:
             columns["importance"] = batch.importance
         if tags is not None:
@@ -219,16 +219,16 @@ class Gate(nn.Module):
         table_SF[batch.flat] = torch.stack([columns[name].float() for name in FEATURES], 1)
         return table_SF
 
-    def _attention_entropy(self, seen: Seen) -> Tensor:
+    def _attention_entropy(self, outputs: StudentOutputs) -> Tensor:
         """[segments]: mean over captured keyword rows and heads, over log length; 0 where there are none."""
-        segments = len(seen.batch.segments)
-        found = seen.final.new_zeros(segments, dtype=torch.float32)
-        rows = next((rows for (kind, _), rows in seen.rows.items() if kind is stored_rows and len(rows)), None)
+        segments = len(outputs.batch.segments)
+        found = outputs.final.new_zeros(segments, dtype=torch.float32)
+        rows = next((rows for (kind, _), rows in outputs.rows.items() if kind is stored_rows and len(rows)), None)
         if rows is None:
             return found
-        query = seen.queries[stored_rows]
+        query = outputs.queries[stored_rows]
         entropy_R = -torch.special.xlogy(rows.float(), rows.float()).sum(-1).mean(1) / (query.lengths.float() + 1).log()
-        segment_R = segment_of_query(seen.batch, query)
+        segment_R = segment_of_query(outputs.batch, query)
         counts = torch.bincount(segment_R, minlength=segments).clamp(min=1)
         return found.index_add(0, segment_R, entropy_R) / counts
 

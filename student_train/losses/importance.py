@@ -1,6 +1,6 @@
 """Weights of the divergences' tokens: no loss of its own. What computes them is `student_train.importance`."""
 
 from student_train.importance.section import ImportanceSection
-from student_train.losses.term import TokenWeights
+from student_train.losses.term import TokenWeightsTerm
 
-TERM = TokenWeights(section=ImportanceSection)
+TERM = TokenWeightsTerm(section=ImportanceSection)

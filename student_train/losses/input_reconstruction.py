@@ -11,7 +11,7 @@ from signal_store.cache import Cache
 from student_train.losses.features import FeatureSection, PairedTerm, in_channel_units
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Seen, StatesTerm
+from student_train.losses.term import StatesTerm, StudentOutputs
 
 TINY = 1e-6
 
@@ -37,9 +37,9 @@ class InputReconstruction(PairedTerm):
             for p in self.pairs
         )
 
-    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, seen: Seen) -> Tensor:
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, outputs: StudentOutputs) -> Tensor:
         """Over sampled tokens."""
-        target = in_channel_units(seen, (self.tap, self.pairs[number].teacher), other_PD)
+        target = in_channel_units(outputs, (self.tap, self.pairs[number].teacher), other_PD)
         return relative_l1(self.heads[number](own_Pd), target).sum()
 
 

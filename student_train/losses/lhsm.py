@@ -16,7 +16,7 @@ from signal_store.cache import Cache
 from student_train.losses.features import PairedTerm, make_projection
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Seen, StatesTerm, TermSection, not_cached
+from student_train.losses.term import StatesTerm, StudentOutputs, TermSection, not_cached
 
 
 class LhsmSection(TermSection):
@@ -38,7 +38,7 @@ class Lhsm(PairedTerm):
         order = -1 if self.projects_teacher else 1
         self.projections = nn.ModuleList(make_projection(*(self.own_width, p.teacher_width)[::order]) for p in self.pairs)
 
-    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, _seen: Seen) -> Tensor:
+    def pair_sum(self, number: int, own_Pd: Tensor, other_PD: Tensor, _outputs: StudentOutputs) -> Tensor:
         """Over sampled tokens."""
         mapped, other = (other_PD, own_Pd) if self.projects_teacher else (own_Pd, other_PD)
         return lhsm_sum(mapped, other, self.projections[number])  # type: ignore[arg-type]

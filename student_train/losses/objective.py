@@ -17,17 +17,17 @@ from student_train.data.request import SignalRequest
 from student_train.data.signals.distribution import DistributionRequest
 from student_train.data.signals.tags import TagsRequest
 from student_train.importance.rules import load_rules
-from student_train.importance.weigher import Weigher
+from student_train.importance.token_weights import TokenWeights
 from student_train.losses import registry
 from student_train.losses.checks import check_distribution, check_tags, check_tail_rank, check_temperatures
 from student_train.losses.gate import Gate
 from student_train.losses.head_terms import OutputTerm
-from student_train.losses.level import Level
 from student_train.losses.pairing import LayerPair
 from student_train.losses.parameter_anchor import ParameterAnchorSection
 from student_train.losses.router_balance import RouterBalance, RouterBalanceSection, resolve_balance
 from student_train.losses.rows import RowsOf
 from student_train.losses.section import Losses
+from student_train.losses.temporal import TemporalTerm
 from student_train.losses.term import GateTerm, HeadTerm, RegularisationTerm, StateTerm, TermSection
 
 
@@ -37,7 +37,7 @@ class Objective:
 
     losses: Losses
     states: Mapping[str, StateTerm]
-    weigher: Weigher | None = None
+    token_weights: TokenWeights | None = None
     """Gives the weights of the divergences' tokens, where they have any."""
     gate: Gate | None = None
     balance: RouterBalance | None = None
@@ -51,7 +51,7 @@ class Objective:
     @property
     def needs(self) -> SignalRequest:
         """What is read of the cache besides tokens."""
-        own = {DistributionRequest(): bool(self.losses.divergences), TagsRequest(): self.weigher is not None}
+        own = {DistributionRequest(): bool(self.losses.divergences), TagsRequest(): self.token_weights is not None}
         parts = [SignalRequest.of(*(request for request, asked in own.items() if asked))]
         parts += [] if self.gate is None else [self.gate.reads.cache]
         return reduce(or_, (term.reads.cache for term in self.states.values()), reduce(or_, parts))
@@ -133,13 +133,13 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
     section, balance = resolve_balance(losses.router_balance, given=given, student=student)
     if section is not losses.router_balance:
         losses = losses.model_copy(update={"router_balance": section})
-    weigher = None
+    token_weights = None
     if losses.importance is not None:
         check_tags(losses, cache)
-        weigher = Weigher.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
+        token_weights = TokenWeights.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
     states = _states(losses, cache, student)
     check_temperatures(losses, cache)  # after what is not there at all
-    return Objective(losses, states, weigher, _gate(losses, states, cache), balance)
+    return Objective(losses, states, token_weights, _gate(losses, states, cache), balance)
 
 
 def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
@@ -170,7 +170,7 @@ def _states(losses: Losses, cache: Cache, student: PreTrainedModel) -> dict[str,
 def _gate(losses: Losses, states: Mapping[str, StateTerm], cache: Cache) -> Gate | None:
     if losses.gate is None:
         return None
-    levels = [name for name, term in states.items() if isinstance(term, Level)]
+    levels = [name for name, term in states.items() if isinstance(term, TemporalTerm)]
     if len(levels) < 2:
         raise MismatchError(
             "the gate weighs temporal terms against each other",

@@ -17,10 +17,10 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "cross_entropy": Preset({"cross_entropy": {}}),
-    "forward_kl": Preset({"tla": {"temperature": 1.0}}),
+    "forward_kl": Preset({"forward_kl": {"temperature": 1.0}}),
     "logits_hidden_attention": Preset(
         {
-            "tla": {"temperature": 3.0, "weight": {"start": 1.0, "end": 0.3}},
+            "forward_kl": {"temperature": 3.0, "weight": {"start": 1.0, "end": 0.3}},
             "lhsm": {"weight": 0.8},
             "apc": {"weight": {"start": 0.0, "end": 0.5, "begin": 0.2}},
             "asr": {"weight": 1e-3},
@@ -28,7 +28,7 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "every_kind": Preset(
         {
-            "tla": {"temperature": 1.0},
+            "forward_kl": {"temperature": 1.0},
             "importance": {},
             "attention_direction": {},
             "normalised_direction": {},

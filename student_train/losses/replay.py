@@ -24,9 +24,9 @@ from student_train.data.request import SignalRequest
 from student_train.data.signals.replay import ReplayPart, ReplayRequest
 from student_train.losses.features import make_projection
 from student_train.losses.kinds import Kind
-from student_train.losses.level import Level, TokenLosses
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, Seen, StatesTerm, TermSection, at_least_float32, not_cached
+from student_train.losses.temporal import TemporalTerm, TokenLosses
+from student_train.losses.term import Reads, StatesTerm, StudentOutputs, TermSection, at_least_float32, not_cached
 
 TINY = 1e-12
 LEAST_RISE_NATS = 1.0
@@ -41,7 +41,7 @@ class ReplaySection(TermSection):
     discount: float = Field(0.9, gt=0, le=1)
 
 
-class Replay(Level):
+class Replay(TemporalTerm):
     """Paths of sampled tokens; P is learned."""
 
     def __init__(self, section: ReplaySection, cache: Cache, student: PreTrainedModel) -> None:
@@ -61,16 +61,16 @@ class Replay(Level):
         part = batch.part(ReplayPart)
         return 0 if part is None else len(part.flat)
 
-    def per_token(self, seen: Seen) -> TokenLosses:
+    def per_token(self, outputs: StudentOutputs) -> TokenLosses:
         """Of sampled tokens."""
-        states = seen.states[self.last].flatten(0, 1)
-        codes = seen.batch.part(ReplayPart)
+        states = outputs.states[self.last].flatten(0, 1)
+        codes = outputs.batch.part(ReplayPart)
         if codes is None or not len(codes.flat):
             nothing = 0 * (states.sum() + self.projection.weight.sum())
-            return TokenLosses(seen.batch.flat[:0], nothing.new_zeros(0), nothing)
+            return TokenLosses(outputs.batch.flat[:0], nothing.new_zeros(0), nothing)
         with torch.autocast(states.device.type, enabled=False):
             start = at_least_float32(states[codes.flat])
-            moved, nll = self._walk(start, codes.labels, seen)
+            moved, nll = self._walk(start, codes.labels, outputs)
             theirs = codes.values.float() * codes.scale[:, None, None]
             ends = self.projection(moved), theirs
             lengths = (x[:, -1].norm(dim=1)[:, None, None].clamp(min=TINY) for x in (moved, theirs))
@@ -80,9 +80,9 @@ class Replay(Level):
             weights = self.section.discount ** torch.arange(self.steps, device=start.device)
             return TokenLosses(codes.flat, ((apart + rise) * weights).sum(1) / weights.sum())
 
-    def _walk(self, start_PD: Tensor, labels_P: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+    def _walk(self, start_PD: Tensor, labels_P: Tensor, outputs: StudentOutputs) -> tuple[Tensor, Tensor]:
         """(s_j - s_0 [P, K, D], losses [P, K + 1]), in the graph."""
-        norm, head = self._norm[0], seen.head
+        norm, head = self._norm[0], outputs.head
         head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
         length_P1 = self.step_size * start_PD.norm(dim=1, keepdim=True)
         state, states, losses = start_PD, [], []

@@ -10,7 +10,7 @@ from signal_store.format.section import Section
 from student_train.losses import registry
 from student_train.losses.aliases import by_own_names
 from student_train.losses.kinds import Kind
-from student_train.losses.term import HeadTerm, StatesTerm, TermSection, TokenWeights
+from student_train.losses.term import HeadTerm, StatesTerm, TermSection, TokenWeightsTerm
 
 if TYPE_CHECKING:
     from student_train.importance.section import ImportanceSection
@@ -70,7 +70,7 @@ class Losses(Section):
         known = registry.kinds()
         off = [name for name in self.knowledge if known[name] in kinds]
         if Kind.EXPLICIT in kinds:
-            off += [name for name, term in registry.terms().items() if isinstance(term, TokenWeights)]
+            off += [name for name, term in registry.terms().items() if isinstance(term, TokenWeightsTerm)]
         return self.model_copy(update=dict.fromkeys(off))
 
     def empty_kinds(self) -> tuple[Kind, ...]:

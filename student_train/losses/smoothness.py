@@ -15,10 +15,10 @@ from student_train.data.request import SignalRequest
 from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.losses.features import teacher_states
 from student_train.losses.kinds import Kind
-from student_train.losses.level import Level, TokenLosses
 from student_train.losses.pairing import LayerPair, state_pairs
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, Seen, StatesTerm, TermSection, at_least_float32
+from student_train.losses.temporal import TemporalTerm, TokenLosses
+from student_train.losses.term import Reads, StatesTerm, StudentOutputs, TermSection, at_least_float32
 from student_train.losses.trajectory import moved, places_of
 
 
@@ -31,7 +31,7 @@ class SmoothnessSection(TermSection):
     relative: bool = True
 
 
-class Smoothness(Level):
+class Smoothness(TemporalTerm):
     """The last state's steps; beyond the teacher's, those of its deepest cached layer."""
 
     def __init__(self, section: SmoothnessSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -57,19 +57,19 @@ class Smoothness(Level):
         """Tokens that count."""
         return len(batch.flat)
 
-    def per_token(self, seen: Seen) -> TokenLosses:
+    def per_token(self, outputs: StudentOutputs) -> TokenLosses:
         """A token whose predecessor does not count adds nothing."""
-        batch = seen.batch
+        batch = outputs.batch
         segment_N, place_N, follows_N = places_of(batch)
         segments = len(batch.segment_rows)
         if self.pair is None:
-            excess_N = moved(at_least_float32(seen.final[batch.flat]), segment_N, segments, follows_N)
+            excess_N = moved(at_least_float32(outputs.final[batch.flat]), segment_N, segments, follows_N)
         else:
-            own = at_least_float32(seen.states["block_output", self.pair.student].flatten(0, 1)[batch.flat])
+            own = at_least_float32(outputs.states["block_output", self.pair.student].flatten(0, 1)[batch.flat])
             flat = HiddenPart.of(batch).flat
             index = flat.new_zeros(batch.input_ids.numel())
             index[flat] = torch.arange(len(flat), device=index.device)
-            other = teacher_states(seen, ("block_output", self.pair.teacher))[index[batch.flat]]
+            other = teacher_states(outputs, ("block_output", self.pair.teacher))[index[batch.flat]]
             both = (moved(states, segment_N, segments, follows_N) for states in (own, other))
             mine_N, theirs_N = both
             excess_N = (mine_N - theirs_N).clamp(min=0)

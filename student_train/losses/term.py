@@ -88,7 +88,7 @@ class RegularisationTerm(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenWeights(Term):
+class TokenWeightsTerm(Term):
     """No loss: what the tokens of others count."""
 
 
@@ -103,10 +103,9 @@ class Reads:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What one forward pass showed. `states` [B, S, d] by tap and layer; `queries` where attention rows of each kind are and
-    `rows` [R, H, L] what they say by kind and layer; `final` [B · S, d]
-    before the output head; `progress` of the run in [0, 1]."""
+class StudentOutputs:
+    """Of one forward pass. `states` [B, S, d] by tap and layer; `queries` where attention rows of each kind are and `rows`
+    [R, H, L] what they say by kind and layer; `final` [B · S, d] before the output head; `progress` of the run in [0, 1]."""
 
     batch: CodedBatch
     codecs: Codecs
@@ -147,5 +146,5 @@ class StateTerm(nn.Module, ABC):
         """How many things of this batch it sums over."""
 
     @abstractmethod
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Their sum, float32 scalar."""

@@ -23,11 +23,11 @@ from student_train.data.signals.distribution import DistributionPart
 from student_train.losses.attention_rows import HeadPairs, decoded_rows, match_heads
 from student_train.losses.gate import RowLosses
 from student_train.losses.head_terms import OutputTargets
-from student_train.losses.level import Level
 from student_train.losses.objective import Objective
 from student_train.losses.output_head import Impl, output_loss
 from student_train.losses.rows import joined_queries, split_rows, stored_rows
-from student_train.losses.term import Seen
+from student_train.losses.temporal import TemporalTerm
+from student_train.losses.term import StudentOutputs
 
 Sums = dict[str, Tensor]
 """Plain sums over a micro-batch by name, detached: of each term a float32 scalar; `GATE_WEIGHTS` where there is a gate."""
@@ -109,15 +109,15 @@ class Distiller(nn.Module):
             total = total + scales["router_balance"] * balance
         refuse_silent_taps(self.student, states, objective.student_states, batch.input_ids.shape)
         rows = split_rows(wanted, queries, taken)
-        seen = Seen(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
+        outputs = StudentOutputs(batch, self.codecs, states, queries, rows, final, head, self.head_pairs, progress)
         levels = () if self.gate is None else self.gate.levels
         for name, term in self.terms.items():
             if name not in levels:
-                sums[name] = term(seen)
+                sums[name] = term(outputs)
                 total = total + scales[name] * sums[name]
         if self.gate is not None:
-            losses = {name: term.per_token(seen) for name, term in self.terms.items() if isinstance(term, Level)}
-            fused = self.gate.fuse(losses, RowLosses.of(list(terms.values()), list(losses_KN)), seen)
+            losses = {name: term.per_token(outputs) for name, term in self.terms.items() if isinstance(term, TemporalTerm)}
+            fused = self.gate.fuse(losses, RowLosses.of(list(terms.values()), list(losses_KN)), outputs)
             total = total + scales["gate"] * fused.own
             sums |= {"gate": fused.own, GATE_WEIGHTS: fused.weight_sums}
             for name in levels:

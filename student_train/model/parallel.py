@@ -20,7 +20,7 @@ from model_taps.blocks import decoder_blocks
 from signal_store.errors import InputError, MismatchError
 from student_train.model.accelerate_state import forget_precision
 from student_train.model.distiller import Distiller
-from student_train.model.sections import SharingSection
+from student_train.model.sections import ParallelSection
 
 
 def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
@@ -41,20 +41,20 @@ def accelerator_of(*, bf16: bool, **options: Any) -> Accelerator:
     return made
 
 
-def refuse_lone_shard(section: SharingSection) -> None:
+def refuse_lone_shard(section: ParallelSection) -> None:
     """InputError where one process alone would share: nothing would be split and nothing offloaded."""
     if section.mode == "sharded" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise InputError(
             "one process cannot share a student",
             expected="several, started by torchrun or accelerate launch",
             found=1,
-            where="sharing.mode",
-            remedy="Start several, or give sharing: {mode: replicated}, which one process may go on with.",
+            where="parallel.mode",
+            remedy="Start several, or give parallel: {mode: replicated}, which one process may go on with.",
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class ParallelModel:
     """A distiller as this run trains it. `model` is what is called."""
 
     accelerator: Accelerator
@@ -62,7 +62,7 @@ class Shared:
     model: nn.Module
 
     @classmethod
-    def of(cls, accelerator: Accelerator, distiller: Distiller, section: SharingSection) -> "Shared":
+    def of(cls, accelerator: Accelerator, distiller: Distiller, section: ParallelSection) -> "ParallelModel":
         """Wrap it; parameters of a sharded one are replaced, so the optimizer is made afterwards."""
         if section.mode == "sharded":
             distiller.to(accelerator.device)

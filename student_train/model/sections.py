@@ -7,7 +7,7 @@ from pydantic import model_validator
 from signal_store.format.section import Section
 
 
-class SharingSection(Section):
+class ParallelSection(Section):
     """How several processes (started by torchrun or accelerate launch) share the student: each holds all of it, or a shard
     (FSDP2)."""
 

@@ -24,7 +24,7 @@ from student_train.train import checkpoint
 from student_train.train.metrics import read_json
 
 RECORD = "run.json"
-FACTS = ("processes", "sharing", "precision", "packed", "versions", "commit", "python", "machine", "gpus")
+FACTS = ("processes", "parallel", "precision", "packed", "versions", "commit", "python", "machine", "gpus")
 """What a record says besides the recipe, and what `history` follows."""
 
 
@@ -38,7 +38,8 @@ class Begun:
     def of(cls, out: Path) -> "Begun":
         """Read it."""
         path = out / RECORD
-        return cls(read_json(path) if path.is_file() else {})
+        held = read_json(path) if path.is_file() else {}
+        return cls({"parallel" if name == "sharing" else name: value for name, value in held.items()})  # its name of before
 
     @property
     def packed(self) -> bool | None:
@@ -117,7 +118,7 @@ def write_record(
         "generation": cache.seal.generation,
         "command": sys.argv,
         "processes": accelerator.num_processes,
-        "sharing": recipe.sharing.mode if accelerator.num_processes > 1 else "alone",
+        "parallel": recipe.parallel.mode if accelerator.num_processes > 1 else "alone",
         "precision": {"taken": precision.name, "reason": precision.reason},
         "packed": packed,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "zarr", "teacher-cache")},

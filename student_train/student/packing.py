@@ -7,12 +7,12 @@ from signal_store.cache import Cache
 from signal_store.errors import InputError
 
 
-def packs_rows(student: PreTrainedModel, cache: Cache, row_tokens: int, micro_batch_rows: int) -> bool:
+def packs_rows(student: PreTrainedModel, cache: Cache, sequence_length: int, micro_batch_rows: int) -> bool:
     """Whether a segment gets the same states in a row with others as alone.
 
     Args:
         student: on the device that it will run on.
-        row_tokens: tokens of a row.
+        sequence_length: tokens of a row.
         micro_batch_rows: rows of the largest forward pass.
     Returns:
         True: rows may hold several segments; False: one each.
@@ -22,10 +22,10 @@ def packs_rows(student: PreTrainedModel, cache: Cache, row_tokens: int, micro_ba
     found = probe(
         student,
         cache.manifest.tokenizer.vocab_size,
-        min(cache.manifest.plan.context, row_tokens),  # the stream refuses what is longer
+        min(cache.manifest.plan.context, sequence_length),  # the stream refuses what is longer
         what="student",
-        width=row_tokens,
-        most_tokens=row_tokens * micro_batch_rows,
+        width=sequence_length,
+        most_tokens=sequence_length * micro_batch_rows,
         allowed=("packed", "padded"),
     )
     if found.split_length is not None:

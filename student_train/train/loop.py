@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from run_kit.progress import progress_bar
 from student_train.data.loader import load
-from student_train.data.packed_batch import Parcel
+from student_train.data.packed_batch import PackedBatch
 from student_train.data.rows import Cursor
 from student_train.engine.controller import Observation
 from student_train.engine.engine import Engine
@@ -45,7 +45,7 @@ def train(run: Run) -> Progress:
             measured = take_step(run, micro, progress.step, engine.weights, times_forward=engine.needs_forward_seconds)
             decided = engine.observe(Observation(progress.step + 1, settings.steps, measured, waited))
             seconds = waited + time.perf_counter() - started
-            progress = progress.stepped([parcel.contents.cursor for parcel in micro], int(measured.tokens), seconds)
+            progress = progress.stepped([packed_batch.contents.cursor for packed_batch in micro], int(measured.tokens), seconds)
             record = record_of(measured) | shares | decided
             log.write(step=progress.step, **record, seconds=seconds, data_wait_seconds=waited)
             says = f"loss {measured.loss:.3f} {measured.tokens / seconds:,.0f} tok/s wait {waited / seconds:.0%}"
@@ -62,12 +62,12 @@ def _due(progress: Progress, every: int, steps: int) -> bool:
     return progress.step == steps or progress.step % every == 0
 
 
-def _gradient_shares(run: Run, parcel: Parcel, step: int) -> dict[str, float]:
+def _gradient_shares(run: Run, packed_batch: PackedBatch, step: int) -> dict[str, float]:
     """On one micro-batch of the step that comes, where they are asked for then."""
     every = run.settings.gradient_shares_every
     if every is None or step % every:
         return {}
-    return numbers(GradientShares(run.objective, step / run.settings.steps).run(run.shared, [parcel.batch]))
+    return numbers(GradientShares(run.objective, step / run.settings.steps).run(run.parallel, [packed_batch.batch]))
 
 
 def _validate(run: Run, progress: Progress, log: RunLog) -> Progress:
@@ -76,12 +76,12 @@ def _validate(run: Run, progress: Progress, log: RunLog) -> Progress:
     assert settings.validation is not None
     assert evaluation is not None
     batches = run.stream.once("validation", evaluation.needs, settings.validation.max_tokens)
-    found = numbers(evaluation.run(run.shared, batches))
+    found = numbers(evaluation.run(run.parallel, batches))
     log.write(step=progress.step, **found)
     progress = progress.validated(found["validation_loss"], settings.validation.min_gain)
     if settings.keeps_best and progress.best_step == progress.step:
         writes = run.accelerator.is_main_process
-        checkpoint.save_best(settings.out / "best", run.shared.distiller, progress.step, writes=writes)
+        checkpoint.save_best(settings.out / "best", run.parallel.distiller, progress.step, writes=writes)
     return progress
 
 
@@ -90,6 +90,6 @@ def _save(run: Run, progress: Progress) -> Progress:
     cursors: list[Cursor] = gather_object([progress.cursor])
     progress = replace(progress, cursor=later(*cursors))
     folder, writes = run.settings.out / "checkpoints", run.accelerator.is_main_process
-    checkpoint.save(folder, run.shared.distiller, run.optimizer, progress, run.settings.checkpoint.keep, writes=writes)
+    checkpoint.save(folder, run.parallel.distiller, run.optimizer, progress, run.settings.checkpoint.keep, writes=writes)
     run.accelerator.wait_for_everyone()
     return progress

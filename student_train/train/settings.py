@@ -5,7 +5,7 @@ from pathlib import Path
 
 from student_train.data.sections import StreamSection
 from student_train.evaluate.sections import ValidationSection
-from student_train.model.sections import SharingSection
+from student_train.model.sections import ParallelSection
 from student_train.student.sections import StudentSection
 from student_train.train.sections import CheckpointSection, OptimizerSection
 
@@ -22,7 +22,7 @@ class TrainSettings:
     stream: StreamSection
     validation: ValidationSection | None
     checkpoint: CheckpointSection
-    sharing: SharingSection
+    parallel: ParallelSection
     steps: int
     seed: int
     tail_rank: int | None

@@ -1,4 +1,4 @@
-"""From what a recipe asks for to a run that can take its next step: probed, restored from its last checkpoint, shared out.
+"""From what a recipe asks for to a run that can take its next step: probed, restored from its last checkpoint, parallel out.
 
 The order matters: the student is probed before anything wraps it, a checkpoint is loaded before the student is shared, and the
 optimizer is made afterwards, for sharding replaces the parameters.
@@ -30,7 +30,7 @@ from student_train.losses.objective import Objective
 from student_train.losses.parameter_anchor import Anchor
 from student_train.losses.router_balance import refuse_lost_losses
 from student_train.model.distiller import Distiller
-from student_train.model.parallel import Shared
+from student_train.model.parallel import ParallelModel
 from student_train.student.build import build_student
 from student_train.student.packing import packs_rows
 from student_train.student.sections import StudentSection
@@ -46,12 +46,12 @@ HEAD_MATCHING_ROWS = 4
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that stands at `progress`; its other state is in the parameters of `shared` and in the `optimizer`."""
+    """A run that stands at `progress`; its other state is in the parameters of `parallel` and in the `optimizer`."""
 
     settings: TrainSettings
     cache: Cache
     objective: Objective
-    shared: Shared
+    parallel: ParallelModel
     optimizer: torch.optim.Optimizer
     anchor: Anchor | None
     stream: Stream
@@ -60,7 +60,7 @@ class Run:
     @property
     def accelerator(self) -> Accelerator:
         """Of its processes."""
-        return self.shared.accelerator
+        return self.parallel.accelerator
 
     @property
     def validation(self) -> Validation | None:
@@ -96,7 +96,7 @@ def start(
     distiller.to(device)
     able = _probe(settings, accelerator, cache, distiller)
     ranks = accelerator.process_index, accelerator.num_processes
-    stream = Stream(cache, objective.needs, settings.stream, _cut(able, packed, distiller), *ranks, objective.weigher)
+    stream = Stream(cache, objective.needs, settings.stream, _cut(able, packed, distiller), *ranks, objective.token_weights)
     found = checkpoint.newest(settings.out / "checkpoints")
     fresh = Progress.begin(cache.manifest.cache_id, run_id)
     progress = fresh if found is None else _restored(found, distiller, fresh, accept=settings.checkpoint.accept_other_cache)
@@ -104,7 +104,7 @@ def start(
         _checkpoint_activations(distiller.student)
     anchored = objective.losses.parameter_anchor is not None
     begun = _weights_at_the_start(settings.student, cache) if anchored else {}
-    shared = Shared.of(accelerator, distiller, settings.sharing)
+    parallel = ParallelModel.of(accelerator, distiller, settings.parallel)
     anchor = Anchor.of(distiller.student, begun, like) if anchored else None
     del begun
     optimizer = build_optimizer(distiller, settings.optimizer)
@@ -112,9 +112,9 @@ def start(
         checkpoint.restore_optimizer(found, optimizer)
     distiller.codecs = Codecs.of(cache, _read(settings, cache, objective), device, settings.tail_rank)
     if objective.matched_layers and not progress.head_pairs:
-        progress = replace(progress, head_pairs=_match_heads(shared, stream))
+        progress = replace(progress, head_pairs=_match_heads(parallel, stream))
     distiller.head_pairs = progress.head_pairs
-    return Run(settings, cache, objective, shared, optimizer, anchor, stream, progress)
+    return Run(settings, cache, objective, parallel, optimizer, anchor, stream, progress)
 
 
 def _probe(settings: TrainSettings, accelerator: Accelerator, cache: Cache, distiller: Distiller) -> bool:
@@ -128,7 +128,7 @@ def _probe(settings: TrainSettings, accelerator: Accelerator, cache: Cache, dist
         refuse_another_head(student, vocab_size, "student")
         distiller.refuse_silent_rows()
         refuse_lost_losses(student, vocab_size, distiller.objective.balance)
-        return packs_rows(student, cache, settings.stream.row_tokens, settings.stream.forward_rows)
+        return packs_rows(student, cache, settings.stream.sequence_length, settings.stream.forward_rows)
 
 
 def _cut(able: bool, packed: bool | None, distiller: Distiller) -> bool:
@@ -184,15 +184,15 @@ def _read(settings: TrainSettings, cache: Cache, objective: Objective) -> Signal
     return objective.needs if validation is None else objective.needs | validation.needs
 
 
-def _match_heads(shared: Shared, stream: Stream) -> HeadPairs:
+def _match_heads(parallel: ParallelModel, stream: Stream) -> HeadPairs:
     """On the stream's first rows, the same for every rank and whatever a micro-batch holds."""
-    config = stream.config.model_copy(update={"micro_rows": math.gcd(HEAD_MATCHING_ROWS, stream.config.rows_per_step)})
+    config = stream.config.model_copy(update={"micro_batch_rows": math.gcd(HEAD_MATCHING_ROWS, stream.config.global_batch_rows)})
     first = replace(stream, config=config, rank=0, world_size=1)
-    with shared.evaluating():
+    with parallel.evaluating():
         matched = any(
-            shared.model(batch.to(shared.accelerator.device), look=Distiller.choose_heads)
+            parallel.model(batch.to(parallel.accelerator.device), look=Distiller.choose_heads)
             for batch in islice(first.micro_batches({}, 0), HEAD_MATCHING_BATCHES)
         )
     if not matched:
         raise MismatchError("no keyword row in the first batches", expected="some, to match heads by", where=stream.cache.uri)
-    return shared.distiller.head_pairs
+    return parallel.distiller.head_pairs

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from signal_store.errors import SignalStoreError
 from student_train.data.order import key_of
-from student_train.data.packed_batch import Parcel
+from student_train.data.packed_batch import PackedBatch
 from student_train.engine.controller import Measured
 from student_train.student.build import cached_tokenizer
 from student_train.train.optimizer import learning_rate_factor, set_learning_rate
@@ -27,7 +27,7 @@ SHOWN_SEGMENTS, SHOWN_TEXTS, SHOWN_TOKENS = 20, 4, 24
 """Of a step whose loss is not finite."""
 
 
-def take_step(run: Run, micro: Sequence[Parcel], step: int, weights: Mapping[str, float], *, times_forward: bool) -> Measured:
+def take_step(run: Run, micro: Sequence[PackedBatch], step: int, weights: Mapping[str, float], *, times_forward: bool) -> Measured:
     """Forward and backward of every micro-batch, then the update.
 
     Args:
@@ -50,7 +50,7 @@ def take_step(run: Run, micro: Sequence[Parcel], step: int, weights: Mapping[str
     reduced = accelerator.reduce(accumulated.flat(), reduction="sum")
     # .item() inside: the anchor's value is formed by itself.
     pulled = {} if run.anchor is None else {"parameter_anchor": run.anchor.pull(weights["parameter_anchor"])}
-    norm = run.shared.clipped_norm(settings.optimizer.clip_norm or math.inf)
+    norm = run.parallel.clipped_norm(settings.optimizer.clip_norm or math.inf)
     host = torch.cat([reduced, norm.to(reduced)[None]]).cpu()  # the one wait for the step's forward and backward passes
     *_, gradient_norm = host.tolist()
     sums, extras = accumulated.of_flat(host)
@@ -79,10 +79,10 @@ def record_of(measured: Measured) -> dict[str, float]:
     }
 
 
-def _global_counts(run: Run, micro: Sequence[Parcel]) -> tuple[dict[str, float], float, float]:
+def _global_counts(run: Run, micro: Sequence[PackedBatch]) -> tuple[dict[str, float], float, float]:
     """(how much each term counts, real tokens, places for tokens), over all ranks and micro-batches."""
     accelerator, objective = run.accelerator, run.objective
-    batches = [parcel.batch for parcel in micro]
+    batches = [packed_batch.batch for packed_batch in micro]
     local = [[*objective.counts(batch).values(), int(batch.real.sum()), batch.real.numel()] for batch in batches]
     alone = accelerator.num_processes == 1  # then they never leave the CPU, and nothing waits
     counts = torch.tensor(local, dtype=torch.float64, device="cpu" if alone else accelerator.device).sum(0)
@@ -124,16 +124,16 @@ class _Accumulated:
 
 
 def _accumulate(
-    run: Run, micro: Sequence[Parcel], scales: Mapping[str, float], progress: float, *, times_forward: bool
+    run: Run, micro: Sequence[PackedBatch], scales: Mapping[str, float], progress: float, *, times_forward: bool
 ) -> _Accumulated:
     accelerator, terms = run.accelerator, tuple(run.objective.terms)
     zeros = torch.zeros(len(terms), dtype=torch.float64, device=accelerator.device)
     found = _Accumulated(terms, zeros, frozenset(), {})
-    for number, parcel in enumerate(micro):
-        with run.shared.micro_step(last=number == len(micro) - 1):
+    for number, packed_batch in enumerate(micro):
+        with run.parallel.micro_step(last=number == len(micro) - 1):
             started = _now(accelerator.device, times_forward)
             with accelerator.autocast():
-                total, sums = run.shared.model(parcel.to(accelerator.device), scales, progress)
+                total, sums = run.parallel.model(packed_batch.to(accelerator.device), scales, progress)
             found.forward_seconds += _now(accelerator.device, times_forward) - started
             total.backward()
         found.add(sums)
@@ -147,10 +147,10 @@ def _now(device: torch.device, waits: bool) -> float:
     return time.perf_counter()
 
 
-def _not_finite(run: Run, loss: float, norm: float, step: int, micro: Sequence[Parcel]) -> SignalStoreError:
+def _not_finite(run: Run, loss: float, norm: float, step: int, micro: Sequence[PackedBatch]) -> SignalStoreError:
     """With the segments of the step and how their texts begin, escapes shown."""
     tokenizer: Any = cached_tokenizer(run.cache)
-    segments = sorted({segment for parcel in micro for segment in parcel.contents.segments})
+    segments = sorted({segment for packed_batch in micro for segment in packed_batch.contents.segments})
     texts = [f"{n}: {tokenizer.decode(run.cache[n].input_ids[:SHOWN_TOKENS].tolist())!a}" for n in segments[:SHOWN_TEXTS]]
     return SignalStoreError(
         "the loss is not finite",

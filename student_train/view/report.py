@@ -157,7 +157,7 @@ def _differences(runs: list[Run]) -> Section:
 
 
 def _provenance(runs: list[Run]) -> Section:
-    names = ("cache_id", "generation", "recipe_digest", "commit", "processes", "sharing", "machine", "python")
+    names = ("cache_id", "generation", "recipe_digest", "commit", "processes", "parallel", "machine", "python")
     rows = [(name, *(str(run.about.get(name, "")) for run in runs)) for name in names]
     held = [run.about.get("versions") for run in runs]
     versions = [one if isinstance(one, dict) else {} for one in held]

@@ -121,7 +121,7 @@ def distiller_of(cache: Cache, model: PreTrainedModel, name: str) -> tuple[Disti
 
 def batches_of(cache: Cache, objective: Objective, rows: int, world: int = 1) -> Iterator[CodedBatch]:
     """All of the validation split, in micro-batches of so many rows."""
-    config = StreamSection(row_tokens=CONTEXT, rows_per_step=rows * world, micro_rows=rows)
+    config = StreamSection(sequence_length=CONTEXT, global_batch_rows=rows * world, micro_batch_rows=rows)
     streams = [Stream(cache, objective.needs, config, packed=True, rank=rank, world_size=world) for rank in range(world)]
     for stream in streams:
         yield from stream.once("validation", objective.needs)

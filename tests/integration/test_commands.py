@@ -89,7 +89,7 @@ def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
         },
         "steps": 12,
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
-        "stream": {"row_tokens": CONTEXT, "rows_per_step": 4, "micro_rows": 2, "window_units": 2},
+        "stream": {"sequence_length": CONTEXT, "global_batch_rows": 4, "micro_batch_rows": 2, "window_units": 2},
         "validation": {"every": 4},
         "checkpoint": {"every": 3},
     }
@@ -136,7 +136,7 @@ def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, 
     [
         ("stps=8", ["unknown key stps", "perhaps steps"]),
         ("cache=/nowhere", ["no cache here"]),
-        ("losses.tla.temperature=7", ["cannot serve this temperature", "7"]),
+        ("losses.forward_kl.temperature=7", ["cannot serve this temperature", "7"]),
         ("student.config=null", ["exactly one of checkpoint and config"]),
         ("student.config.vocab_size=9", ["vocabulary is smaller"]),
         ("student.config.hidden_sise=9", ["no such field", "expected hidden_size", "hidden_sise"]),
@@ -148,22 +148,22 @@ def test_bad_cache_recipes(tmp_path: Path, recipe: dict[str, Any], change: str, 
         ("student.config.num_hidden_layers=0", ["a model without blocks", "num_hidden_layers of 1 or more", "found 0"]),
         ("student.config.intermediate_size=0", ["gives weights no size", "mlp"]),
         ("student.config.num_attention_heads=0", ["config is wrong", "zero"]),
-        ("sharing.mode=sharded", ["one process cannot share", "torchrun", "sharing.mode", "replicated"]),
+        ("parallel.mode=sharded", ["one process cannot share", "torchrun", "parallel.mode", "replicated"]),
         ("student.lora={rank: 2}", ["lora needs a checkpoint"]),
         ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1", "less than 1"]),
         ("stream.mix={weights: {trian: 1}}", ["trian"]),
         ("learning_rate=1", ["unknown key learning_rate (perhaps optimizer.learning_rate)"]),
-        ("stream.rows_per_step=99999999999999999999", ["stream.rows_per_step: a number must be", "below 2**53"]),
+        ("stream.global_batch_rows=99999999999999999999", ["stream.global_batch_rows: a number must be", "below 2**53"]),
         ("steps=true", ["steps: true and false", "no value of this key"]),
         ("student.config.rms_norm_eps=.nan", ["student.config.rms_norm_eps: a number must be finite"]),
         ("student.config.rope_scaling={1: 2}", ["student.config.rope_scaling.1: a key must be text"]),
         ("student.config.name=2024-01-01", ["student.config.name", "found date"]),
         ("student.config.name=&a [*a]", ["it holds itself"]),
-        ("losses.tal={}", ["unknown key losses.tal (perhaps losses.tla)"]),
-        ("losses.tla.weight=much", ["losses.tla.weight", "expected a number"]),
+        ("losses.tal={}", ["unknown key losses.tal (perhaps losses.forward_kl)"]),
+        ("losses.forward_kl.weight=much", ["losses.forward_kl.weight", "expected a number"]),
         ("preset=flash", ["preset must be one of"]),
         ("losses.kl={}", ["unknown key", "kl"]),
-        ("stream.row_tokens=8", ["longer than a row"]),
+        ("stream.sequence_length=8", ["longer than a row"]),
         ("out=s3://bucket/run", ["out: must be on this machine", "s3:"]),
     ],
 )
@@ -216,9 +216,9 @@ def test_one_seed_is_for_all(run_recipe: dict[str, Any]) -> None:
 
 def test_weights_are_numbers_and_one_at_least_is_above_zero(run_recipe: dict[str, Any]) -> None:
     def weighed(weight: Any) -> RunRecipe:
-        return validate({**run_recipe, "preset": None, "losses": {"tla": {"weight": weight}}}, RunRecipe, "here")
+        return validate({**run_recipe, "preset": None, "losses": {"forward_kl": {"weight": weight}}}, RunRecipe, "here")
 
-    term = weighed("1e-3").objective.tla
+    term = weighed("1e-3").objective.forward_kl
     assert term is not None and term.weight.start == term.weight.end == 1e-3
     for nothing in (0, "0.0", {"start": 0, "end": 0}):
         with pytest.raises(InputError, match="every term's weight is 0"):
@@ -307,7 +307,7 @@ def test_what_the_cache_lacks_is_refused_at_start(
     poor = build(recipe_for(tmp_path / "poor.zarr", signals={"distribution": {"rank": 0, "head": 2}}))
     written = write(tmp_path, {**run_recipe, "cache": poor.uri})
     refused(cli("student_train", "explain", written), "lhsm needs a signal", "hidden")
-    refused(cli("student_train", "explain", written, "preset=demo_kl", "losses.tla.temperature=3"), "no tail", "0.")
+    refused(cli("student_train", "explain", written, "preset=demo_kl", "losses.forward_kl.temperature=3"), "no tail", "0.")
 
 
 def test_unsealed_caches_and_other_tokenizers_are_refused(tmp_path: Path, run_recipe: dict[str, Any], cache: Cache) -> None:
@@ -423,7 +423,7 @@ def test_a_killed_run_ends_in_the_same_losses(tmp_path: Path, run_recipe: dict[s
 def test_accumulation_does_not_change_the_step(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
     exact = {**run_recipe, "precision": "float32"}  # whatever this machine computes in natively: sums are compared
     for name, rows in (("one", 4), ("four", 1)):
-        recipe = {**exact, "out": str(tmp_path / name), "steps": 3, "stream": {**run_recipe["stream"], "micro_rows": rows}}
+        recipe = {**exact, "out": str(tmp_path / name), "steps": 3, "stream": {**run_recipe["stream"], "micro_batch_rows": rows}}
         assert cli("student_train", "run", write(tmp_path, recipe)).returncode == 0
     for (step, a), (_, b) in zip(losses_of(tmp_path / "one"), losses_of(tmp_path / "four"), strict=True):
         assert abs(a - b) <= 1e-5 * abs(a), step
@@ -448,7 +448,7 @@ def test_the_result_is_a_plain_folder_and_learns(tmp_path: Path, run_recipe: dic
 def test_explain_names_what_is_read(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
     done = cli("student_train", "explain", write(tmp_path, run_recipe), "--json")
     found = {term["term"]: term for term in json.loads(done.stdout)["terms"]}
-    assert set(found) == {"cross_entropy", "tla", "lhsm", "apc", "asr"}
+    assert set(found) == {"cross_entropy", "forward_kl", "lhsm", "apc", "asr"}
     assert found["lhsm"]["reads"] == [f"hidden/block_output/{layer}" for layer in (1, 2, 3)]
     assert found["apc"]["taps"] == ["attention rows of block 2"]
     assert cli("student_train", "explain", write(tmp_path, run_recipe)).returncode == 0
@@ -457,7 +457,7 @@ def test_explain_names_what_is_read(tmp_path: Path, run_recipe: dict[str, Any]) 
 def test_explain_refuses_what_run_would(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
     written = write(tmp_path, run_recipe)
     refused(cli("student_train", "explain", written, "stream.mix.weights={nobody: 1}"), "no such train source", "nobody")
-    refused(cli("student_train", "explain", written, "stream.row_tokens=8"), "longer than a row")
+    refused(cli("student_train", "explain", written, "stream.sequence_length=8"), "longer than a row")
 
 
 def test_verbs_one_by_one_and_a_full_disk(tmp_path: Path, recipe: dict[str, Any]) -> None:
@@ -512,7 +512,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(plant: str, capsys: p
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("[memory] out of memory")
     assert "batch_tokens" in line
-    assert "micro_rows" in line
+    assert "micro_batch_rows" in line
 
 
 def test_another_fault_is_not_taken_for_a_lack_of_memory() -> None:

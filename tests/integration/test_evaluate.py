@@ -66,7 +66,7 @@ def test_a_plan_is_a_recipe_that_runs(knowing_cache: Cache, stranger: Path, tmp_
         "out": str(tmp_path / "run"),
         "student": {"checkpoint": str(stranger)},
         "steps": 1,
-        "stream": {"row_tokens": CONTEXT, "rows_per_step": 8, "workers": 0},
+        "stream": {"sequence_length": CONTEXT, "global_batch_rows": 8, "workers": 0},
     }
     recipe, evaluation, planned = tmp_path / "ask.yaml", tmp_path / "kept.json", tmp_path / "planned.yaml"
     recipe.write_text(yaml.safe_dump(asked))
@@ -106,9 +106,9 @@ def test_two_rounds(recipe_for: RecipeMaker, texts: dict[str, Path], tmp_path: P
     first_cache = build(recipe)
     base: dict[str, Any] = {
         "cache": first_cache.uri,
-        "losses": {"tla": {"temperature": 1.0}},
+        "losses": {"forward_kl": {"temperature": 1.0}},
         "steps": 2,
-        "stream": {"row_tokens": CONTEXT, "rows_per_step": 4, "workers": 0},
+        "stream": {"sequence_length": CONTEXT, "global_batch_rows": 4, "workers": 0},
         "validation": {"every": 2},
     }
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -152,14 +152,14 @@ def test_a_plan_honours_what_it_does_not_decide(knowing_cache: Cache, stranger: 
     asked |= {
         "without": ["explicit", "temporal"],
         "losses": {"parameter_anchor": {"weight": 0.3}},
-        "stream": {"row_tokens": CONTEXT},
+        "stream": {"sequence_length": CONTEXT},
     }
     recipe.write_text(yaml.safe_dump(asked))
     called("plan", recipe, "--write", planned)
     found = load_recipe(planned, [], RunRecipe).objective
     assert found.parameter_anchor is not None
     assert found.parameter_anchor.weight.start == 0.3
-    off = ("tla", "jsd", "cross_entropy", "importance", "gate", "replay", "asr")
+    off = ("forward_kl", "jsd", "cross_entropy", "importance", "gate", "replay", "asr")
     assert [name for name, term in found if name in off and term is not None] == []
     assert found.evidence is not None
 
@@ -173,4 +173,4 @@ def test_one_cached_temperature_is_enough_for_a_plan(
     recipe = tmp_path / "ask.yaml"
     recipe.write_text(yaml.safe_dump({"cache": made.uri, "out": "x", "student": {"checkpoint": str(stranger)}, "steps": 1}))
     by_place = {choice["place"]: choice["value"] for choice in json.loads(called("plan", recipe, "--json"))}
-    assert {"temperature": 1.0} in (by_place.get("losses.tla"), by_place.get("losses.jsd"))
+    assert {"temperature": 1.0} in (by_place.get("losses.forward_kl"), by_place.get("losses.jsd"))

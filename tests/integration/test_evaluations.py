@@ -18,11 +18,11 @@ from student_train.losses.objective import Objective, resolve
 from student_train.losses.pairing import state_pairs
 from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller
-from student_train.model.parallel import Shared, accelerator_of
-from student_train.model.sections import SharingSection
+from student_train.model.parallel import ParallelModel, accelerator_of
+from student_train.model.sections import ParallelSection
 from tests.tiny import CONTEXT, make_model
 
-TERMS: dict[str, Any] = {"tla": {"temperature": 1.0}, "cross_entropy": {}, "residual_cka": {}}
+TERMS: dict[str, Any] = {"forward_kl": {"temperature": 1.0}, "cross_entropy": {}, "residual_cka": {}}
 Made = Callable[[Cache, Objective, Any], Evaluation]
 EVALUATIONS: list[Made] = [
     lambda cache, _objective, _student: Validation(cache),
@@ -36,10 +36,10 @@ EVALUATIONS: list[Made] = [
 def test_an_evaluation_changes_nothing_and_says_its_units(knowing_cache: Cache, make: Made) -> None:
     student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7).train()
     objective = resolve(Losses.of(TERMS), knowing_cache, student)
-    shared = Shared.of(accelerator_of(bf16=False), Distiller(student, objective), SharingSection())
+    shared = ParallelModel.of(accelerator_of(bf16=False), Distiller(student, objective), ParallelSection())
     evaluation = make(knowing_cache, objective, student)
     shared.distiller.codecs = Codecs.of(knowing_cache, evaluation.needs, torch.device("cpu"))
-    stream = Stream(knowing_cache, evaluation.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=4), packed=True)
+    stream = Stream(knowing_cache, evaluation.needs, StreamSection(sequence_length=CONTEXT, global_batch_rows=4), packed=True)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     first, second = (evaluation.run(shared, stream.once("validation", evaluation.needs)) for _ in range(2))
     assert evaluation.name

@@ -41,7 +41,7 @@ def test_an_example_builds_and_trains(name: str, tmp_path: Path, monkeypatch: py
         subprocess.run([sys.executable, str(script), str(EXAMPLES / name / "sentences.jsonl"), str(tagger)], check=True)
         overrides += [f"sources.{number}.tagger.model={tagger}" for number in range(4)]
     cache = build(load_recipe(EXAMPLES / name / "cache.yaml", overrides, CacheRecipe))
-    changes = [f"cache={cache.uri}", f"out={tmp_path}/student", "steps=3", "validation.every=3", "stream.rows_per_step=8"]
+    changes = [f"cache={cache.uri}", f"out={tmp_path}/student", "steps=3", "validation.every=3", "stream.global_batch_rows=8"]
     recipe = load_recipe(EXAMPLES / name / "run.yaml", changes, RunRecipe)
     student, _ = build_student(recipe.student, cache)
     terms = resolve(recipe.objective, cache, student).terms

@@ -33,7 +33,7 @@ from tests.tiny import CONTEXT, FAMILIES, HEADS, WIDTH, make_model
 
 RecipeMaker = Callable[..., CacheRecipe]
 
-FULL = {"cross_entropy": {}, "tla": {"temperature": 2.0}, "lhsm": {}, "apc": {"weight": 0.5}, "asr": {}}
+FULL = {"cross_entropy": {}, "forward_kl": {"temperature": 2.0}, "lhsm": {}, "apc": {"weight": 0.5}, "asr": {}}
 
 
 def live(cache: Cache) -> PreTrainedModel:
@@ -82,7 +82,7 @@ def whole_head_cache(tmp_path_factory: pytest.TempPathFactory, recipe_for: Recip
     return build(recipe_for(tmp_path_factory.mktemp("head") / "cache.zarr", signals=signals))
 
 
-@pytest.mark.parametrize("kind", ["tla", "reverse_kl", "jsd", "total_variation"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("whole_head", [False, True])
 def test_full_rank_or_full_head_equals_a_live_teacher(
@@ -91,7 +91,7 @@ def test_full_rank_or_full_head_equals_a_live_teacher(
     cache = whole_head_cache if whole_head else exact_cache
     model = live(cache)
     request = SignalRequest.of(DistributionRequest())
-    config = StreamSection(row_tokens=CONTEXT, rows_per_step=16)
+    config = StreamSection(sequence_length=CONTEXT, global_batch_rows=16)
     batch = next(Stream(cache, request, config, packed=True).micro_batches({}, 0))
     student = make_model("llama", len(output_head(model).weight), seed=5)
     codec = Codecs.of(cache, request, torch.device("cpu")).distribution
@@ -128,7 +128,7 @@ def test_teacher_as_student_has_no_loss_but_the_codecs(exact_cache: Cache) -> No
     objective = resolve(losses, exact_cache, model)
     distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(exact_cache, objective.needs, torch.device("cpu"))
-    stream = Stream(exact_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
+    stream = Stream(exact_cache, objective.needs, StreamSection(sequence_length=CONTEXT, global_batch_rows=16), packed=True)
     batch = next(stream.micro_batches({}, 0))
     assert distiller.choose_heads(batch)
     assert distiller.head_pairs == {4: [(h, h) for h in range(HEADS)]}
@@ -136,7 +136,7 @@ def test_teacher_as_student_has_no_loss_but_the_codecs(exact_cache: Cache) -> No
     assert total.requires_grad
     distiller.close_taps()
     means = {name: float(value) / max(1, objective.counts(batch)[name]) for name, value in sums.items()}
-    assert 0 <= means["tla"] + 1e-6 <= 1e-4
+    assert 0 <= means["forward_kl"] + 1e-6 <= 1e-4
     assert means["lhsm"] <= 1e-4
     assert means["apc"] <= 2e-3
     assert means["cross_entropy"] > 0.1
@@ -181,14 +181,16 @@ def test_families_build_and_teach(family: str, tmp_path: Path, tokenizer: PreTra
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
     packed = family != "opt"
     batch = next(
-        Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=packed).micro_batches({}, 0)
+        Stream(cache, objective.needs, StreamSection(sequence_length=CONTEXT, global_batch_rows=16), packed=packed).micro_batches(
+            {}, 0
+        )
     )
     assert distiller.choose_heads(batch)
     total, sums = distiller(batch, {name: 1 / max(1, objective.counts(batch)[name]) for name in FULL})
     total.backward()
     distiller.close_taps()
     assert (
-        float(sums["tla"]) / objective.counts(batch)["tla"] <= 0.1
+        float(sums["forward_kl"]) / objective.counts(batch)["forward_kl"] <= 0.1
     )  # 4 log(327/320): the padded rows' mass, which the teacher never gave
     assert all(p.grad is not None for p in distiller.terms.parameters())
     assert FAMILIES[family]
@@ -206,7 +208,7 @@ def test_overlap_rows_hold_no_signal(recipe_for: object, tmp_path: Path) -> None
     assert not np.isnan(scalars[later.context_only :, 0]).any()
     assert (later.loss_mask[: later.context_only] == 0).all()
     request = SignalRequest.of(DistributionRequest(), HiddenRequest((("block_output", 1),)))
-    batch = next(Stream(cache, request, StreamSection(row_tokens=32, rows_per_step=64), packed=True).micro_batches({}, 0))
+    batch = next(Stream(cache, request, StreamSection(sequence_length=32, global_batch_rows=64), packed=True).micro_batches({}, 0))
     distribution, hidden = batch.part(DistributionPart), batch.part(HiddenPart)
     assert distribution is not None
     assert hidden is not None

@@ -85,7 +85,7 @@ def test_a_student_that_looks_at_its_batch_is_refused(recipe_for: RecipeMaker, t
             "cache": cache.uri,
             "out": tmp_path / "run",
             "student": {"config": config},
-            "stream": {"row_tokens": 48, "rows_per_step": 2},
+            "stream": {"sequence_length": 48, "global_batch_rows": 2},
             "losses": {"cross_entropy": {}},
             "steps": 1,
         }

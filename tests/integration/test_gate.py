@@ -13,7 +13,7 @@ from signal_store.cache import Cache
 from signal_store.format.roles import TOKEN_TYPES
 from student_train.commands.run import run
 from student_train.losses.gate import FEATURES, Gate, GateSection, repeated
-from student_train.losses.level import TokenLosses
+from student_train.losses.temporal import TokenLosses
 from student_train.recipe import RunRecipe
 from tests.integration.test_terms import alone
 from tests.tiny import CONTEXT, make_model
@@ -23,9 +23,9 @@ LEVELS: dict[str, Any] = {"smoothness": {}, "attention_evolution": {}, "replay":
 
 def test_an_undecided_gate_changes_nothing(knowing_cache: Cache) -> None:
     gradients = []
-    for losses in ({"tla": {}, **LEVELS}, {"tla": {}, **LEVELS, "gate": {}}):
+    for losses in ({"forward_kl": {}, **LEVELS}, {"forward_kl": {}, **LEVELS, "gate": {}}):
         student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
-        distiller, objective, batch = alone(student, knowing_cache, {**losses, "tla": {"temperature": 1.0}})
+        distiller, objective, batch = alone(student, knowing_cache, {**losses, "forward_kl": {"temperature": 1.0}})
         total, sums = distiller(batch, {name: 1 / count for name, count in objective.counts(batch).items()})
         total.backward()
         distiller.close_taps()
@@ -39,7 +39,7 @@ def test_an_undecided_gate_changes_nothing(knowing_cache: Cache) -> None:
 def test_it_looks_at_more_than_ten_things_that_differ(knowing_cache: Cache) -> None:
     assert len(FEATURES) >= 12
     student = make_model("qwen3", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
-    objective = {"tla": {"temperature": 1.0}, "cross_entropy": {}, **LEVELS, "gate": {}, "importance": {}}
+    objective = {"forward_kl": {"temperature": 1.0}, "cross_entropy": {}, **LEVELS, "gate": {}, "importance": {}}
     distiller, resolved, batch = alone(student, knowing_cache, objective)
     assert resolved.gate is not None
     tables = []
@@ -72,7 +72,7 @@ def looked_at(cache: Cache) -> tuple[Gate, Any, Any, Any]:
     """A gate that has seen losses of 1, its batch, and what it was given of it: losses of rows, and what the step saw."""
     torch.manual_seed(0)
     student = make_model("qwen3", cache.manifest.tokenizer.vocab_size, seed=7)
-    distiller, objective, batch = alone(student, cache, {"tla": {"temperature": 1.0}, **LEVELS, "gate": {}})
+    distiller, objective, batch = alone(student, cache, {"forward_kl": {"temperature": 1.0}, **LEVELS, "gate": {}})
     gate = objective.gate
     assert gate is not None
     gate.observe(dict.fromkeys(gate.levels, 1.0))
@@ -123,9 +123,9 @@ def recipe(cache: Cache, out: Path, **changes: Any) -> RunRecipe:
         "cache": cache.uri,
         "out": out,
         "student": {"checkpoint": cache.manifest.teacher.name},
-        "losses": {"tla": {"temperature": 1.0}, **LEVELS, "gate": {"width": 8}},
+        "losses": {"forward_kl": {"temperature": 1.0}, **LEVELS, "gate": {"width": 8}},
         "steps": 4,
-        "stream": {"row_tokens": CONTEXT, "rows_per_step": 8, "workers": 0},
+        "stream": {"sequence_length": CONTEXT, "global_batch_rows": 8, "workers": 0},
         "checkpoint": {"every": 2, "keep": 5},
         "optimizer": {"learning_rate": 1e-3},
     }

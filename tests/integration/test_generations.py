@@ -60,7 +60,7 @@ def test_extending_leaves_old_readers_alone(grown: tuple[CacheRecipe, Path], rec
     student = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     content = {"cache": recipe.cache, "out": tmp_path / "run", "student": {"config": {**student, "max_position_embeddings": 64}}}
     begun = RunRecipe.model_validate(
-        {**content, "losses": {"cross_entropy": {}}, "steps": 1, "stream": {"row_tokens": 48, "rows_per_step": 2}}
+        {**content, "losses": {"cross_entropy": {}}, "steps": 1, "stream": {"sequence_length": 48, "global_batch_rows": 2}}
     )
     run(begun)
     late = open_cache(recipe.cache)  # opened before, reads its first byte after

@@ -393,7 +393,7 @@ def small_run(cache: CacheView, out: Path, steps: int, rows: int, **more: Any) -
         "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2}},
         "preset": "cross_entropy",
         "steps": steps,
-        "stream": {"row_tokens": 48, "rows_per_step": rows, "workers": 0},
+        "stream": {"sequence_length": 48, "global_batch_rows": rows, "workers": 0},
         **more,
     }
     return RunRecipe.model_validate(content)

@@ -25,7 +25,7 @@ def test_it_runs_on_another_cache(cache: Cache, tmp_path: Path, monkeypatch: pyt
             "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2}},
             "preset": preset,
             "steps": 3,
-            "stream": {"row_tokens": 48, "rows_per_step": 4, "workers": 0},
+            "stream": {"sequence_length": 48, "global_batch_rows": 4, "workers": 0},
         }
         run(RunRecipe.model_validate(content))
         runs.append(str(tmp_path / preset))

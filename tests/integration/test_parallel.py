@@ -31,11 +31,17 @@ def recipe_of(cache: Cache, out: Path, **changes: Any) -> RunRecipe:
         "cache": cache.uri,
         "out": out,
         "student": {"config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2, "tie_word_embeddings": True}},
-        "losses": {"tla": {"temperature": 2.0}, "cross_entropy": {"weight": 0.5}, "lhsm": {}, "apc": {"weight": 0.3}, "asr": {}},
+        "losses": {
+            "forward_kl": {"temperature": 2.0},
+            "cross_entropy": {"weight": 0.5},
+            "lhsm": {},
+            "apc": {"weight": 0.3},
+            "asr": {},
+        },
         "steps": 4,
         "precision": "float32",  # whatever this machine computes in natively: sums are compared
         "optimizer": {"learning_rate": 1e-2, "eps": EPS},
-        "stream": {"row_tokens": 48, "rows_per_step": ROWS, "workers": 0},
+        "stream": {"sequence_length": 48, "global_batch_rows": ROWS, "workers": 0},
         "validation": {"every": 2},
         "checkpoint": {"every": 2, "keep": 9},
         **changes,
@@ -78,7 +84,7 @@ def same_weights(out: Path, alone: Path) -> None:
 
 
 EVERYTHING: dict[str, Any] = {
-    "tla": {"temperature": 2.0},
+    "forward_kl": {"temperature": 2.0},
     "cross_entropy": {"weight": 0.5},
     **{name: {"weight": 0.1} for name in registry.state_terms()},
     "gate": {},
@@ -106,14 +112,14 @@ def alone(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulated_steps_equal_whole_ones(cache: Cache, alone: Path, tmp_path: Path, micro: int) -> None:
-    run(rich(cache, tmp_path, stream={"row_tokens": 48, "rows_per_step": ROWS, "workers": 0, "micro_rows": micro}))
+    run(rich(cache, tmp_path, stream={"sequence_length": 48, "global_batch_rows": ROWS, "workers": 0, "micro_batch_rows": micro}))
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
     same_weights(tmp_path, alone)
 
 
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_two_processes_equal_one(cache: Cache, alone: Path, tmp_path: Path, mode: str) -> None:
-    together(rich(cache, tmp_path, sharing={"mode": mode}))
+    together(rich(cache, tmp_path, parallel={"mode": mode}))
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
     same_weights(tmp_path, alone)
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2

@@ -147,8 +147,8 @@ def test_token_ids_beyond_their_number(tmp_path: Path, recipe_for: RecipeMaker) 
     assert len(segment.top(5)) and segment.text
     student = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     content = {"cache": made.uri, "out": tmp_path / "run", "student": {"config": {**student, "max_position_embeddings": 64}}}
-    losses: dict[str, Any] = {"cross_entropy": {}, "tla": {}}
-    stream = {"row_tokens": 48, "rows_per_step": 2}
+    losses: dict[str, Any] = {"cross_entropy": {}, "forward_kl": {}}
+    stream = {"sequence_length": 48, "global_batch_rows": 2}
     run(RunRecipe.model_validate({**content, "losses": losses, "steps": 2, "stream": stream, "validation": {"every": 2}}))
     assert '"validation_loss"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 

@@ -117,7 +117,11 @@ def prepared(cache: Cache, name: str) -> tuple[Distiller, Objective, Stream]:
     objective = resolve(Losses.of({name: {}}), cache, student)
     distiller = Distiller(student, objective)
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
-    return distiller, objective, Stream(cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=16), packed=True)
+    return (
+        distiller,
+        objective,
+        Stream(cache, objective.needs, StreamSection(sequence_length=CONTEXT, global_batch_rows=16), packed=True),
+    )
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def student_of(family: str, cache: Cache, **changes: Any) -> PreTrainedModel:
 
 def batch_of(cache: Cache) -> CodedBatch:
     """Packed rows with filler at their ends."""
-    section = StreamSection(row_tokens=112, rows_per_step=3, workers=0)
+    section = StreamSection(sequence_length=112, global_batch_rows=3, workers=0)
     return next(iter(Stream(cache, TOKENS_ONLY, section, packed=True).micro_batches({}, 0)))
 
 
@@ -101,7 +101,7 @@ def moe_run(cache: Cache, out: Path, family: str = "mixtral", config: dict[str, 
 def test_the_coefficient_counts_and_0_is_off_bit_for_bit(cache: Cache, tmp_path: Path) -> None:
     ways: dict[str, dict[str, Any]] = {
         "on": {},
-        "micro": {"stream": {"row_tokens": 48, "rows_per_step": 4, "workers": 0, "micro_rows": 1}},
+        "micro": {"stream": {"sequence_length": 48, "global_batch_rows": 4, "workers": 0, "micro_batch_rows": 1}},
         "checkpointed": {"activation_checkpointing": True},
         "zero": {"config": {"router_aux_loss_coef": 0.0}},
         "no logits": {"config": {"output_router_logits": False}},

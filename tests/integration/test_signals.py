@@ -114,7 +114,9 @@ def test_the_steps_before_a_keyword_are_stored_and_only_keywords_train(full: Cac
             assert np.abs(found - live[layer][i, [0, 2], : t + 1].T.numpy()).max() <= 1 / 254 + 1e-5
     model = make_model("llama", full.manifest.tokenizer.vocab_size, seed=3)
     needs = resolve(Losses.of({"apc": {}}), full, model).needs
-    batch = next(Stream(full, needs, StreamSection(row_tokens=CONTEXT, rows_per_step=24), packed=True).micro_batches({}, 0))
+    batch = next(
+        Stream(full, needs, StreamSection(sequence_length=CONTEXT, global_batch_rows=24), packed=True).micro_batches({}, 0)
+    )
     own = 0
     for number in batch.segments:
         mine = rows_of(full, full[number], "attention")
@@ -215,9 +217,11 @@ def test_an_overlay_adds_what_nobody_thought_of(
     assert np.array_equal(joined.read("hidden/block_output/2/values"), cache.read("hidden/block_output/2/values"))
     assert np.array_equal(joined[3].input_ids, alone[3].input_ids)
     student = make_model("llama", joined.manifest.tokenizer.vocab_size, seed=1)
-    objective = resolve(Losses.of({"tla": {}, "lhsm": {}, "apc": {}}), joined, student)
+    objective = resolve(Losses.of({"forward_kl": {}, "lhsm": {}, "apc": {}}), joined, student)
     batch = next(
-        Stream(joined, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=8), packed=True).micro_batches({}, 0)
+        Stream(joined, objective.needs, StreamSection(sequence_length=CONTEXT, global_batch_rows=8), packed=True).micro_batches(
+            {}, 0
+        )
     )
     hidden = batch.part(HiddenPart)
     assert batch.part(DistributionPart) is not None

@@ -22,23 +22,23 @@ def content_of(cache: Cache, out: Path, **changes: Any) -> dict[str, Any]:
     base = {
         "cache": cache.uri,
         "student": {"config": config},
-        "losses": {"tla": {"temperature": 2.0}},
+        "losses": {"forward_kl": {"temperature": 2.0}},
         "steps": 2,
-        "stream": {"row_tokens": 48, "rows_per_step": 2, "workers": 0},
+        "stream": {"sequence_length": 48, "global_batch_rows": 2, "workers": 0},
         "validation": {"every": 2},
     }
     return {"out": str(out), "base": base, **changes}
 
 
 def test_a_sweep_is_every_combination_with_every_seed(cache: Cache, tmp_path: Path) -> None:
-    variants: dict[str, Any] = {"kl": {}, "ce": {"losses.tla": None, "losses.cross_entropy": {}}}
+    variants: dict[str, Any] = {"kl": {}, "ce": {"losses.forward_kl": None, "losses.cross_entropy": {}}}
     content = content_of(cache, tmp_path, variants=variants, matrix={"optimizer.learning_rate": [1e-3, 1e-2]}, seeds=[0, 7])
     runs = planned_runs(SweepRecipe.model_validate(content))
     assert len(runs) == 8
     assert len({run.recipe.out for run in runs}) == 8
     last = runs[-1].recipe
     assert (last.seed, last.student.seed, last.stream.seed, last.optimizer.learning_rate) == (7, 7, 7, 1e-2)
-    assert last.objective.tla is None
+    assert last.objective.forward_kl is None
     assert last.objective.cross_entropy is not None
     assert RunRecipe.model_validate(last.model_dump(mode="json")) == last
     better, worse = (Running(planned, ended="done", result={"agreement": a}) for planned, a in ((runs[0], 0.9), (runs[-1], 0.1)))
@@ -63,7 +63,7 @@ def test_a_sweep_is_every_combination_with_every_seed(cache: Cache, tmp_path: Pa
 
 
 def test_failures_are_named_and_others_go_on(cache: Cache, tmp_path: Path) -> None:
-    variants: dict[str, Any] = {"good": {}, "too hot": {"losses.tla.temperature": 77.0}}
+    variants: dict[str, Any] = {"good": {}, "too hot": {"losses.forward_kl.temperature": 77.0}}
     recipe = tmp_path / "sweep.yaml"
     recipe.write_text(json.dumps(content_of(cache, tmp_path / "out", variants=variants)))
     first = CliRunner().invoke(app, ["sweep", str(recipe), "--jobs", "2", "--json"])

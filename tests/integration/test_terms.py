@@ -30,8 +30,8 @@ def alone(model: PreTrainedModel, cache: Cache, losses: dict[str, Any]) -> tuple
     objective = resolve(Losses.of(losses), cache, model)
     distiller = Distiller(model, objective)
     distiller.codecs = Codecs.of(cache, objective.needs, torch.device("cpu"))
-    section = StreamSection(row_tokens=CONTEXT, rows_per_step=16)
-    stream = Stream(cache, objective.needs, section, packed=True, weigher=objective.weigher)
+    section = StreamSection(sequence_length=CONTEXT, global_batch_rows=16)
+    stream = Stream(cache, objective.needs, section, packed=True, token_weights=objective.token_weights)
     batch = next(stream.micro_batches({}, 0))
     if objective.matched_layers:
         assert distiller.choose_heads(batch)
@@ -94,8 +94,8 @@ def test_a_student_of_other_widths_and_depth_learns_from_every_term(knowing_cach
 def test_a_batch_without_anything_has_a_gradient_of_zero(knowing_cache: Cache) -> None:
     student = make_model("llama", knowing_cache.manifest.tokenizer.vocab_size, seed=7)
     distiller, objective, _batch = alone(student, knowing_cache, everything(registry.state_terms()))
-    stream = Stream(knowing_cache, objective.needs, StreamSection(row_tokens=CONTEXT, rows_per_step=2), packed=True)
-    empty = collate([[], []], stream.config.row_tokens, objective.needs, packed=True, cursor={})
+    stream = Stream(knowing_cache, objective.needs, StreamSection(sequence_length=CONTEXT, global_batch_rows=2), packed=True)
+    empty = collate([[], []], stream.config.sequence_length, objective.needs, packed=True, cursor={})
     counts = objective.counts(empty)
     assert not any(counts.values())
     total, sums = distiller(empty, dict.fromkeys(counts, 1.0))

@@ -92,7 +92,7 @@ def test_the_verbs_are_named_at_the_top() -> None:
 
 
 def test_a_term_of_no_weight_has_no_loss_in_the_log(cache: Cache, tmp_path: Path) -> None:
-    terms = {"cross_entropy": {}, "tla": {"temperature": 1.0, "weight": {"start": 0, "end": 1, "begin": 0.5}}}
+    terms = {"cross_entropy": {}, "forward_kl": {"temperature": 1.0, "weight": {"start": 0, "end": 1, "begin": 0.5}}}
     run(recipe_of(cache, tmp_path, losses=terms, steps=4, validation=None))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert ["tla_loss" in record for record in records] == [False, False, False, True]
@@ -100,7 +100,7 @@ def test_a_term_of_no_weight_has_no_loss_in_the_log(cache: Cache, tmp_path: Path
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_goes_on_bit_for_bit(cache: Cache, tmp_path: Path, workers: int) -> None:
-    stream = {"row_tokens": 48, "rows_per_step": 4, "workers": workers}
+    stream = {"sequence_length": 48, "global_batch_rows": 4, "workers": workers}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(recipe_of(cache, whole, stream=stream))
     run(recipe_of(cache, broken, stream=stream))
@@ -125,14 +125,14 @@ def test_a_run_goes_on_however_it_is_computed_and_says_so(cache: Cache, tmp_path
     run(recipe_of(cache, whole))
     run(recipe_of(cache, lean))
     unfinish(lean)
-    leaner: dict[str, Any] = {"stream": {"row_tokens": 48, "rows_per_step": 4, "workers": 1, "micro_rows": 2}}
+    leaner: dict[str, Any] = {"stream": {"sequence_length": 48, "global_batch_rows": 4, "workers": 1, "micro_batch_rows": 2}}
     changed = recipe_of(cache, lean, **leaner, precision="bfloat16", activation_checkpointing=True)
     run(changed)
     assert losses(lean) == pytest.approx(losses(whole), rel=1e-2)
     about = json.loads((lean / "run.json").read_text())
     (entry,) = about["history"]
     assert entry["step"] == 2
-    assert entry["changed"]["stream.micro_rows"] == [None, 2]
+    assert entry["changed"]["stream.micro_batch_rows"] == [None, 2]
     assert entry["changed"]["precision"] == ["float32", "bfloat16"]
     assert entry["changed"]["start.precision.taken"] == ["float32", "bfloat16"]
     assert entry["changed"].keys() >= {"stream.workers", "activation_checkpointing"}
@@ -181,7 +181,7 @@ def test_shares_of_the_gradient_are_logged_and_drawn_and_change_nothing(cache: C
     assert losses(tmp_path / "plain") == losses(tmp_path / "shares")
     steps, shares = shares_of(tmp_path / "shares")
     assert steps == [1, 3]
-    assert shares.keys() == {"tla", "cross_entropy", "lhsm", "apc", "asr"}
+    assert shares.keys() == {"forward_kl", "cross_entropy", "lhsm", "apc", "asr"}
     assert [sum(column) for column in zip(*shares.values(), strict=True)] == pytest.approx([1, 1])
     assert min(min(values) for values in shares.values()) > 0
     plot_shares(tmp_path / "shares", tmp_path / "shares.png")

@@ -45,9 +45,9 @@ class Gate:
 
 
 def test_the_schedule_is_of_the_step_that_comes() -> None:
-    schedule = WeightSchedule(objective(tla={"weight": {"start": 1.0, "end": 0.0}}, parameter_anchor={"weight": 0.3}))
-    assert schedule.decide(BEFORE).weights == {"tla": 1.0, "parameter_anchor": 0.3}
-    assert schedule.decide(after(4)).weights["tla"] == pytest.approx(0.6)
+    schedule = WeightSchedule(objective(forward_kl={"weight": {"start": 1.0, "end": 0.0}}, parameter_anchor={"weight": 0.3}))
+    assert schedule.decide(BEFORE).weights == {"forward_kl": 1.0, "parameter_anchor": 0.3}
+    assert schedule.decide(after(4)).weights["forward_kl"] == pytest.approx(0.6)
 
 
 def test_waiting_is_measured_and_said_once() -> None:
@@ -77,16 +77,16 @@ class Halves:
     needs_forward_seconds: ClassVar[bool] = True
 
     def decide(self, observation: Observation) -> Decision:
-        return Decision(weights={"tla": 0.5}, record={"halved": float(observation.step)}, notice="half")
+        return Decision(weights={"forward_kl": 0.5}, record={"halved": float(observation.step)}, notice="half")
 
 
 def test_decisions_are_applied_in_order_and_said_by_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     gate: Any = Gate()
-    plain = objective(tla={"weight": 2.0}, cross_entropy={"weight": 1.0})
+    plain = objective(forward_kl={"weight": 2.0}, cross_entropy={"weight": 1.0})
     engine = Engine([WeightSchedule(plain), Halves(), GateWatch(gate)], gate, speaks=True)
     assert engine.needs_forward_seconds
     engine.observe(BEFORE)
-    assert engine.weights == {"tla": 0.5, "cross_entropy": 1.0}
+    assert engine.weights == {"forward_kl": 0.5, "cross_entropy": 1.0}
     assert engine.observe(after(1)) == {"halved": 1.0, "gate/smoothness/other": 0.5}
     assert gate.told == [{"smoothness": 0.5}]
     assert capsys.readouterr().err.splitlines() == ["half", "half"]
@@ -95,9 +95,9 @@ def test_decisions_are_applied_in_order_and_said_by_one_process(capsys: pytest.C
 
 
 def test_an_objective_has_the_controllers_that_it_needs() -> None:
-    plain = Engine.of(objective(tla={}), speaks=True)
+    plain = Engine.of(objective(forward_kl={}), speaks=True)
     assert [type(controller) for controller in plain.controllers] == [WeightSchedule]
     assert not plain.needs_forward_seconds
-    weighed = Engine.of(objective(tla={}, importance={}), speaks=True)
+    weighed = Engine.of(objective(forward_kl={}, importance={}), speaks=True)
     assert [type(controller) for controller in weighed.controllers] == [WeightSchedule, OverheadWatch]
     assert weighed.needs_forward_seconds

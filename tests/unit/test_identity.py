@@ -49,9 +49,9 @@ def test_every_field_has_been_thought_about() -> None:
         {"precision": "bfloat16"},
         {"activation_checkpointing": True},
         {"compile": True},
-        {"stream": {"micro_rows": 2, "workers": 3}},
+        {"stream": {"micro_batch_rows": 2, "workers": 3}},
         {"student": {"config": {"model_type": "llama"}, "attn_implementation": "eager", "trust_remote_code": True}},
-        {"sharing": {"mode": "sharded", "cpu_offload": True}},
+        {"parallel": {"mode": "sharded", "cpu_offload": True}},
         {"tensorboard": True, "gradient_shares_every": 5},
         {"validation": {"every": 7}},
         {"checkpoint": {"every": 1, "keep": 9}},
@@ -70,7 +70,7 @@ def test_how_it_is_computed_is_no_other_run(changes: dict[str, Any]) -> None:
         ("student.lora.rank", {"student": {"checkpoint": "x", "lora": {"rank": 2}}}),
         ("losses.cross_entropy.weight", {"losses": {"cross_entropy": {"weight": 0.5}}}),
         ("optimizer.learning_rate", {"optimizer": {"learning_rate": 1.0}}),
-        ("stream.rows_per_step", {"stream": {"rows_per_step": 8}}),
+        ("stream.global_batch_rows", {"stream": {"global_batch_rows": 8}}),
         ("stream.lanes", {"stream": {"lanes": 1}}),
         ("validation.every", {"validation": {"every": 7, "patience": 2}}),
         ("validation.max_tokens", {"validation": {"max_tokens": 7}, "export": "best"}),
@@ -85,13 +85,13 @@ def test_what_decides_the_numbers_is(place: str, changes: dict[str, Any]) -> Non
 def test_rules_of_importance_count_by_what_they_say(tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text("default: 0.4\n")
-    losses = {"tla": {}, "importance": {"rules": str(rules)}}
+    losses = {"forward_kl": {}, "importance": {"rules": str(rules)}}
     recipe = recipe_of(losses=losses)
     before = rules_digest(recipe)
     rules.write_text("default: 0.6\n")
     assert rules_digest(recipe) != before
-    assert identity(recipe_of(losses={"tla": {}, "importance": {"overhead_budget": 0.5}})) == identity(recipe)
-    assert identity(recipe_of(losses={"tla": {}})) != identity(recipe)
+    assert identity(recipe_of(losses={"forward_kl": {}, "importance": {"overhead_budget": 0.5}})) == identity(recipe)
+    assert identity(recipe_of(losses={"forward_kl": {}})) != identity(recipe)
     about = {"recipe": recipe.model_dump(mode="json"), "cache_id": "c", "rules_digest": before, "recipe_digest": "r"}
     with pytest.raises(ValueError, match=r"another run \(rules_digest differ\)"):
         refuse_another_run(Begun(about), recipe, "c")
@@ -126,7 +126,7 @@ def test_auto_takes_what_the_device_has_units_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_record_of_before_rules_were_written_down_is_the_same_run() -> None:
-    recipe = RunRecipe.model_validate({**recipe_of().model_dump(mode="json"), "losses": {"tla": {}, "importance": {}}})
+    recipe = RunRecipe.model_validate({**recipe_of().model_dump(mode="json"), "losses": {"forward_kl": {}, "importance": {}}})
     begun = Begun({"recipe": recipe.model_dump(mode="json"), "cache_id": "c", "recipe_digest": "r"})
     refuse_another_run(begun, recipe, "c")
 

@@ -14,7 +14,7 @@ from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_store.format.roles import LEVELS, POS
 from student_train.importance.rules import Corners, load_rules
 from student_train.importance.show import coloured, save_surface, token_weights
-from student_train.importance.weigher import Weigher, surface
+from student_train.importance.token_weights import TokenWeights, surface
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
 from teacher_cache.corpus.document import Document
@@ -57,21 +57,21 @@ def test_both_ends_are_reached_and_nothing_jumps() -> None:
 
 @given(confidence=UNIT)
 def test_function_words_weigh_least(confidence: float) -> None:
-    weigher = Weigher.of(RULES, 1000)
+    token_weights = TokenWeights.of(RULES, 1000)
     entropy = np.full(1, (1 - confidence) * np.log(1000))
-    weight = {name: float(weigher.weights(roles_of(pos=name), entropy)[0]) for name in POS[1:]}
+    weight = {name: float(token_weights.weights(roles_of(pos=name), entropy)[0]) for name in POS[1:]}
     for anchor in ("entity_noun", "noun", "verb", "connective"):
         assert weight["function"] < weight[anchor]
         assert weight["punctuation"] < weight[anchor]
 
 
 def test_a_level_that_says_nothing_gives_its_share_away() -> None:
-    weigher = Weigher.of(RULES, 1000)
-    assert weigher.impact(roles_of(pos="verb"))[0] == pytest.approx(0.9)
+    token_weights = TokenWeights.of(RULES, 1000)
+    assert token_weights.impact(roles_of(pos="verb"))[0] == pytest.approx(0.9)
     both = roles_of(pos="verb", dependency="root")
-    assert weigher.impact(both)[0] == pytest.approx((0.4 * 0.9 + 0.3 * 0.95) / 0.7)
-    assert weigher.impact(roles_of(code="keyword"))[0] == pytest.approx(0.95)
-    assert weigher.impact(roles_of())[0] == pytest.approx(RULES.default)
+    assert token_weights.impact(both)[0] == pytest.approx((0.4 * 0.9 + 0.3 * 0.95) / 0.7)
+    assert token_weights.impact(roles_of(code="keyword"))[0] == pytest.approx(0.95)
+    assert token_weights.impact(roles_of())[0] == pytest.approx(RULES.default)
 
 
 def test_a_users_rules_replace_single_values(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from student_train.losses.attention_rows import TeacherRows, attention_kl, match
 from student_train.losses.dense import teacher_logprobs
 from student_train.losses.divergence import Divergence, Softened
 from student_train.losses.features import make_projection
+from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.jsd import JensenShannon
 from student_train.losses.lhsm import lhsm_sum
@@ -23,7 +24,6 @@ from student_train.losses.output_head import IMPLEMENTATIONS, Impl, output_loss
 from student_train.losses.presets import PRESETS
 from student_train.losses.reverse_kl import ReverseKl
 from student_train.losses.section import Losses
-from student_train.losses.tla import ForwardKl
 from student_train.losses.total_variation import TotalVariation
 
 WIDTH, RANK, HEAD = 12, 5, 4
@@ -217,12 +217,12 @@ def test_head_and_masses_are_true_however_sharp(sharpness: float, head: int, see
 
 def test_schedules_of_a_preset() -> None:
     losses = Losses.of(PRESETS["logits_hidden_attention"].losses)
-    assert losses.tla and losses.apc and losses.lhsm and losses.asr and losses.cross_entropy is None
-    assert [round(losses.tla.weight.at(p), 3) for p in (0, 0.2, 0.6, 1)] == [1, 0.86, 0.58, 0.3]
+    assert losses.forward_kl and losses.apc and losses.lhsm and losses.asr and losses.cross_entropy is None
+    assert [round(losses.forward_kl.weight.at(p), 3) for p in (0, 0.2, 0.6, 1)] == [1, 0.86, 0.58, 0.3]
     assert [round(losses.apc.weight.at(p), 3) for p in (0, 0.2, 0.6, 1)] == [0, 0, 0.25, 0.5]
     assert losses.lhsm.weight.at(0.5) == 0.8
     assert losses.asr.weight.at(0.5) == 0.001
-    assert losses.tla.temperature == 3
+    assert losses.forward_kl.temperature == 3
 
 
 def test_lhsm_is_zero_for_equal_states_and_ignores_scale() -> None:

@@ -12,8 +12,8 @@ FACTS = Facts(
     data=DataFacts(frozenset({"qa", "summary"}), 3),
     hardware=HardwareFacts("cuda", 40 * 2**30, bfloat16=True),
     evaluation=None,
-    row_tokens=1024,
-    rows_per_step=32,
+    sequence_length=1024,
+    global_batch_rows=32,
 )
 LAST = EvaluationFacts(kl=0.5, teacher_entropy=2.0, entropy_gap=0.0, calibration_error=0.02)
 
@@ -36,11 +36,11 @@ def test_the_first_proposal_is_an_objective() -> None:
         place.removeprefix("losses."): value for place, value in found.items() if place.startswith("losses.") and value is not None
     }
     assert not Losses.of(losses).empty_kinds()
-    assert found["losses.tla"] == {"temperature": 1.0}
+    assert found["losses.forward_kl"] == {"temperature": 1.0}
     assert found["losses.cross_entropy"] is None
     assert found["losses.gate"] == {}
     assert found["precision"] == "bfloat16"
-    assert found["stream.micro_rows"] is None
+    assert found["stream.micro_batch_rows"] is None
 
 
 def test_the_cache() -> None:
@@ -50,7 +50,7 @@ def test_the_cache() -> None:
 
 def test_the_student() -> None:
     small = replace(FACTS, student=replace(FACTS.student, size=0.1))
-    assert changed(small) == {"losses.tla": None, "losses.jsd": {"temperature": 1.0}}
+    assert changed(small) == {"losses.forward_kl": None, "losses.jsd": {"temperature": 1.0}}
     recurrent = dict.fromkeys(
         ("apc", "attention_statistics", "attention_evolution", "evidence"), "the student has no softmax attention"
     )
@@ -63,8 +63,8 @@ def test_the_student() -> None:
 
 
 def test_what_the_recipe_leaves_out_stays_out() -> None:
-    found = changed(replace(FACTS, without=frozenset({"tla", "cross_entropy"})))
-    assert found == {"losses.tla": None, "losses.importance": None}
+    found = changed(replace(FACTS, without=frozenset({"forward_kl", "cross_entropy"})))
+    assert found == {"losses.forward_kl": None, "losses.importance": None}
 
 
 def test_the_texts() -> None:
@@ -75,7 +75,7 @@ def test_the_texts() -> None:
 def test_the_machine() -> None:
     assert changed(replace(FACTS, hardware=HardwareFacts("cpu", 40 * 2**30, bfloat16=False))) == {"precision": "float32"}
     tight = changed(replace(FACTS, hardware=HardwareFacts("cuda", 2**30, bfloat16=True)))
-    assert tight == {"stream.micro_rows": 2}
+    assert tight == {"stream.micro_batch_rows": 2}
     tiny = changed(replace(FACTS, hardware=HardwareFacts("cuda", 700 * 2**20, bfloat16=True)))
     assert tiny["activation_checkpointing"] is True
     none = replace(FACTS, hardware=HardwareFacts("cuda", 100 * 2**20, bfloat16=True))
@@ -86,7 +86,7 @@ def test_the_last_evaluation() -> None:
     base = replace(FACTS, evaluation=LAST)
     assert not changed(base)
     sure = replace(FACTS, evaluation=replace(LAST, entropy_gap=-0.6))
-    assert changed(sure) == {"losses.tla": {"temperature": 2.0}}
+    assert changed(sure) == {"losses.forward_kl": {"temperature": 2.0}}
     one_temperature = replace(sure, cache=replace(FACTS.cache, temperatures={1.0: 0.95}))
     assert not changed(one_temperature, replace(one_temperature, evaluation=LAST))
     no_tail = replace(sure, cache=replace(FACTS.cache, tail_rank=0))

@@ -43,7 +43,7 @@ def test_without_a_kind_all_else_stays(kind: str) -> None:
 
 def test_what_is_off_is_nothing() -> None:
     with pytest.raises(ValidationError, match="no loss"):
-        recipe(losses={"tla": {}}, without=["explicit"])
+        recipe(losses={"forward_kl": {}}, without=["explicit"])
     assert Losses.of({}).empty_kinds() == tuple(Kind)
 
 

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import student_train.losses
+from signal_store.format import renamed
 from student_train.losses import aliases, registry
 from student_train.losses.presets import PRESETS, find_preset
 from student_train.losses.section import Losses
@@ -82,7 +83,7 @@ def test_the_order_names_terms_that_there_are() -> None:
 
 
 def test_a_name_imports_nothing() -> None:
-    for name in ("os", "registry", "student_train.losses.tla", "features"):
+    for name in ("os", "registry", "student_train.losses.forward_kl", "features"):
         with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
             Losses.of({name: {}})
 
@@ -92,13 +93,13 @@ def test_aliases_stand_for_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
     assert set(aliases.PRESETS.values()) <= PRESETS.keys()
     assert not aliases.TERMS.keys() & registry.terms().keys()
     assert not aliases.PRESETS.keys() & PRESETS.keys()
-    aliases._tell.cache_clear()
+    renamed._tell.cache_clear()
     for _ in range(2):
-        found = recipe(losses={"forward_kl": {"temperature": 2}})
-        assert found.losses == {"tla": {"temperature": 2}}
-    assert capsys.readouterr().err == "losses: forward_kl is another name of tla\n"
-    with pytest.raises(ValidationError, match="tla is given twice, by two names"):
-        recipe(losses={"forward_kl": {}, "tla": {}})
+        found = recipe(losses={"tla": {"temperature": 2}})
+        assert found.losses == {"forward_kl": {"temperature": 2}}
+    assert capsys.readouterr().err == "losses: tla is called forward_kl now\n"
+    with pytest.raises(ValidationError, match="forward_kl is given twice, by two names"):
+        recipe(losses={"tla": {}, "forward_kl": {}})
     for alias, name in aliases.PRESETS.items():
         assert find_preset(alias) is PRESETS[name]
 
@@ -108,6 +109,23 @@ def test_a_run_goes_on_under_either_name_of_its_preset() -> None:
     assert old["preset"] == "flash_004", "the digest of a run that began under this name stays what it was"
     assert differences(old, new) == {}
     assert differences(old, identity(recipe(preset="every_kind"))) != {}
+
+
+def test_keys_of_before_are_read_and_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    renamed._tell.cache_clear()
+    old = recipe(stream={"row_tokens": 64, "rows_per_step": 4, "micro_rows": 2}, sharing={"mode": "sharded"}, losses={"tla": {}})
+    new = recipe(
+        stream={"sequence_length": 64, "global_batch_rows": 4, "micro_batch_rows": 2},
+        parallel={"mode": "sharded"},
+        losses={"forward_kl": {}},
+    )
+    assert old == new
+    assert differences(identity(old), identity(new)) == {}
+    told = capsys.readouterr().err.splitlines()
+    assert "recipe: row_tokens is called sequence_length now" in told
+    assert len(told) == 5
+    with pytest.raises(ValidationError, match="sequence_length is given twice, by two names"):
+        recipe(stream={"row_tokens": 64, "sequence_length": 64})
 
 
 def test_the_recipes_module_does_not_import_torch() -> None:

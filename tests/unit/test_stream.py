@@ -52,7 +52,7 @@ def stream_of(cache: Cache, request: SignalRequest = TOKENS_ONLY, **config: Any)
     return Stream(
         cache,
         request,
-        StreamSection.model_validate({"row_tokens": 64, "rows_per_step": 6, "window_units": 2, **config}),
+        StreamSection.model_validate({"sequence_length": 64, "global_batch_rows": 6, "window_units": 2, **config}),
         packed=True,
     )
 
@@ -91,7 +91,7 @@ def test_an_epoch_holds_every_segment_once(cache: Cache, lanes: int, packed: boo
 
 @given(rows=st.integers(1, 40), lanes=st.integers(1, 9), row=st.integers(0, 10**12))
 def test_rows_are_dealt_to_lanes_without_gap_or_overlap(cache: Cache, rows: int, lanes: int, row: int) -> None:
-    stream = stream_of(cache, rows_per_step=rows, lanes=lanes)
+    stream = stream_of(cache, global_batch_rows=rows, lanes=lanes)
     places = [stream.place_of(row + i) for i in range(3 * rows * lanes)]
     for lane in range(stream.lanes):
         inside = [n for number, n in places if number == lane]
@@ -118,12 +118,12 @@ def steps_of(stream: Stream, cursor: Cursor, first_step: int, count: int) -> tup
 def test_ranks_and_workers_share_one_stream_and_resume_exactly(
     cache: Cache, steps: int, world: int, micro: bool, workers: int, lanes: int, packed: bool
 ) -> None:
-    alone = replace(stream_of(cache, rows_per_step=24, lanes=lanes), packed=packed)
+    alone = replace(stream_of(cache, global_batch_rows=24, lanes=lanes), packed=packed)
     whole, _ = steps_of(alone, {}, 0, steps + 2)
     _, cursor = steps_of(alone, {}, 0, steps)
     kept = json.loads(json.dumps({str(lane): asdict(at) for lane, at in cursor.items()}))
     again = {int(lane): LaneCursor(**at) for lane, at in kept.items()}
-    config = {"micro_rows": 24 // world // 3} if micro and world < 8 else {}
+    config = {"micro_batch_rows": 24 // world // 3} if micro and world < 8 else {}
     found: list[list[int]] = [[] for _ in range(2)]
     for rank in range(world):
         mine = replace(
@@ -138,7 +138,7 @@ def test_ranks_and_workers_share_one_stream_and_resume_exactly(
 def test_rank_reads_only_the_lanes_of_its_rows(cache: Cache) -> None:
     touched = []
     for rank in range(2):
-        mine = replace(stream_of(cache, rows_per_step=8, lanes=4), rank=rank, world_size=2)
+        mine = replace(stream_of(cache, global_batch_rows=8, lanes=4), rank=rank, world_size=2)
         touched.append({lane for batch in islice(mine.micro_batches({}, 0), 3) for lane in batch.cursor})
     assert touched == [{0, 1}, {2, 3}]
 
@@ -161,7 +161,7 @@ def test_each_array_of_a_unit_is_read_once_a_window(cache: Cache, monkeypatch: p
 
 @pytest.mark.parametrize("by", ["tokens", "samples"])
 def test_sources_come_in_the_proportions_of_the_recipe(two_sources: Cache, by: Literal["tokens", "samples"]) -> None:
-    stream = stream_of(two_sources, lanes=1, mix={"weights": {"code": 3, "prose": 1}, "by": by}, row_tokens=CONTEXT)
+    stream = stream_of(two_sources, lanes=1, mix={"weights": {"code": 3, "prose": 1}, "by": by}, sequence_length=CONTEXT)
     rows = lane_rows(stream, 0, 40)
     counts: Counter[int] = Counter()
     for row in rows:
@@ -265,9 +265,9 @@ def test_validation_is_read_once_and_in_order(cache: Cache) -> None:
 
 def test_bad_rows_are_refused(cache: Cache) -> None:
     with pytest.raises(InputError, match="longer than a row"):
-        stream_of(cache, row_tokens=CONTEXT - 1)
+        stream_of(cache, sequence_length=CONTEXT - 1)
     with pytest.raises(InputError, match="divide evenly"):
-        stream_of(cache, micro_rows=4)
+        stream_of(cache, micro_batch_rows=4)
 
 
 def test_requests_join_and_ask_for_no_signal_twice() -> None:

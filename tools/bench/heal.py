@@ -30,8 +30,8 @@ from teacher_cache.recipe import CacheRecipe
 
 WAYS: dict[str, dict[str, Any]] = {
     "text alone": {"losses": {"cross_entropy": {}}},
-    "from the cache": {"losses": {"tla": {"temperature": 1.0}}},
-    "from the cache, and the text": {"losses": {"tla": {"temperature": 1.0}, "cross_entropy": {"weight": 0.2}}},
+    "from the cache": {"losses": {"forward_kl": {"temperature": 1.0}}},
+    "from the cache, and the text": {"losses": {"forward_kl": {"temperature": 1.0}, "cross_entropy": {"weight": 0.2}}},
 }
 PROBE_STEPS = 4
 KEPT_ENDS = 2
@@ -86,7 +86,7 @@ def make_cache(args: argparse.Namespace) -> CacheRecipe:
             "cache": args.out / "cache.zarr",
             "teacher": {"model": args.teacher, "dtype": args.teacher_dtype},
             "sources": sources,
-            "context": args.row_tokens,
+            "context": args.sequence_length,
             "unit_tokens": 16_384,
             "batch_tokens": 4096,
             "signals": {"distribution": {"quality": args.quality}},
@@ -118,7 +118,7 @@ def recipe_of(args: argparse.Namespace, way: str, seed: int, steps: int, out: Pa
                 "warmup_steps": max(1, steps // 20),
                 "min_factor": 0.1,
             },
-            "stream": {"row_tokens": args.row_tokens, "rows_per_step": args.rows, "workers": 0},
+            "stream": {"sequence_length": args.sequence_length, "global_batch_rows": args.rows, "workers": 0},
             "validation": {"every": max(1, steps // 8), "max_tokens": args.validation_tokens, "fidelity": False},
             "checkpoint": {"every": max(1, steps // 8), "keep": 1},
             **WAYS[way],
@@ -199,7 +199,7 @@ def main() -> None:
         "native_dtypes": {name_of(dtype): why for dtype, why in native_dtypes(torch.device("cpu")).items()},
         "student": prune(args.teacher, args.out / "student", args.share),
         "minutes": args.minutes,
-        "tokens_a_step": args.row_tokens * args.rows,
+        "tokens_a_step": args.sequence_length * args.rows,
         "quality": args.quality,
         "ways": {},
     }

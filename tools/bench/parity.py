@@ -39,11 +39,11 @@ from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.evaluate.validation import measured
+from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import resolve
 from student_train.losses.output_head import output_loss
 from student_train.losses.section import Losses
-from student_train.losses.tla import ForwardKl
 from student_train.model.distiller import Distiller
 from student_train.train.optimizer import build_optimizer, learning_rate_factor
 from student_train.train.sections import OptimizerSection
@@ -69,7 +69,7 @@ class Room:
 @torch.no_grad()
 def enter(cache: Cache, teacher_folder: str, steps: int, rows: int, validation_tokens: int) -> Room:
     teacher = load_model(teacher_folder, what="teacher", dtype=getattr(torch, cache.manifest.teacher.dtype))
-    config = StreamSection(row_tokens=cache.manifest.plan.context, rows_per_step=rows, workers=0)
+    config = StreamSection(sequence_length=cache.manifest.plan.context, global_batch_rows=rows, workers=0)
     stream = Stream(cache, NEEDS, config, packed=True)
     found = []
     with progress_bar() as progress:

@@ -49,15 +49,15 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 OURS: dict[str, dict[str, Any]] = {
     "b: chunked cross-entropy": {"cross_entropy": {}},
-    "c: forward KL": {"tla": {"temperature": 1.0}},
-    "c: forward KL at 2": {"tla": {"temperature": 2.0}},
-    "c: forward KL, compiled": {"tla": {"temperature": 1.0}},
+    "c: forward KL": {"forward_kl": {"temperature": 1.0}},
+    "c: forward KL at 2": {"forward_kl": {"temperature": 2.0}},
+    "c: forward KL, compiled": {"forward_kl": {"temperature": 1.0}},
     "reverse KL": {"reverse_kl": {}},
     "Jensen-Shannon": {"jsd": {}},
     "total variation": {"total_variation": {}},
-    "mixture: cross-entropy + forward KL": {"cross_entropy": {}, "tla": {"temperature": 1.0}},
-    "mixture: forward KL at 1 + JSD at 2": {"tla": {"temperature": 1.0}, "jsd": {"temperature": 2.0}},
-    "d: with hidden and attention": {"tla": {"temperature": 1.0}, "lhsm": {}, "apc": {"weight": 0.5}},
+    "mixture: cross-entropy + forward KL": {"cross_entropy": {}, "forward_kl": {"temperature": 1.0}},
+    "mixture: forward KL at 1 + JSD at 2": {"forward_kl": {"temperature": 1.0}, "jsd": {"temperature": 2.0}},
+    "d: with hidden and attention": {"forward_kl": {"temperature": 1.0}, "lhsm": {}, "apc": {"weight": 0.5}},
 }
 OTHERS = (
     "a: Hugging Face cross-entropy",
@@ -145,11 +145,11 @@ def serve(way: str, cache: Cache, teacher: str, kind: str, rows: int) -> None:
     student = make_student(kind, cache.manifest.tokenizer.vocab_size)
     forward, module, needs = step_of(way, cache, teacher, student)
     optimizer = build_optimizer(module, OptimizerSection(learning_rate=1e-4))
-    config = StreamSection(row_tokens=cache.manifest.plan.context, rows_per_step=rows, workers=1)
-    parcels = load(Stream(cache, needs, config, packed=True), {}, 0, pin_memory=False)
+    config = StreamSection(sequence_length=cache.manifest.plan.context, global_batch_rows=rows, workers=1)
+    packed_batches = load(Stream(cache, needs, config, packed=True), {}, 0, pin_memory=False)
     for _line in sys.stdin:
         started = time.perf_counter()
-        batch = next(parcels).batch
+        batch = next(packed_batches).batch
         waited = time.perf_counter() - started
         with torch.autocast("cpu", torch.bfloat16):
             loss = forward(batch)

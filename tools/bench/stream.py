@@ -37,7 +37,7 @@ DISTRIBUTION = SignalRequest.of(DistributionRequest())
 
 def stream_of(cache: Cache, request: SignalRequest, rank: int = 0, ranks: int = 1) -> Stream:
     rows = 16 * ranks
-    config = StreamSection(row_tokens=max(1024, cache.manifest.plan.context), rows_per_step=rows, lanes=4, workers=0)
+    config = StreamSection(sequence_length=max(1024, cache.manifest.plan.context), global_batch_rows=rows, lanes=4, workers=0)
     return Stream(cache, request, config, packed=True, rank=rank, world_size=ranks)
 
 

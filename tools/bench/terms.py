@@ -36,7 +36,7 @@ from student_train.recipe import RunRecipe
 from student_train.train.optimizer import build_optimizer
 from student_train.train.sections import OptimizerSection
 
-BASE, AGAIN = "tla", "tla, again"
+BASE, AGAIN = "forward_kl", "forward_kl, again"
 WARM_UP = 2
 
 
@@ -46,13 +46,15 @@ def recipe_of(**parts: Any) -> RunRecipe:
 
 def recipes() -> dict[str, RunRecipe]:
     """Of each way, whose objective it is."""
-    tla = {"tla": {"temperature": 1.0}}
-    found = {BASE: recipe_of(losses=tla)}
-    found |= {f"+ {name}": recipe_of(losses={**tla, name: {}}) for name in ("importance", *registry.state_terms(), "cross_entropy")}
+    forward_kl = {"forward_kl": {"temperature": 1.0}}
+    found = {BASE: recipe_of(losses=forward_kl)}
+    found |= {
+        f"+ {name}": recipe_of(losses={**forward_kl, name: {}}) for name in ("importance", *registry.state_terms(), "cross_entropy")
+    }
     levels = {name: PRESETS["every_kind"].losses[name] for name in ("smoothness", "attention_evolution", "replay")}
-    found[AGAIN] = recipe_of(losses=tla)
-    found["+ the three levels"] = recipe_of(losses={**tla, **levels})
-    found["+ the three levels, gated"] = recipe_of(losses={**tla, **levels, "gate": {}})
+    found[AGAIN] = recipe_of(losses=forward_kl)
+    found["+ the three levels"] = recipe_of(losses={**forward_kl, **levels})
+    found["+ the three levels, gated"] = recipe_of(losses={**forward_kl, **levels, "gate": {}})
     found["flash_004"] = recipe_of(preset="flash_004")
     found["full_000"] = recipe_of(preset="full_000")
     return found | {f"full_000 without {kind}": recipe_of(preset="full_000", without=[kind]) for kind in Kind}
@@ -67,8 +69,8 @@ class Way:
         self.distiller = Distiller(student, self.objective)
         self.distiller.codecs = Codecs.of(cache, self.objective.needs, torch.device("cpu"))
         self.optimizer = build_optimizer(self.distiller, OptimizerSection(learning_rate=1e-4))
-        section = StreamSection(row_tokens=cache.manifest.plan.context, rows_per_step=rows, workers=0)
-        stream = Stream(cache, self.objective.needs, section, packed=True, weigher=self.objective.weigher)
+        section = StreamSection(sequence_length=cache.manifest.plan.context, global_batch_rows=rows, workers=0)
+        stream = Stream(cache, self.objective.needs, section, packed=True, token_weights=self.objective.token_weights)
         self.batches: Iterator[CodedBatch] = stream.micro_batches({}, 0)
 
     def step(self) -> float:

@@ -1,8 +1,12 @@
 """What every section of a recipe and of a manifest is."""
 
-from typing import Annotated, get_args
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from signal_store.format.renamed import by_current_names
 
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 """Whole numbers that JSON carries everywhere."""
@@ -15,6 +19,13 @@ class Section(BaseModel):
     """Base of every recipe section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """By key of before, today's; see `signal_store.format.renamed`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_current_keys(cls, content: Any) -> Any:
+        return by_current_names(content, cls.renamed, "recipe") if cls.renamed and isinstance(content, Mapping) else content
 
     @field_validator("*", mode="before")
     @classmethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from student_train.losses.term import Seen, StateTerm
+from student_train.losses.term import StateTerm, StudentOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,13 @@ class TokenLosses:
         return total if self.rest is None else total + self.rest
 
 
-class Level(StateTerm):
+class TemporalTerm(StateTerm):
     """Base of the levels."""
 
     @abstractmethod
-    def per_token(self, seen: Seen) -> TokenLosses:
+    def per_token(self, outputs: StudentOutputs) -> TokenLosses:
         """What its sum is made of."""
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, outputs: StudentOutputs) -> Tensor:
         """Sum over tokens."""
-        return self.per_token(seen).sum()
+        return self.per_token(outputs).sum()

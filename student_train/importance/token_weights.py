@@ -19,7 +19,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Weigher:
+class TokenWeights:
     """`values` [4, 256] by level and stored role, NaN for one that says nothing; `shares` [3]."""
 
     values: Array
