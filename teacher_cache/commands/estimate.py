@@ -19,13 +19,13 @@ from signal_store.errors import StorageError
 from signal_store.format.arrays import ArraySpec
 from signal_store.format.capacities import Capacities
 from signal_store.io.local import LocalObjects
-from signal_store.io.objects import Objects, objects_at
+from signal_store.io.objects import Objects
 from signal_store.io.shard_writer import encode_chunk
 from signal_store.ledger.documents import calibration_keys, plan_unit_key
-from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
+from teacher_cache.builder.calibrate import Calibrated, batches_of
 from teacher_cache.builder.flops import calibration_flops, forward_flops, teacher_config
-from teacher_cache.builder.plan import Plan, plan, settled
-from teacher_cache.builder.workers import ALONE, Worker
+from teacher_cache.builder.plan import Plan
+from teacher_cache.builder.session import BuildSession
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.base import Scale, rows_of
@@ -33,6 +33,7 @@ from teacher_cache.signals.batch import extract_batch, plan_rows
 from teacher_cache.signals.registry import capacities_of, extractors_of
 from teacher_cache.signals.unit_work import UnitWork
 from teacher_cache.teacher.batches import TeacherBatch
+from teacher_cache.worker import ALONE, Worker
 
 MIN_SEGMENTS = 64
 MIN_TOKENS = 32_768
@@ -77,10 +78,9 @@ def estimate(recipe: CacheRecipe, *, quick: bool = False, worker: Worker = ALONE
 
 
 def _encoded(recipe: CacheRecipe, worker: Worker) -> Estimate:
-    calibrated = calibrate(recipe, worker)
-    objects = objects_at(recipe.cache)
+    session = BuildSession.ready(recipe, worker)
+    recipe, objects, calibrated = session.recipe, session.objects, session.calibrated
     manifest, units, sources = calibrated.manifest, calibrated.plan.units, calibrated.plan.sources
-    recipe = settled(recipe)
     probe = _probed(calibrated, objects)
     sizes, encode_seconds = _sizes(calibrated, probe, _whole_needs(recipe, calibrated.plan, objects))
     shards = len(units) * sum(spec.shards_per_unit for spec in manifest.specs)
@@ -210,9 +210,8 @@ TEXT_BYTES = {"tokens": (1.5, 4.0), "ledger": (1.0, 6.0)}
 
 def _quick(recipe: CacheRecipe, worker: Worker) -> Estimate:
     """From plan and config alone."""
-    planned = plan(recipe, worker)
-    recipe = settled(recipe)
-    objects = objects_at(recipe.cache)
+    session = BuildSession.of(recipe, worker).planned()
+    recipe, objects, planned = session.recipe, session.objects, session.plan
     tokens = sum(source.num_tokens for source in planned.sources)
     scale = Scale(teacher_config(recipe), tokens, planned.vocab_size, _whole_needs(recipe, planned, objects))
     ranges = {**TEXT_BYTES, **{e.name: e.bytes_per_token(scale) for e in extractors_of(recipe.signals, recipe.context)}}

@@ -21,6 +21,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
+import teacher_cache
 from run_kit.command_line import guarded
 from run_kit.recipe_file import load_recipe, validate
 from signal_store.cache import Cache
@@ -331,6 +332,11 @@ def test_an_edited_recipe_or_a_swapped_teacher_is_refused(tmp_path: Path, recipe
     refused(cli("teacher_cache", "build", written, "signals.distribution.rank=9"), "calibrated by another recipe")
     make_model("llama", 320, seed=3, scale=8.0).save_pretrained(teacher)
     refused(cli("teacher_cache", "build", written), "another teacher", "weights_digest")
+
+
+@pytest.mark.parametrize("verb", teacher_cache.__all__)
+def test_the_package_gives_its_verbs(verb: str) -> None:
+    assert getattr(teacher_cache, verb) is getattr(importlib.import_module(f"teacher_cache.commands.{verb}"), verb)
 
 
 def digests(root: Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ if HAS_TORCH:
     import torch
 
     from signal_store.codecs.distribution import DistributionCodec, top_k
-    from teacher_cache.builder.fill import fill
     from teacher_cache.commands.build import build
+    from teacher_cache.commands.fill import fill
 
 pytestmark = pytest.mark.storage
 

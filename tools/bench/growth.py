@@ -42,10 +42,10 @@ from signal_store.manifest import (
 )
 from signal_store.signals import Dimensions, DistributionSignal, EveryNth, HiddenLayout, HiddenSignal, Signals
 from stdlib_corpus import modules
-from teacher_cache.builder.plan import plan
-from teacher_cache.builder.workers import Worker
+from teacher_cache.commands.plan import plan
 from teacher_cache.corpus import processes
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.worker import Worker
 
 UNIT_TOKENS = 65_536
 SEGMENTS_PER_UNIT = 160
