@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.cache import sealed_metadata
 from signal_store.canonical import digest, sha256
 from signal_store.format.arrays import ArraySpec
 from signal_store.io.objects import Objects
@@ -27,6 +26,7 @@ from signal_store.ledger.documents import (
 )
 from signal_store.ledger.seal import Seal, constant_spec, pack_records, units_group
 from signal_store.manifest import Manifest
+from signal_store.sealed_part import sealed_metadata
 from teacher_cache.builder.calibrate import read_calibration_arrays
 from teacher_cache.builder.plan import Plan
 

@@ -5,7 +5,6 @@ Policy: the seal of an older generation is remade only if it is what the next on
 
 from collections.abc import Sequence
 
-from signal_store.cache import newest_generation, sealed_metadata
 from signal_store.canonical import digest, sha256
 from signal_store.errors import CorruptError
 from signal_store.ledger.catalogue import constant_entries, seal_entries
@@ -13,12 +12,14 @@ from signal_store.ledger.documents import (
     UnitRecord,
     listed_seals,
     new_attempt,
+    newest_generation,
     newest_records,
     replace_document,
     seal_key,
 )
 from signal_store.ledger.entries import Entry, Ledger
 from signal_store.ledger.seal import Seal
+from signal_store.sealed_part import sealed_metadata
 from teacher_cache.builder.generation import Draft, draft_generation, publish_constants, write_metadata
 from teacher_cache.builder.seal import seal_cache
 from teacher_cache.builder.session import BuildSession

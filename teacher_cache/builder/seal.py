@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from signal_store.cache import newest_generation
 from signal_store.canonical import digest
 from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
 from signal_store.io.objects import Objects
@@ -26,6 +25,7 @@ from signal_store.ledger.documents import (
     is_record_of,
     listed_seals,
     new_attempt,
+    newest_generation,
     newest_records,
     read_document,
     seal_key,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from signal_store.cache import newest_generation
 from signal_store.errors import NotFoundError, StorageError
 from signal_store.io.objects import Objects
 from signal_store.ledger.documents import (
@@ -17,6 +16,7 @@ from signal_store.ledger.documents import (
     extension_key,
     find_document,
     finished_units,
+    newest_generation,
     read_document,
     seal_key,
 )

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from run_kit.progress import progress_bar
-from signal_store.cache import newest_generation
 from signal_store.canonical import digest, sha256
 from signal_store.errors import NotFoundError, StorageError
 from signal_store.io.objects import Objects, join_uri
@@ -21,6 +20,7 @@ from signal_store.ledger.documents import (
     UNITS,
     WORKERS,
     UnitRecord,
+    newest_generation,
     seal_key,
 )
 from signal_store.ledger.entries import Entry, Ledger, Origin

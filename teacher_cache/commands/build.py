@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 def build(recipe: CacheRecipe, worker: Worker = ALONE) -> "Cache":
     """The sealed cache of a recipe. A cache that is sealed already is opened, without loading the teacher."""
-    from signal_store.cache import newest_generation
-    from signal_store.ledger.documents import finished_units
+    from signal_store.ledger.documents import finished_units, newest_generation
     from teacher_cache.builder.fill import fill_units
     from teacher_cache.builder.seal import seal_cache
     from teacher_cache.builder.session import BuildSession

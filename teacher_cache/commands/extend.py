@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 def extend(recipe: CacheRecipe, worker: Worker = ALONE) -> "Cache":
     """Plan what is new, fill it, and seal the next generation. Goes on where it stopped."""
-    from signal_store.cache import newest_generation
-    from signal_store.ledger.documents import read_document, seal_key
+    from signal_store.ledger.documents import newest_generation, read_document, seal_key
     from teacher_cache.builder.extension import next_extension, plan_extension, refuse_other_texts
     from teacher_cache.builder.fill import fill_units
     from teacher_cache.builder.planned_texts import new_texts

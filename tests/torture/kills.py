@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from run_kit.command_line import guarded
-from signal_store.cache import newest_generation, open_cache
+from signal_store.cache import open_cache
 from signal_store.io.local import LocalObjects
+from signal_store.ledger.documents import newest_generation
 from teacher_cache.builder import fill as fill_module
 from teacher_cache.commands.build import build
 from teacher_cache.commands.fill import fill

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from run_kit.command_line import guarded
-from signal_store.cache import SealedPart, open_cache, sealed_metadata
+from signal_store.cache import open_cache
 from signal_store.canonical import sha256
 from signal_store.format.capacities import Capacities
 from signal_store.format.text import segment_arrays, token_arrays
@@ -40,6 +40,7 @@ from signal_store.manifest import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from signal_store.sealed_part import SealedPart, sealed_metadata
 from signal_store.signals import Dimensions, DistributionSignal, EveryNth, HiddenLayout, HiddenSignal, Signals
 from stdlib_corpus import modules
 from teacher_cache.commands.plan import plan

@@ -150,6 +150,16 @@ def listed_seals(objects: Objects) -> list[int]:
     return sorted(int(found[1]) for key in objects.list(SEALS) if (found := re.fullmatch(r"(\d+)\.json", key.rsplit("/", 1)[1])))
 
 
+def newest_generation(objects: Objects) -> int | None:
+    """Number of the newest seal, found without listing; None where there is none."""
+    if not objects.exists(seal_key(0)):
+        return None
+    newest = 0
+    while objects.exists(seal_key(newest + 1)):
+        newest += 1
+    return newest
+
+
 def newest_revision(objects: Objects, unit: int) -> int:
     """Number of a unit's newest record; 0 where there is none."""
     revision = 0
