@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -494,11 +495,12 @@ def test_processes_exit_as_main_does(module: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["teacher_cache", "student_train"])
-def test_help_is_light(module: str) -> None:
-    script = f"import sys; sys.argv = ['x', '--help']\nfrom {module}.cli import main\ntry:\n    main()\nfinally:\n    assert not {{'torch', 'zarr'}} & set(sys.modules)"
+@pytest.mark.parametrize(("option", "said"), [("--help", "Usage"), ("--version", f"teacher-cache {version('teacher-cache')}\n")])
+def test_help_and_version_are_light(module: str, option: str, said: str) -> None:
+    script = f"import sys; sys.argv = ['x', '{option}']\nfrom {module}.cli import main\ntry:\n    main()\nfinally:\n    assert not {{'torch', 'zarr'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout
+    assert said in done.stdout
 
 
 @pytest.mark.parametrize("plant", ["torch on a CPU", "torch on a GPU", "Python"])
