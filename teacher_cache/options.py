@@ -5,13 +5,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from run_kit.cores import usable_cores
-from signal_store.manifest import SourceIdentity
 from teacher_cache.worker import Worker
+
+if TYPE_CHECKING:
+    from signal_store.manifest import SourceIdentity
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe in YAML.", metavar="RECIPE.yaml")]
 Overrides = Annotated[
@@ -40,7 +42,7 @@ def say(facts: dict[str, object], as_json: bool) -> None:
     typer.echo(json.dumps(facts) if as_json else "  ".join(f"{key}: {value}" for key, value in facts.items()))
 
 
-def tokens_by_name(sources: Sequence[SourceIdentity]) -> dict[str, int]:
+def tokens_by_name(sources: Sequence["SourceIdentity"]) -> dict[str, int]:
     """Tokens of each source, over all generations."""
     found: Counter[str] = Counter()
     for source in sources:

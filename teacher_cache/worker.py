@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from run_kit.progress import progress_bar
 from signal_store.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ class Worker:
             return False
         if self.count == 1 or self.claims(objects, what):
             return True
+        from run_kit.progress import progress_bar  # and rich's bars
+
         with progress_bar() as progress:
             progress.add_task(f"waiting for another worker's {what}", total=None, unit="")
             waited = 0.0

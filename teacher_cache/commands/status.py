@@ -6,15 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from signal_store.errors import InputError
 from teacher_cache.options import AsJson, CacheAddress
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from teacher_cache.builder.status import Status
 
 WIDTH = 60
@@ -28,8 +26,12 @@ def status(uri: str) -> "Status":
     return read_status(objects_at(uri))
 
 
-def shown(found: "Status") -> Group:
+def shown(found: "Status") -> "Group":
     """For a terminal: a bar, a line, a row for each worker."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     from signal_view.summary import printable
     from teacher_cache.builder.status import COLUMNS, line_of, worker_rows
 
@@ -59,6 +61,9 @@ def command(
         error = found.last_error
         typer.echo(json.dumps(facts | {"last_error": None if error is None else error.error}))
         return
+    from rich.console import Console
+    from rich.live import Live
+
     if watch is None:
         Console().print(shown(found))
         return
