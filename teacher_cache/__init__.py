@@ -9,5 +9,5 @@ def __getattr__(name: str) -> Any:  # the verbs import torch; `teacher-cache --h
     if name in __all__:
         import importlib
 
-        return getattr(importlib.import_module(f"teacher_cache.{name}"), name)
+        return getattr(importlib.import_module(f"teacher_cache.commands.{name}"), name)
     raise AttributeError(name)

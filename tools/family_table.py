@@ -16,7 +16,7 @@ import torch
 
 from model_taps.tiny_config import architectures, tiny_config, tiny_model
 from signal_store.errors import SignalStoreError
-from teacher_cache.commands.model_check import BYTES, SIGNALS, saved, try_signals
+from teacher_cache.commands.doctor.model_check import BYTES, SIGNALS, saved, try_signals
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 HEAD = """# Families

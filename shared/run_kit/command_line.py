@@ -4,7 +4,9 @@ traceback for it."""
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -12,10 +14,12 @@ from run_kit.allocator import keep_freed_memory as keep_freed_memory
 from signal_store.errors import NotFoundError, SignalStoreError, memory_error, path_error, storage_error
 
 EXIT_WRONG_INPUT = 2
+PROJECT = "teacher-cache"
 
 
 def run_app(app: typer.Typer, extra: str) -> None:
-    """Run a typer application with our exit codes. `extra` is the one that most of its commands need."""
+    """Run a typer application with `--version` and our exit codes. `extra` is the one that most of its commands need."""
+    app.callback()(_options)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
@@ -54,6 +58,20 @@ def check_target(target: Path) -> None:
     refuse_inside_a_cache(target)
     if not target.absolute().parent.is_dir():
         raise NotFoundError("no folder to write into", expected="one that is there", found=target.absolute().parent, where=target)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROJECT} {metadata.version(PROJECT)}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and stop.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 def _stop(line: str) -> None:

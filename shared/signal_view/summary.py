@@ -7,10 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from signal_store.cache import Cache, SealedPart
+from signal_store.cache import Cache
 from signal_store.format.arrays import ArraySpec
 from signal_store.ledger.seal import group_of
 from signal_store.manifest import SourceIdentity
+from signal_store.sealed_part import SealedPart
 from signal_view.meaning import meaning
 
 MOST_UNITS = 256

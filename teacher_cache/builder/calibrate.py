@@ -17,7 +17,7 @@ from signal_store.canonical import sha256
 from signal_store.errors import CorruptError, MismatchError
 from signal_store.format.arrays import ArraySpec
 from signal_store.format.text import segment_arrays, token_arrays
-from signal_store.io.objects import Objects, objects_at
+from signal_store.io.objects import Objects
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, calibration_keys, commit, new_attempt, read_document
 from signal_store.manifest import (
     FORMAT_VERSION,
@@ -31,11 +31,9 @@ from signal_store.manifest import (
 )
 from signal_store.signals import AttentionLayout, Dimensions, HiddenLayout, Signal, StatsLayout
 from teacher_cache.builder.calibration_fit import Arrays, checked_values, measure
-from teacher_cache.builder.plan import Plan, plan, settled
+from teacher_cache.builder.plan import Plan
 from teacher_cache.builder.recipe_parts import calibrated_part, completed_calibration, refuse_another_recipe
-from teacher_cache.builder.unit_staging import load_plan_tokenizer
 from teacher_cache.builder.worker_notes import noted
-from teacher_cache.builder.workers import ALONE, Worker
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.calibrated import CalibratedTeacher
@@ -45,7 +43,8 @@ from teacher_cache.teacher.batches import TeacherBatch, compose
 from teacher_cache.teacher.dtype import tell_of_emulation, with_dtype
 from teacher_cache.teacher.forward import think
 from teacher_cache.teacher.identity import differing_fields, refuse_another_teacher, refuse_another_than_the_base
-from teacher_cache.teacher.load import Teacher, device_of, load_teacher, placed
+from teacher_cache.teacher.load import Teacher, load_teacher, placed
+from teacher_cache.worker import ALONE, Worker
 
 CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -57,19 +56,11 @@ class Calibrated(CalibratedTeacher):
     plan: Plan
 
 
-def calibrate(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
-    """Calibrate, or take the calibration that stands; MismatchError if another teacher or recipe of signals made it."""
-    device_of(placed(recipe.teacher, worker.local))  # refused before a text is read
-    planned = plan(recipe, worker)
-    load_plan_tokenizer(recipe, planned.document.body["tokenizer"]["digest"])
-    return calibrate_planned(recipe, planned, worker)
-
-
-def calibrate_planned(recipe: CacheRecipe, planned: Plan, worker: Worker = ALONE) -> Calibrated:
-    """`calibrate`, with a plan that is there. Where a machine of another class settles the dtype of `auto` first, the teacher of
-    the first try is gone before the second is loaded."""
-    wanted, objects = settled(recipe), objects_at(recipe.cache)
-    while (found := _calibrated(wanted, planned, objects, worker)) is None:
+def calibrate_planned(recipe: CacheRecipe, planned: Plan, objects: Objects, worker: Worker = ALONE) -> Calibrated:
+    """Calibrate the settled recipe of a plan, or take the calibration that stands; MismatchError if another teacher or recipe of
+    signals made it. Where a machine of another class settles the dtype of `auto` first, the teacher of the first try is gone before
+    the second is loaded."""
+    while (found := _calibrated(recipe, planned, objects, worker)) is None:
         pass
     return found
 

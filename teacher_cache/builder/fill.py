@@ -6,7 +6,7 @@ what others have not finished when its own is done. The first record of a unit s
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,34 +14,27 @@ from model_taps.machine import MachineClass
 from run_kit.progress import progress_bar
 from signal_store.errors import MismatchError
 from signal_store.format.arrays import ArraySpec
-from signal_store.io.objects import Objects, objects_at
+from signal_store.io.objects import Objects
 from signal_store.io.shard_writer import UnitArrayWriter
+from signal_store.ledger.catalogue import shard_keys
 from signal_store.ledger.documents import (
     Document,
     UnitRecord,
     commit,
-    listed_records,
+    finished_units,
     new_attempt,
     newest_record,
     staging_prefix,
     unit_key,
 )
-from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
+from teacher_cache.builder.calibrate import Calibrated, batches_of
 from teacher_cache.builder.worker_notes import noted
-from teacher_cache.builder.workers import ALONE, Worker
-from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.batch import extract_batch, plan_rows
 from teacher_cache.signals.rows import Extracted, Rows
 from teacher_cache.signals.unit_work import UnitWork
+from teacher_cache.worker import Worker
 
 MAX_SATURATION = 1e-3
-
-
-def fill(recipe: CacheRecipe, worker: Worker = ALONE) -> Calibrated:
-    """Finish every unit; what is committed already is not computed again."""
-    calibrated = calibrate(recipe, worker)
-    fill_units(calibrated, objects_at(recipe.cache), worker)
-    return calibrated
 
 
 def fill_units(calibrated: Calibrated, objects: Objects, worker: Worker) -> None:
@@ -85,11 +78,6 @@ def _turns(objects: Objects, worker: Worker, num_units: int) -> Iterator[int]:
             yield unit
     done = finished_units(objects)
     yield from (unit for unit in reversed(others) if unit not in done)
-
-
-def finished_units(objects: Objects) -> set[int]:
-    """Units that have a record."""
-    return {unit for unit, _ in listed_records(objects)}
 
 
 def fill_unit(
@@ -140,10 +128,13 @@ def compute_unit(
 def publish_unit(objects: Objects, record: Document, specs: tuple[ArraySpec, ...]) -> None:
     """Move a committed attempt's shards to their zarr keys. Idempotent, by anyone who sees the record."""
     unit = record.body["unit"]
-    prefix = staging_prefix(f"{unit:07d}", record.about["attempt"])
+    publish_shards(objects, specs, unit, staging_prefix(f"{unit:07d}", record.about["attempt"]))
+
+
+def publish_shards(objects: Objects, specs: Sequence[ArraySpec], unit: int, prefix: str) -> None:
+    """The same, of the attempt that staged below `prefix`."""
     for spec in specs:
-        for shard in range(spec.shards_per_unit):
-            key = spec.shard_key(unit * spec.shards_per_unit + shard)
+        for key in shard_keys(spec, unit):
             objects.publish(f"{prefix}/{key}", key)
     objects.delete_tree(prefix)
 

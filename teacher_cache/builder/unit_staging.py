@@ -1,34 +1,29 @@
 """From texts to unit plans that wait in a staging folder: tokens, segments, whole segments to units."""
 
-import hashlib
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from model_taps.loading import load_tokenizer, tokenizer_digest, vocabulary_size
+from model_taps.loading import vocabulary_size
 from run_kit.progress import progress_bar
 from signal_store.canonical import sha256
-from signal_store.errors import InputError, MismatchError, SignalStoreError
+from signal_store.errors import InputError, SignalStoreError
 from signal_store.format.capacities import Capacities
 from signal_store.format.grid import rounded_capacity
 from signal_store.io.objects import Objects
 from signal_store.ledger.documents import plan_unit_key
-from signal_store.manifest import ChatCounts, SourceIdentity, Split, TaggerIdentity
+from signal_store.manifest import Split
+from teacher_cache.builder.source_stats import Tally, tell_skips
 from teacher_cache.corpus.cutting import BadRow, Cutter, Job
-from teacher_cache.corpus.document import Document as Text
 from teacher_cache.corpus.processes import Cutting
-from teacher_cache.corpus.roles import Tagger, make_tagger, no_words
+from teacher_cache.corpus.roles import make_tagger
 from teacher_cache.corpus.rows import Row
-from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, PlannedSegment
-from teacher_cache.corpus.sources import Skips, SourceReader
+from teacher_cache.corpus.segments import PlannedSegment
 from teacher_cache.corpus.template import template_of
 from teacher_cache.corpus.unit_plan import UnitPlan
-from teacher_cache.recipe import CacheRecipe, Source
+from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.registry import capacities_of
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -38,130 +33,12 @@ MOST_ROWS, MOST_BYTES = 256, 2**18
 NO_ROOM = Capacities(segments=1, hidden_rows=1, attention_rows=1, attention_entries=1, replay_rows=1)
 
 
-@dataclass(slots=True)
-class Tally:
-    """What was seen of one source so far. `rows` are those to be read, at most `limit` documents of them; after these, rows to skip
-    until there were `known_skips`."""
-
-    source: Source
-    number: int
-    rows: Iterator[Row]
-    limit: int | None = None
-    known_skips: int = 0
-    skips: Skips = field(default_factory=Skips)
-    first_document: int = 0
-    hash: Any = field(default_factory=hashlib.sha256)
-    num_documents: int = 0
-    num_empty_documents: int = 0
-    num_segments: int = 0
-    num_tokens: int = 0
-    num_unfit_documents: int = 0
-    num_labels: int = 0
-    counts: bool = False
-    """Whether any of its rows counts in a loss."""
-    tagger: TaggerIdentity | None = None
-    words: Tagger = no_words
-    chats: ChatCounts | None = None
-    special_tokens_as_text: int = 0
-
-    @classmethod
-    def of(
-        cls, reader: SourceReader, number: int, *, after: Sequence[SourceIdentity] = (), until: SourceIdentity | None = None
-    ) -> "Tally":
-        """Of what a reader has left `after` the documents of earlier plans, all or as many as it was once (`until`)."""
-        before = sum(identity.num_documents for identity in after)
-        most = reader.source.max_documents
-        limits = [] if most is None else [max(0, most - before)]
-        limits += [] if until is None else [until.num_documents]
-        return cls(
-            source=reader.source,
-            number=number,
-            rows=reader.rows(),
-            limit=min(limits, default=None),
-            known_skips=0 if until is None else until.num_skipped_rows,
-            skips=reader.skips,
-            first_document=before,
-        )
-
-    @property
-    def has_its_documents(self) -> bool:
-        """Whether no more documents are wanted."""
-        return self.limit is not None and self.num_documents >= self.limit
-
-    @property
-    def is_full(self) -> bool:
-        """Whether nothing more is wanted."""
-        return self.has_its_documents and self.skips.count >= self.known_skips
-
-    def see(self, text: Text) -> None:
-        """Count one text."""
-        self.num_documents += 1
-        self.special_tokens_as_text += len(text.spelled)
-        if text.chat is not None:
-            self.chats = text.chat.counted(self.chats or ChatCounts())
-        self.hash.update(len(text.text).to_bytes(8, "little") + text.text.encode())
-
-    def see_segment(self, segment: PlannedSegment) -> None:
-        """Count one segment."""
-        self.num_segments += 1
-        self.num_tokens += len(segment) - segment.context_only
-        self.num_labels += int((segment.loss_mask == COUNTS).sum())
-        self.counts = self.counts or bool((segment.loss_mask != COUNTS_NOT).any())
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all texts."""
-        return "sha256:" + str(self.hash.hexdigest())
-
-    def identity(self) -> SourceIdentity:
-        """What the manifest says of it."""
-        return SourceIdentity(
-            name=self.source.name,
-            split=self.source.split,
-            fingerprint=self.fingerprint,
-            num_documents=self.num_documents,
-            num_empty_documents=self.num_empty_documents,
-            num_segments=self.num_segments,
-            num_tokens=self.num_tokens,
-            tagger=self.tagger,
-            task=self.source.task,
-            chats=self.chats,
-            special_tokens_as_text=self.special_tokens_as_text,
-            num_unfit_documents=self.num_unfit_documents,
-            num_skipped_rows=self.skips.count,
-            skipped_rows=tuple(self.skips.listed),
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class StagedUnits:
     """Units that wait in a staging folder: what the plan says of each, and the room they need."""
 
     units: list[dict[str, Any]]
     needs: Capacities
-
-
-def load_recipe_tokenizer(recipe: CacheRecipe) -> PreTrainedTokenizerFast:
-    """The tokenizer that the recipe names, or the teacher's own."""
-    teacher = recipe.teacher
-    return load_tokenizer(
-        teacher.tokenizer or teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-    )
-
-
-def load_plan_tokenizer(recipe: CacheRecipe, expected: str) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer; MismatchError where it is not the one that the cache was planned with."""
-    tokenizer = load_recipe_tokenizer(recipe)
-    found = tokenizer_digest(tokenizer)
-    if found != expected:
-        raise MismatchError(
-            "the cache was planned with another tokenizer",
-            expected=expected,
-            found=f"{found} ({recipe.teacher.tokenizer or recipe.teacher.model})",
-            where=recipe.cache,
-            remedy="Restore the tokenizer, or build into another folder.",
-        )
-    return tokenizer
 
 
 def stage_units(
@@ -179,18 +56,23 @@ def stage_units(
     _prepare(tallies, tokenizer)
     cutter = Cutter(recipe, tokenizer, {tally.source.name: tally.words for tally in tallies})
     vocabulary = vocabulary_size(tokenizer)
+
+    def needs_of(unit: UnitPlan) -> Capacities:
+        return capacities_of(unit, recipe.signals, recipe.context)
+
     with progress_bar() as progress, Cutting(cutter, processes) as cutting:
         bar = progress.add_task("plan", total=None, unit="tokens")
         for split in SPLITS:
-            for unit in _units(recipe, cutting, [t for t in tallies if t.source.split == split], room):
+            segments = _segments(cutting, [t for t in tallies if t.source.split == split])
+            for unit in _units(segments, recipe.resolved_unit_tokens, needs_of, room):
                 _refuse_unknown_ids(unit, vocabulary)
                 data = unit.to_bytes()
                 objects.put(f"{prefix}/{len(units):07d}", data)
                 units.append({"digest": sha256(data), "split": split, "segments": len(unit.length), "tokens": unit.num_tokens})
-                needs = needs.union(capacities_of(unit, recipe.signals, recipe.context))
+                needs = needs.union(needs_of(unit))
                 progress.advance(bar, unit.num_tokens)
         for tally in tallies:
-            _tell_skips(tally, progress.console)
+            tell_skips(tally, progress.console)
     return StagedUnits(units, needs)
 
 
@@ -198,16 +80,6 @@ def publish_units(objects: Objects, prefix: str, units: Sequence[dict[str, Any]]
     """Move staged unit plans to their keys, which name their content: another planner moves the same bytes or other keys."""
     for number, unit in enumerate(units):
         objects.publish(f"{prefix}/{number:07d}", plan_unit_key(first + number, unit["digest"]))
-
-
-def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
-    """What `save_pretrained` writes, by name. Whether this machine was offline is among what it remembers, no part of a plan."""
-    if "local_files_only" in tokenizer.init_kwargs:
-        tokenizer.init_kwargs["local_files_only"] = False
-    with tempfile.TemporaryDirectory() as folder:
-        several = isinstance(tokenizer.chat_template, dict)  # as files of their own they would lie in a folder
-        tokenizer.save_pretrained(folder, save_jinja_files=not several)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def _prepare(tallies: Sequence[Tally], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -218,16 +90,6 @@ def _prepare(tallies: Sequence[Tally], tokenizer: PreTrainedTokenizerFast) -> No
             template_of(tokenizer, source.chat_template, tools=source.tools is not None, where=f"source {source.name}")
         if tally.source.tagger is not None:
             tally.words, tally.tagger = make_tagger(tally.source.tagger)
-
-
-def _tell_skips(tally: Tally, console: Console) -> None:
-    skips, count = tally.skips, tally.skips.count + tally.num_unfit_documents
-    if count:
-        shown = f", the first {len(skips.lines)} of them" if count > len(skips.lines) else ""
-        said = [f"{skips.count:,} rows skipped"] if skips.count else []
-        said += [f"{tally.num_unfit_documents:,} texts left out that do not fit"] if tally.num_unfit_documents else []
-        lines = [f"source {tally.source.name}: {', '.join(said)}{shown}:", *(f"  {line}" for line in skips.lines)]
-        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_unknown_ids(unit: UnitPlan, vocabulary: int) -> None:
@@ -241,33 +103,17 @@ def _refuse_unknown_ids(unit: UnitPlan, vocabulary: int) -> None:
         )
 
 
-def refuse_useless(tallies: Sequence[Tally]) -> None:
-    """InputError for a source that nothing can be learned from, or validated on."""
-    for tally in tallies:
-        where = f"source {tally.source.name}"
-        if not tally.num_tokens:
-            skipped = f", {tally.skips.count} rows skipped ({tally.skips.lines[0]})" if tally.skips.count else ""
-            raise InputError(
-                "a source has no text",
-                expected="at least one document that is not empty",
-                found=f"{tally.num_documents} documents, {tally.num_empty_documents} empty{skipped}",
-                where=where,
-            )
-        if not (tally.num_labels if tally.source.split == "validation" else tally.counts):
-            raise InputError(
-                "a source has no token to predict",
-                expected="texts of two tokens or more, some of which count",
-                found=f"{tally.num_tokens} tokens in {tally.num_segments} segments, none with a next token that counts",
-                where=where,
-            )
-
-
-def _units(recipe: CacheRecipe, cutting: Cutting, tallies: list[Tally], room: Capacities | None) -> Iterator[UnitPlan]:
+def _units(
+    segments: Iterable[tuple[Tally, PlannedSegment]],
+    unit_tokens: int,
+    needs_of: Callable[[UnitPlan], Capacities],
+    room: Capacities | None,
+) -> Iterator[UnitPlan]:
     """Units of one split: whole segments, in order, until the next would not fit."""
     pending: list[PlannedSegment] = []
-    free, used = recipe.resolved_unit_tokens, NOTHING
-    for tally, segment in _segments(cutting, tallies):
-        needed = NOTHING if room is None else capacities_of(UnitPlan.of([segment]), recipe.signals, recipe.context)
+    free, used = unit_tokens, NOTHING
+    for tally, segment in segments:
+        needed = NOTHING if room is None else needs_of(UnitPlan.of([segment]))
         if room is not None and not room.holds(needed):
             raise InputError(
                 "a new segment has more rows than the cache has room for",
@@ -278,7 +124,7 @@ def _units(recipe: CacheRecipe, cutting: Cutting, tallies: list[Tally], room: Ca
             )
         if len(segment) > free or (room is not None and not room.holds(used.plus(needed))):
             yield UnitPlan.of(pending)
-            pending, free, used = [], recipe.resolved_unit_tokens, NOTHING
+            pending, free, used = [], unit_tokens, NOTHING
         pending.append(segment)
         free -= len(segment)
         used = used.plus(needed)

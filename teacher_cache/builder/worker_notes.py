@@ -16,9 +16,9 @@ from pydantic import Field
 from signal_store.errors import NotFoundError, SignalStoreError
 from signal_store.format.section import Section
 from signal_store.io.objects import Objects
-from teacher_cache.builder.workers import Worker
+from signal_store.ledger.documents import WORKERS
+from teacher_cache.worker import Worker
 
-NOTES = "ledger/workers"
 EVERY_SECONDS = 5.0
 
 
@@ -53,7 +53,7 @@ class NoteBook:
 
     def __init__(self, objects: Objects, worker: Worker, state: State) -> None:
         now = time.time()
-        self._objects, self._key = objects, f"{NOTES}/{worker.number}-of-{worker.count}.json"
+        self._objects, self._key = objects, f"{WORKERS}/{worker.number}-of-{worker.count}.json"
         self.note = WorkerNote(
             worker=str(worker), host=socket.gethostname(), pid=os.getpid(), state=state, started=now, updated=now
         )
@@ -109,7 +109,7 @@ def _changed(note: WorkerNote, **values: Any) -> WorkerNote:
 def read_notes(objects: Objects) -> tuple[WorkerNote, ...]:
     """Of all workers; one that is being replaced or is not whole is passed over until the next look."""
     found = []
-    for key in objects.list(NOTES):
+    for key in objects.list(WORKERS):
         try:
             found.append(WorkerNote.model_validate_json(objects.read(key)))
         except (NotFoundError, ValueError):

@@ -14,8 +14,9 @@ from signal_store.format.capacities import Capacities
 from signal_store.io.objects import objects_at
 from signal_store.ledger.documents import SEALS
 from signal_store.signals import Signals, meaning
-from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
+from teacher_cache.builder.calibrate import Calibrated, batches_of
 from teacher_cache.commands.build import build
+from teacher_cache.commands.calibrate import calibrate
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.base import first_row
 from teacher_cache.signals.batch import extract_batch, plan_rows

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
+import teacher_cache
 from run_kit.command_line import guarded
 from run_kit.recipe_file import load_recipe, validate
 from signal_store.cache import Cache
@@ -333,6 +335,11 @@ def test_an_edited_recipe_or_a_swapped_teacher_is_refused(tmp_path: Path, recipe
     refused(cli("teacher_cache", "build", written), "another teacher", "weights_digest")
 
 
+@pytest.mark.parametrize("verb", teacher_cache.__all__)
+def test_the_package_gives_its_verbs(verb: str) -> None:
+    assert getattr(teacher_cache, verb) is getattr(importlib.import_module(f"teacher_cache.commands.{verb}"), verb)
+
+
 def digests(root: Path) -> dict[str, Any]:
     """Every byte of the cache, but the `about` blocks of the ledger."""
     objects = LocalObjects(root)
@@ -488,11 +495,12 @@ def test_processes_exit_as_main_does(module: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["teacher_cache", "student_train"])
-def test_help_is_light(module: str) -> None:
-    script = f"import sys; sys.argv = ['x', '--help']\nfrom {module}.cli import main\ntry:\n    main()\nfinally:\n    assert not {{'torch', 'zarr'}} & set(sys.modules)"
+@pytest.mark.parametrize(("option", "said"), [("--help", "Usage"), ("--version", f"teacher-cache {version('teacher-cache')}\n")])
+def test_help_and_version_are_light(module: str, option: str, said: str) -> None:
+    script = f"import sys; sys.argv = ['x', '{option}']\nfrom {module}.cli import main\ntry:\n    main()\nfinally:\n    assert not {{'torch', 'zarr'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout
+    assert said in done.stdout
 
 
 @pytest.mark.parametrize("plant", ["torch on a CPU", "torch on a GPU", "Python"])

@@ -49,7 +49,7 @@ def test_quick_gives_a_range_that_holds_the_truth(recipe_for: RecipeMaker, tmp_p
     assert low < 3 * 36 < high * 1.01
     assert found.hours is None
     assert found.total_bytes[0] < found.total_bytes[1]
-    monkeypatch.setattr("teacher_cache.commands.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("teacher_cache.builder.estimation.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match=r"cannot hold this cache; expected [0-9,]+ bytes free; found 1,000"):
         estimate(recipe, quick=True)
 

@@ -19,7 +19,7 @@ from student_train.commands.run import run
 from student_train.recipe import RunRecipe
 from teacher_cache.cli import app
 from teacher_cache.commands.build import build
-from teacher_cache.commands.model_check import BYTES, saved
+from teacher_cache.commands.doctor.model_check import BYTES, saved
 from tests.conftest import RecipeMaker
 from tests.tiny import COMMON, FAMILIES, make_model, make_tokenizer, write_jsonl
 from tests.unit.test_neighbours import LONG_ROPE

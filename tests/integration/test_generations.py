@@ -15,14 +15,14 @@ from signal_store.errors import CorruptError, InputError, MismatchError
 from signal_store.io.local import LocalObjects
 from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from teacher_cache.builder.fill import fill
-from teacher_cache.builder.seal import seal
-from teacher_cache.builder.workers import Worker
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
+from teacher_cache.commands.fill import fill
 from teacher_cache.commands.repair import repair
+from teacher_cache.commands.seal import seal
 from teacher_cache.commands.verify import verify
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.worker import Worker
 from tests.processes import fresh
 from tests.tiny import CODE, needs_torch, write_jsonl
 

@@ -45,11 +45,11 @@ from student_train.view.plots import layerwise_cka, plot_against_teacher, plot_c
 from student_train.view.report import report
 from student_train.view.students import before_and_after
 from teacher_cache.builder import fill as fill_module
-from teacher_cache.builder.plan import plan
 from teacher_cache.cli import app
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
-from teacher_cache.commands.inspect_page import inspect_page
+from teacher_cache.commands.inspect.page import inspect_page
+from teacher_cache.commands.plan import plan
 from teacher_cache.commands.status import status
 from teacher_cache.commands.verify import verify
 from tests.browser import opened

@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from signal_store.cache import open_cache
 from signal_store.errors import CorruptError, InputError, MismatchError, SignalStoreError
 from signal_store.io.local import LocalObjects
-from signal_store.ledger.documents import EXTENSIONS
-from teacher_cache.builder.fill import fill
-from teacher_cache.builder.seal import seal
-from teacher_cache.commands import extend as extending
+from signal_store.ledger.catalogue import catalogue
+from signal_store.ledger.documents import EXTENSIONS, listed_seals
+from signal_store.ledger.entries import Ledger, Origin
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
+from teacher_cache.commands.fill import fill
 from teacher_cache.commands.repair import repair
+from teacher_cache.commands.seal import seal
 from teacher_cache.commands.verify import verify
 from teacher_cache.recipe import CacheRecipe
 from tests.integration.test_generations import bodies
@@ -104,6 +105,34 @@ def test_what_was_planned_and_calibrated_is_looked_at_before_a_cache_is_sealed(
     assert not verify(recipe.cache).damages
 
 
+def test_what_lies_in_the_place_of_another_is_mended(grown: tuple[CacheRecipe, Path]) -> None:
+    recipe, _ = grown
+    root = Path(recipe.cache)
+    whole = bodies(root)
+    swapped = [("ledger/extensions/000001.json", "ledger/extensions/000002.json")]
+    swapped += [("ledger/units/0000000.0.json", "ledger/units/0000001.0.json"), ("zarr.json", "tokens/zarr.json")]
+    for pair in swapped:
+        one, other = (root / key for key in pair)
+        data = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    assert {key for pair in swapped for key in pair} <= {damage.key for damage in verify(recipe.cache).damages}
+    repair(recipe)
+    assert bodies(root) == whole
+    assert not verify(recipe.cache).damages
+
+
+def test_the_catalogue_holds_all_of_a_cache_and_nothing_else(grown: tuple[CacheRecipe, Path]) -> None:
+    objects = LocalObjects(grown[0].cache)
+    ledger = Ledger(objects, listed_seals(objects))
+    entries = list(catalogue(ledger))
+    assert sorted(entry.key for entry in entries) == objects.list("")
+    assert not ledger.failing(entries)
+    newest = [entry.key for entry in entries if entry.digest is None and entry.origin is not Origin.RECORD]
+    assert newest == ["ledger/seals/000002.json"]  # all else is named by a document above it
+    assert ledger.num_bytes == sum(objects.size(key) or 0 for key in objects.list(""))
+
+
 def test_files_beside_the_cache_are_left_alone(grown: tuple[CacheRecipe, Path]) -> None:
     recipe, _ = grown
     root = Path(recipe.cache)
@@ -119,7 +148,7 @@ def test_files_beside_the_cache_are_left_alone(grown: tuple[CacheRecipe, Path]) 
 def test_an_extension_that_was_begun_is_no_damage(grown: tuple[CacheRecipe, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, file = grown
     add(file, CODE[2] + "# third")
-    monkeypatch.setattr(extending, "fill_units", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("teacher_cache.builder.fill.fill_units", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         extend(recipe)
     monkeypatch.undo()

@@ -16,13 +16,14 @@ from signal_store.ledger.documents import PLAN
 from signal_view import CacheView, open_cache
 from student_train.commands.run import run
 from student_train.recipe import RunRecipe
-from teacher_cache.builder.plan import plan, read_plan
-from teacher_cache.builder.workers import Worker
+from teacher_cache.builder.plan import read_plan
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
+from teacher_cache.commands.plan import plan
 from teacher_cache.corpus import processes
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals import distribution
+from teacher_cache.worker import Worker
 from tests.conftest import RecipeMaker
 from tests.tiny import CODE, PROSE, make_model, make_tokenizer, write_jsonl
 

@@ -17,8 +17,8 @@ from tests.servers import Faults, s3_server, web_server
 from tests.tiny import HAS_TORCH
 
 if HAS_TORCH:
-    from teacher_cache.builder.fill import fill
     from teacher_cache.commands.build import build
+    from teacher_cache.commands.fill import fill
 
 pytestmark = pytest.mark.storage
 

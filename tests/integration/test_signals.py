@@ -32,8 +32,9 @@ from student_train.data.signals.hidden import HiddenPart
 from student_train.losses.objective import resolve
 from student_train.losses.section import Losses
 from teacher_cache.builder.calibrate import manifest_of
-from teacher_cache.builder.plan import plan, settled
+from teacher_cache.builder.planning import settled
 from teacher_cache.commands.build import build
+from teacher_cache.commands.plan import plan
 from teacher_cache.signals.distribution import extract_distribution
 from teacher_cache.signals.tail.basis import TailFit
 from teacher_cache.signals.tail.choice import choose_codec

@@ -11,9 +11,10 @@ from signal_store.errors import InputError
 from signal_store.io.objects import objects_at
 from signal_store.ledger.documents import CALIBRATION, read_document
 from teacher_cache.builder.flops import forward_flops
-from teacher_cache.builder.plan import plan, read_plan
+from teacher_cache.builder.plan import read_plan
 from teacher_cache.commands.build import build
 from teacher_cache.commands.extend import extend
+from teacher_cache.commands.plan import plan
 from tests.conftest import RecipeMaker
 from tests.tiny import CODE, CONTEXT, make_model, make_tokenizer, write_jsonl
 

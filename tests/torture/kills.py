@@ -23,16 +23,17 @@ import numpy as np
 import torch
 
 from run_kit.command_line import guarded
-from signal_store.cache import newest_generation, open_cache
+from signal_store.cache import open_cache
 from signal_store.io.local import LocalObjects
+from signal_store.ledger.documents import newest_generation
 from teacher_cache.builder import fill as fill_module
-from teacher_cache.builder.fill import fill
-from teacher_cache.builder.seal import seal
-from teacher_cache.builder.workers import Worker
 from teacher_cache.commands.build import build
+from teacher_cache.commands.fill import fill
+from teacher_cache.commands.seal import seal
 from teacher_cache.commands.verify import verify
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.batch import extract_batch
+from teacher_cache.worker import Worker
 from tests.torture.material import contents, make_material, recipe_at
 
 MARK = 0

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from signal_store.errors import InputError
 from signal_store.io.objects import objects_at
 from signal_store.manifest import SourceIdentity
-from teacher_cache.builder.plan import plan
-from teacher_cache.builder.unit_staging import Tally
+from teacher_cache.builder.source_stats import Tally
+from teacher_cache.commands.plan import plan
 from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, cut, loss_mask_of

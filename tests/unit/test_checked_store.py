@@ -12,7 +12,7 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.buffer import default_buffer_prototype
 
-from signal_store.cache import Cache, SealedPart, open_cache
+from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError
 from signal_store.io import sealed_store
 from signal_store.io.disk_cache import DiskCachedStore, DiskCacheOptions
@@ -22,6 +22,7 @@ from signal_store.io.remote import RetryingStore
 from signal_store.io.sealed_store import SealedStore
 from signal_store.io.shard_writer import CRC_BYTES, crc32c
 from signal_store.ledger.seal import ABSENT
+from signal_store.sealed_part import SealedPart
 
 pytestmark = pytest.mark.storage
 PATH = "distribution/tail_codes"

@@ -16,7 +16,7 @@ from signal_store.errors import StorageError
 from signal_store.io.commit_check import commit_faults
 from signal_store.io.local import LocalObjects
 from student_train.train.checkpoint import save_best
-from teacher_cache.builder.plan import plan
+from teacher_cache.commands.plan import plan
 
 
 def _lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
@@ -87,7 +87,7 @@ def test_a_build_is_refused_before_it_reads_any_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe_for: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _lacking(monkeypatch, "make hard links", errno.EPERM)
-    monkeypatch.setattr("teacher_cache.builder.plan.plan_body", lambda *_: pytest.fail("a text was read"))
+    monkeypatch.setattr("teacher_cache.builder.planning.plan_body", lambda *_: pytest.fail("a text was read"))
 
     def plans() -> None:
         plan(recipe_for(tmp_path / "cache.zarr"))

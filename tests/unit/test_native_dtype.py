@@ -25,9 +25,10 @@ from signal_store.errors import MismatchError
 from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import CALIBRATION, MANIFEST, read_document, unit_key
 from teacher_cache.builder import calibrate
-from teacher_cache.builder.fill import fill
-from teacher_cache.builder.unit_staging import tokenizer_files
+from teacher_cache.builder.session import BuildSession
+from teacher_cache.builder.tokenizer import tokenizer_files
 from teacher_cache.commands.build import build
+from teacher_cache.commands.fill import fill
 from teacher_cache.teacher.load import Teacher
 from tests.tiny import COMMON, make_model
 
@@ -202,14 +203,14 @@ def test_the_teacher_of_a_lost_race_is_gone_before_the_next_is_loaded(
             undisturbed.setattr(calibrate, "load_recipe_teacher", load)
             undisturbed.setattr(calibrate, "calibration_body", measured)
             processor("avx2 avx512_bf16")
-            assert calibrate.calibrate(recipe).manifest.teacher.dtype == "bfloat16"
+            assert BuildSession.ready(recipe).calibrated.manifest.teacher.dtype == "bfloat16"
             processor("avx2")
         return measured(*arguments)
 
     monkeypatch.setattr(calibrate, "load_recipe_teacher", loading)
     monkeypatch.setattr(calibrate, "calibration_body", late)
     processor("avx2")
-    assert calibrate.calibrate(recipe).manifest.teacher.dtype == "bfloat16"
+    assert BuildSession.ready(recipe).calibrated.manifest.teacher.dtype == "bfloat16"
     assert len(loaded) == 2
 
 

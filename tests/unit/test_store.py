@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
-from signal_store.cache import Cache, SealedPart, open_cache
+from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, IncompleteError, NotFoundError, StorageError
 from signal_store.format import hierarchy
 from signal_store.format.arrays import FILL, ArraySpec, grid
@@ -21,6 +21,7 @@ from signal_store.io.local import LocalObjects
 from signal_store.io.objects import objects_at
 from signal_store.io.shard_writer import UnitArrayWriter, write_unit_array
 from signal_store.ledger.documents import MANIFEST, commit, parse_document, read_document, seal_key
+from signal_store.sealed_part import SealedPart
 from tests.conftest import RecipeMaker
 from tests.tiny import HAS_TORCH, needs_torch
 
@@ -28,8 +29,8 @@ if HAS_TORCH:
     import torch
 
     from signal_store.codecs.distribution import DistributionCodec, top_k
-    from teacher_cache.builder.fill import fill
     from teacher_cache.commands.build import build
+    from teacher_cache.commands.fill import fill
 
 pytestmark = pytest.mark.storage
 

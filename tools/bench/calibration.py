@@ -21,15 +21,15 @@ from rich.table import Table
 from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.io.objects import objects_at
 from signal_store.ledger.documents import CALIBRATION, read_document
-from teacher_cache.builder.calibrate import calibrate
 from teacher_cache.builder.fill import fill_units
 from teacher_cache.builder.flops import forward_flops
-from teacher_cache.builder.plan import plan
-from teacher_cache.builder.seal import seal
-from teacher_cache.builder.workers import ALONE
+from teacher_cache.commands.calibrate import calibrate
+from teacher_cache.commands.plan import plan
+from teacher_cache.commands.seal import seal
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.budget import FIT_TOKENS_PER_CHANNEL, HELD_OUT_TOKENS
 from teacher_cache.signals.tail.cost import fit_flops, search_flops
+from teacher_cache.worker import ALONE
 
 WIDE = {"width": 4096, "vocab_size": 152_064}
 

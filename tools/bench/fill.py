@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.io.local import LocalObjects
 from stdlib_corpus import modules
-from teacher_cache.builder.calibrate import Calibrated, batches_of, calibrate
+from teacher_cache.builder.calibrate import Calibrated, batches_of
 from teacher_cache.builder.fill import UnitWriters
+from teacher_cache.commands.calibrate import calibrate
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.batch import extract_batch, plan_rows
 from teacher_cache.signals.unit_work import LOGITS_BYTES, UnitWork
@@ -126,7 +127,7 @@ def overhead(recipe: CacheRecipe, batches: int) -> dict[str, Any]:
 
 def peak_bytes(recipe: CacheRecipe, answer: Any) -> None:
     """Fill a cache in a process of its own and say its peak memory."""
-    from teacher_cache.builder.fill import fill
+    from teacher_cache.commands.fill import fill
 
     keep_freed_memory()
     fill(recipe)

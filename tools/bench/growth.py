@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from run_kit.command_line import guarded
-from signal_store.cache import SealedPart, open_cache, sealed_metadata
+from signal_store.cache import open_cache
 from signal_store.canonical import sha256
 from signal_store.format.capacities import Capacities
 from signal_store.format.text import segment_arrays, token_arrays
@@ -40,12 +40,13 @@ from signal_store.manifest import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from signal_store.sealed_part import SealedPart, sealed_metadata
 from signal_store.signals import Dimensions, DistributionSignal, EveryNth, HiddenLayout, HiddenSignal, Signals
 from stdlib_corpus import modules
-from teacher_cache.builder.plan import plan
-from teacher_cache.builder.workers import Worker
+from teacher_cache.commands.plan import plan
 from teacher_cache.corpus import processes
 from teacher_cache.recipe import CacheRecipe
+from teacher_cache.worker import Worker
 
 UNIT_TOKENS = 65_536
 SEGMENTS_PER_UNIT = 160

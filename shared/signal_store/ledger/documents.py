@@ -31,6 +31,8 @@ UNITS = "ledger/units"
 STAGING = "ledger/staging"
 TOKENIZER = "ledger/tokenizer"
 EXTENSIONS = "ledger/extensions"
+CLAIMS = "ledger/claims"
+WORKERS = "ledger/workers"
 
 
 def plan_unit_key(unit: int, content: str) -> str:
@@ -128,6 +130,34 @@ def listed_records(objects: Objects) -> Iterator[tuple[int, int]]:
     for key in objects.list(UNITS):
         if found := re.fullmatch(r"(\d{7,})\.(\d+)\.json", key.rsplit("/", 1)[1]):
             yield int(found[1]), int(found[2])
+
+
+def finished_units(objects: Objects) -> set[int]:
+    """Units that have a record."""
+    return {unit for unit, _ in listed_records(objects)}
+
+
+def newest_records(objects: Objects, num_units: int) -> list[Document | None]:
+    """The newest record of each unit, or None."""
+    revisions: dict[int, int] = {}
+    for unit, revision in listed_records(objects):
+        revisions[unit] = max(revision, revisions.get(unit, 0))
+    return [read_document(objects, unit_key(unit, revisions[unit])) if unit in revisions else None for unit in range(num_units)]
+
+
+def listed_seals(objects: Objects) -> list[int]:
+    """Numbers of the generations that have a seal, ascending."""
+    return sorted(int(found[1]) for key in objects.list(SEALS) if (found := re.fullmatch(r"(\d+)\.json", key.rsplit("/", 1)[1])))
+
+
+def newest_generation(objects: Objects) -> int | None:
+    """Number of the newest seal, found without listing; None where there is none."""
+    if not objects.exists(seal_key(0)):
+        return None
+    newest = 0
+    while objects.exists(seal_key(newest + 1)):
+        newest += 1
+    return newest
 
 
 def newest_revision(objects: Objects, unit: int) -> int:

@@ -22,7 +22,9 @@ from model_taps.tiny_config import tiny_config, tiny_model
 from run_kit.check import Check
 from signal_store.errors import SignalStoreError
 from signal_store.signals import Signals
-from teacher_cache.commands.build import build
+from teacher_cache.builder.fill import fill_units
+from teacher_cache.builder.seal import seal_cache
+from teacher_cache.builder.session import BuildSession
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.registry import extractor_class
 
@@ -103,11 +105,14 @@ def _built(model: str | Path, folder: Path, name: str, signals: Mapping[str, Any
     }
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each of many small builds says nothing
-            plan = build(CacheRecipe.model_validate(recipe)).manifest.plan
+            session = BuildSession.of(CacheRecipe.model_validate(recipe)).planned()
+            fill_units(session.calibrated, session.objects, session.worker)
+            seal_cache(session.objects)
     except SignalStoreError as error:
         return "", error.what
     except (*LOADING_ERRORS, IndexError, AssertionError) as error:
         return "", f"{type(error).__name__}, which nothing foresaw"
+    plan = session.open().manifest.plan
     split = "" if plan.split_length is None else f", up to {plan.split_length} tokens apart from longer ones"
     return plan.forward + split, ""
 

@@ -8,13 +8,13 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from run_kit.progress import progress_bar
 from signal_store.errors import InputError
-from signal_store.io.objects import Objects
 
-CLAIMS = "ledger/claims"
+if TYPE_CHECKING:
+    from signal_store.io.objects import Objects
+
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 1800.0
 """A waiter that has seen nothing for this long does the work itself: the claimant may be dead."""
@@ -56,9 +56,11 @@ class Worker:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
-    def claims(self, objects: Objects, what: str) -> bool:
+    def claims(self, objects: "Objects", what: str) -> bool:
         """Leave a claim; False if another worker's stands. A worker that was killed finds its own again; the claim of one among
         another number of workers is out of date."""
+        from signal_store.ledger.documents import CLAIMS  # reads zarr in, for which no help waits
+
         key = f"{CLAIMS}/{what}"
         if objects.create(key, str(self).encode()):
             return True
@@ -68,12 +70,14 @@ class Worker:
             return objects.create(key, str(self).encode())
         return standing == str(self)
 
-    def should_make(self, objects: Objects, what: str, key: str) -> bool:
+    def should_make(self, objects: "Objects", what: str, key: str) -> bool:
         """Whether this worker is to make what `key` will hold: yes if it comes first, or alone; else after waiting in vain."""
         if objects.exists(key):
             return False
         if self.count == 1 or self.claims(objects, what):
             return True
+        from run_kit.progress import progress_bar  # and rich's bars
+
         with progress_bar() as progress:
             progress.add_task(f"waiting for another worker's {what}", total=None, unit="")
             waited = 0.0

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from signal_store.io.objects import objects_at
 from signal_view import CacheView, SegmentView, open_cache
 from signal_view.coloured import segment_html
 from signal_view.page import Block, page, picture, progress, searchable, table
 from signal_view.plots import plot_attention, plot_explained_variance, plot_surprise, plot_tail_spectrum, plot_top
 from signal_view.summary import Section, summarise
-from teacher_cache.commands.status import COLUMNS, Status, find_status, line_of, worker_rows
+from teacher_cache.builder.status import COLUMNS, Status, find_status, line_of, worker_rows
 
 SAMPLES = 60
 BEGINNING = 60
@@ -22,7 +23,7 @@ UNITS_SHOWN = 4096
 def inspect_page(addresses: list[str]) -> str:
     """HTML of the cache at an address, with its overlays; or, where one of them is being filled, of its progress."""
     for address in addresses:
-        found = find_status(address)
+        found = find_status(objects_at(address))
         if found is not None and found.generation is None:
             return page(f"{address} (not sealed)", list(_progress(found)))
     cache = open_cache(addresses)

@@ -1,0 +1,1 @@
+"""taps: where the taps of a model lie."""
