@@ -48,7 +48,7 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         yield objects_at(tmp_path)
     else:
         with s3_server(monkeypatch, "places") as address:
-            yield objects_at(f"{address}/objects")
+            yield objects_at(f"{address}/{tmp_path.name}")  # the emulator keeps what another test put
 
 
 @pytest.fixture(params=MAKERS, ids=lambda kind: kind.__name__)
