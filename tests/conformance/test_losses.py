@@ -37,9 +37,9 @@ from student_train.losses.term import GateTerm, HeadTerm, StatesTerm
 from student_train.model.distiller import Distiller
 from student_train.recipe import RunRecipe
 from teacher_cache.commands.build import build
+from tests.codes import made_codec, made_codes
 from tests.conftest import Once, RecipeMaker
 from tests.tiny import CONTEXT, make_model
-from tests.unit.test_losses import made_codec, made_codes
 
 HEAD = {name: term for name, term in registry.terms().items() if isinstance(term, HeadTerm)}
 DIVERGENCES = [name for name, term in HEAD.items() if term.divergence is not None]

@@ -7,7 +7,7 @@ from model_taps.head import OutputHead
 from student_train.data.unit import IGNORE
 from student_train.evaluate import fidelity
 from student_train.evaluate.evaluation import numbers
-from tests.unit.test_losses import WIDTH, made_codec, made_codes
+from tests.codes import WIDTH, made_codec, made_codes
 
 VOCAB = 40
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from signal_store.errors import StorageError
 from signal_store.io.commit_check import commit_faults
 from signal_store.io.local import LocalObjects
 from student_train.train.checkpoint import save_best
-from teacher_cache.commands.plan import plan
 
 
 def _lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
@@ -81,22 +79,6 @@ def test_a_place_that_creates_twice_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "link", lambda source, target, **_: os.replace(source, target))  # noqa: PTH105  (as some servers do)
     (fault,) = commit_faults(LocalObjects(tmp_path))
     assert "creates an object twice" in fault.what
-
-
-def test_a_build_is_refused_before_it_reads_any_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe_for: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    _lacking(monkeypatch, "make hard links", errno.EPERM)
-    monkeypatch.setattr("teacher_cache.builder.planning.plan_body", lambda *_: pytest.fail("a text was read"))
-
-    def plans() -> None:
-        plan(recipe_for(tmp_path / "cache.zarr"))
-
-    with pytest.raises(SystemExit) as stopped:
-        guarded(plans)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "the file system cannot make hard links" in line
 
 
 @pytest.mark.parametrize(

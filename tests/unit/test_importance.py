@@ -1,6 +1,5 @@
 """Roles of words and the weights that follow from them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signal_store.cache import Cache, open_cache
-from signal_store.errors import InputError, MismatchError, NotFoundError
+from signal_store.errors import InputError, NotFoundError
 from signal_store.format.roles import LEVELS, POS
 from student_train.importance.rules import Corners, load_rules
-from student_train.importance.show import coloured, save_surface, token_weights
 from student_train.importance.token_weights import TokenWeights, surface
-from teacher_cache.commands.build import build
-from teacher_cache.commands.extend import extend
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.roles import Word, make_tagger, token_roles
 from teacher_cache.recipe import TaggerSection
-from tests.tiny import CODE, PROSE, write_jsonl
 
 RULES = load_rules()
 UNIT = st.floats(0, 1)
-SENTENCES = [
-    ("the teacher gives a cache to students", "DET NOUN VERB DET NOUN ADP NOUN", "det nsubj ROOT det dobj prep pobj", [1, 2, 2, 4, 2, 2, 5]),
-    ("she reads the book in London", "PRON VERB DET NOUN ADP PROPN", "nsubj ROOT det dobj prep pobj", [1, 1, 3, 1, 1, 4]),
-    ("students learn from the cache", "NOUN VERB ADP DET NOUN", "nsubj ROOT prep det pobj", [1, 1, 1, 4, 2]),
-]  # fmt: skip
 
 
 def roles_of(**names: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -89,19 +78,6 @@ def test_a_users_rules_replace_single_values(tmp_path: Path) -> None:
         load_rules(tmp_path / "none.yaml")
 
 
-def test_chinese_words_have_their_parts_of_speech() -> None:
-    tagger, identity = make_tagger(TaggerSection(parser="jieba"))
-    assert identity.parser == "jieba"
-    text = "小明在北京的大学学习了语言,因为他喜欢读书。"
-    found = {text[word.start : word.stop]: word.pos for word in tagger(Document(text))}
-    assert "".join(found) == "".join(dict.fromkeys(found))
-    assert found["北京"] == "entity_noun"
-    assert {found[word] for word in ("在", "的", "了")} == {"function"}
-    assert found["学习"] == "verb"
-    assert found["因为"] == "connective"
-    assert found[","] == "punctuation"
-
-
 def test_code_has_roles_by_its_lexer() -> None:
     tagger, _ = make_tagger(TaggerSection(parser="pygments"))
     text = "def add(a):\r\n    return a + 1  # more\n"
@@ -110,39 +86,6 @@ def test_code_has_roles_by_its_lexer() -> None:
     assert {name: found[name] for name in expected} == expected
     assert found["# more"] == "comment"
     assert list(tagger(Document(text))) == []
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A spaCy pipeline trained on three sentences."""
-    import spacy
-    from spacy.training import Example
-
-    nlp = spacy.blank("en")
-    nlp.add_pipe("morphologizer")
-    nlp.add_pipe("parser", config={"min_action_freq": 1})
-    examples = []
-    for text, pos, deps, heads in SENTENCES:
-        annotation = {"pos": pos.split(), "deps": deps.split(), "heads": heads}
-        examples.append(Example.from_dict(nlp.make_doc(text), annotation))
-    optimizer = nlp.initialize(lambda: examples)
-    for _ in range(40):
-        nlp.update(examples, sgd=optimizer)
-    folder = tmp_path_factory.mktemp("spacy")
-    nlp.to_disk(folder)
-    return folder
-
-
-def test_english_words_have_parts_dependencies_and_semantic_roles(pipeline: Path) -> None:
-    tagger, identity = make_tagger(TaggerSection(parser="spacy", model=pipeline))
-    assert identity.digest is not None
-    words = {w.start: w for w in tagger(Document("the teacher gives a cache to students"))}
-    teacher, gives, cache = words[4], words[12], words[20]
-    assert (teacher.pos, teacher.dependency, teacher.semantic) == ("noun", "subject", "arg0")
-    assert (gives.pos, gives.dependency, gives.semantic) == ("verb", "root", "predicate")
-    assert (cache.dependency, cache.semantic) == ("object", "arg1")
-    with pytest.raises(NotFoundError, match="spaCy"):
-        make_tagger(TaggerSection(parser="spacy", model=pipeline / "nothing"))
 
 
 @given(
@@ -167,42 +110,3 @@ def test_words_become_tokens_by_overlap(words: list[int], tokens: list[int], gap
         best = max(shared, default=0)
         expected = POS.index(found_words[shared.index(best)].pos) if best else 0
         assert role[0] == expected
-
-
-def test_a_tagged_cache_grows_and_untagged_ones_refuse(recipe_for: Callable[..., Any], tmp_path: Path) -> None:
-    code = {
-        "name": "code",
-        "jsonl": write_jsonl(tmp_path / "code.jsonl", CODE * 3),
-        "lexer": "python",
-        "tagger": {"parser": "pygments"},
-    }
-    prose = {"name": "prose", "jsonl": write_jsonl(tmp_path / "prose.jsonl", PROSE * 3), "tagger": {"parser": "jieba"}}
-    signals = {"distribution": {"rank": 4}}
-    cache = build(recipe_for(tmp_path / "cache.zarr", sources=[code], signals=signals))
-    assert cache.sources[0].tagger is not None
-    assert cache.sources[0].tagger.parser == "pygments"
-    roles = cache.read("tags/roles")
-    first = cache[0]
-    mine = roles[first.token_start : first.token_start + len(first)]
-    assert {LEVELS["code"][r] for r in mine[:, 3]} >= {"keyword", "definition", "identifier"}
-    grown = extend(recipe_for(tmp_path / "cache.zarr", sources=[code, prose], signals=signals))
-    last = grown[len(grown) - 1]
-    mine = grown.read("tags/roles", last.token_start, last.token_start + len(last))
-    assert (mine[:-1, 0] > 0).mean() > 0.8
-    plain = build(recipe_for(tmp_path / "plain.zarr", sources=[{**code, "tagger": None}], signals=signals))
-    assert "tags/roles" not in open_cache(plain.uri).capacity_rows
-    with pytest.raises(MismatchError, match="no tags"):
-        extend(recipe_for(tmp_path / "plain.zarr", sources=[{**code, "tagger": None}, prose], signals=signals))
-
-
-def test_weights_can_be_looked_at(knowing_cache: Cache, exact_cache: Cache, tmp_path: Path) -> None:
-    tokens = token_weights(knowing_cache, 0, RULES)
-    assert "".join(t.text for t in tokens)[:12] == "# part 0\ndef"
-    assert tokens[0].weight is None
-    weights = {t.text: t.weight for t in tokens[1:] if t.roles.get("code") in ("keyword", "comment")}
-    assert all(w is not None and 0.2 <= w <= 3.0 for w in weights.values())
-    assert coloured(tokens).plain == "".join(t.text for t in tokens)
-    save_surface(RULES, tmp_path / "surface.png")
-    assert (tmp_path / "surface.png").stat().st_size > 10_000
-    with pytest.raises(MismatchError, match="tags/roles"):
-        token_weights(exact_cache, 0, RULES)

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from model_taps.head import OutputHead
 from signal_store.codecs.attention import MAX_ERROR, decode_attention, encode_attention
 from signal_store.codecs.bf16_units import two_halves
-from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
 from student_train.data.unit import IGNORE
-from student_train.losses import chunked
 from student_train.losses.attention_rows import TeacherRows, attention_kl, match_heads
 from student_train.losses.dense import teacher_logprobs
 from student_train.losses.divergence import Divergence, Softened
@@ -20,29 +18,12 @@ from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.jsd import JensenShannon
 from student_train.losses.lhsm import lhsm_sum
-from student_train.losses.output_head import IMPLEMENTATIONS, Impl, output_loss
+from student_train.losses.output_head import Impl, output_loss
 from student_train.losses.presets import PRESETS
 from student_train.losses.reverse_kl import ReverseKl
 from student_train.losses.section import Losses
 from student_train.losses.total_variation import TotalVariation
-
-WIDTH, RANK, HEAD = 12, 5, 4
-
-
-def made_codec(vocab: int, rank: int = RANK, head: int = HEAD, softcap: float | None = None) -> DistributionCodec:
-    g = torch.Generator().manual_seed(vocab)
-    return DistributionCodec(
-        temperatures=(1.0, 2.0, 3.0), head=head, head_bits=8, tail_bits=8, head_range=8.0, softcap=softcap, mean=torch.zeros(WIDTH),
-        encode_matrix=torch.randn(WIDTH, rank, generator=g), tail_step=torch.full((rank,), 0.05),
-        tail_basis=torch.randn(vocab, rank, generator=g), tail_bias=torch.randn(vocab, generator=g),
-    )  # fmt: skip
-
-
-def made_codes(codec: DistributionCodec, rows: int, seed: int = 0) -> DistributionCodes:
-    g = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(rows, codec.vocab_size, generator=g)
-    return codec.encode(torch.randn(rows, WIDTH, generator=g), logits, torch.full((rows,), -1))[0]
-
+from tests.codes import HEAD, RANK, WIDTH, made_codec, made_codes
 
 DIVERGENCES = (ForwardKl(), ReverseKl(), JensenShannon(0.3), TotalVariation())
 terms_of = st.lists(
@@ -102,19 +83,6 @@ def test_chunked_equals_dense(
     # The teacher's side is float32 in both.
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
-def test_chunks_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, impl: Impl) -> None:
-    codec = made_codec(40)
-    codes, hidden, weight = made_codes(codec, 9), torch.randn(9, WIDTH), torch.randn(40, WIDTH)
-    targets = OutputTargets(torch.arange(9), codes, codec)
-    terms = [OutputTerm(None, 1.0), OutputTerm(ForwardKl(), 1.0, 2.0), OutputTerm(JensenShannon(0.5), 0.5, 1.0)]
-    head = OutputHead(weight, None, 1.0, None)
-    whole = output_loss(hidden, head, targets, terms)
-    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 4 * 40 * 4)
-    monkeypatch.setitem(chunked.BLOCK_BYTES, "cpu", 4 * 40 * 2)
-    torch.testing.assert_close(output_loss(hidden, head, targets, terms, impl=impl), whole)
 
 
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])

@@ -1,8 +1,6 @@
 """What is a setting of the whole process stays as the user has it."""
 
 import contextlib
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -32,16 +30,6 @@ def test_blosc_is_left_as_it_was(setting: bool | None) -> None:
         assert blosc.use_threads is setting
     finally:
         blosc.use_threads = before
-
-
-def test_importing_changes_no_setting() -> None:
-    code = (
-        "import numcodecs.blosc as b, torch, zarr; b.use_threads = None; before = b.use_threads, torch.backends.mkldnn.matmul.fp32_precision;"
-        "import signal_store, model_taps.attention, teacher_cache.builder.session, teacher_cache.builder.seal, student_train.commands.run, signal_store.io.shard_writer;"
-        "assert (b.use_threads, torch.backends.mkldnn.matmul.fp32_precision) == before"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_precision_of_products_is_put_back_whoever_leaves_first() -> None:

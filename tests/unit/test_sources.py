@@ -7,7 +7,6 @@ import json
 import lzma
 import os
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,7 @@ import pytest
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from signal_store.errors import InputError, NotFoundError, OutOfMemoryError
-from teacher_cache.corpus import processes
-from teacher_cache.corpus.cutting import BadRow, Job, Outcome
-from teacher_cache.corpus.processes import Cutting
-from teacher_cache.corpus.rows import Row
+from signal_store.errors import InputError, NotFoundError
 from teacher_cache.corpus.sources import SourceReader, documents
 from teacher_cache.recipe import Source
 from tests.tiny import PROSE, write_jsonl
@@ -232,46 +227,3 @@ def test_a_reader_gives_the_rest_where_documents_stopped(tmp_path: Path, tokeniz
     assert reader.has_more()
     assert [row.number for row in reader.rows()] == [2, 3]  # b, which was looked at, is a document by now
     assert not reader.has_more()
-
-
-class Slow:
-    """Stands in for a cutter. Later jobs are done earlier; what it is told to do by a row's place, it does."""
-
-    def elsewhere(self) -> "Slow":
-        return self
-
-    def cut(self, job: Job) -> list[Outcome]:
-        (row,) = job.rows
-        if row.where == "die":
-            os._exit(7)
-        if row.where == "refuse":
-            raise InputError("refused", found=(i for i in "nothing that can be sent"), where="row 3", remedy="Mend it.")
-        time.sleep(0.02 * (4 - row.number % 5))
-        return [BadRow(row.number, InputError("none", found=os.getpid()))]
-
-
-def numbered(*places: str) -> list[Job]:
-    source = Source(name="s", jsonl="a.jsonl")
-    return [Job(source, 0, [Row(number, place, b"", 0)]) for number, place in enumerate(places)]
-
-
-def test_outcomes_come_in_order_and_errors_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "ALONE_SECONDS", 0.0)
-    cutter: Any = Slow()
-    with Cutting(cutter, 2) as cutting:
-        found = [outcomes[0] for _, outcomes in cutting.outcomes(numbered(*"abcdefghijklmn"))]
-        assert [bad.number for bad in found if isinstance(bad, BadRow)] == list(range(14))
-        assert os.getpid() not in {bad.error.found for bad in found if isinstance(bad, BadRow)}
-        with pytest.raises(InputError) as caught:
-            list(cutting.outcomes(numbered("a", "refuse", "b")))
-        assert "refused; found <generator" in str(caught.value)
-        assert str(caught.value).endswith("in row 3. Mend it.")
-        with pytest.raises(OutOfMemoryError, match="ended from outside"):
-            list(cutting.outcomes(numbered("a", "die", "b", "c")))
-
-
-def test_a_small_corpus_starts_no_process() -> None:
-    cutter: Any = Slow()
-    with Cutting(cutter, 8) as cutting:
-        found = [outcomes[0] for _, outcomes in cutting.outcomes(numbered("a", "b"))]
-    assert [bad.error.found for bad in found if isinstance(bad, BadRow)] == [os.getpid()] * 2

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from signal_store.errors import InputError
-from teacher_cache.corpus.chat import render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.segments import COUNTS, cut, loss_mask_of
-from teacher_cache.corpus.sources import SourceReader, documents
+from teacher_cache.corpus.sources import documents
 from teacher_cache.corpus.special_text import SpecialText
 from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
 from teacher_cache.recipe import Source
@@ -164,22 +162,6 @@ def test_a_text_that_holds_noncharacters_beside_special_tokens_comes_back(tmp_pa
     assert found.byte_end[-1] == len(text.encode())
 
 
-def test_a_text_of_every_character_is_a_bad_row(tmp_path: Path) -> None:
-    every = "".join(map(chr, range(0xF0000, 0x110000)))
-    path = write_jsonl(tmp_path / "t.jsonl", ["a", every + "<|end|>", every, "b"])
-    for source in (Source(name="s", jsonl=path), Source(name="s", jsonl=path, on_bad_row="skip")):
-        reader = SourceReader(source, make_tokenizer())
-        if source.on_bad_row == "stop":
-            with pytest.raises(InputError, match=r"no character to mark .* in .*t\.jsonl:2"):
-                list(reader.documents())
-        else:
-            assert [document.text for document in reader.documents()] == ["a", every, "b"]
-            assert [row.row for row in reader.skips.listed] == [2]
-    chat = [{"role": "user", "content": every}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(InputError, match="too many different characters"):
-        render_chat(make_tokenizer(), chat, where="t.jsonl:1")
-
-
 @pytest.mark.parametrize("trim", [True, False])
 def test_white_space_counts_and_has_its_bytes(trim: bool) -> None:
     tokenizer = byte_level(trim_offsets=trim)
@@ -189,9 +171,6 @@ def test_white_space_counts_and_has_its_bytes(trim: bool) -> None:
     assert found.byte_end[-2] == found.byte_end[-1] == len(document.text)
     assert (np.diff(found.byte_end.astype(int))[:-1] > 0).all()
     assert str(tokenizer.decode(found.input_ids[found.counts])).endswith(" a word \n  \t </s>")
-
-
-# What begins each window, and what ends a text.
 
 
 @pytest.mark.parametrize("kind", [metaspace, unigram])
