@@ -1,4 +1,4 @@
-"""The recipe of a cache: whose thoughts, about which texts, which signals. One frozen model a section."""
+"""The recipe of a cache: which teacher, which texts, which signals. One frozen model a section."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self

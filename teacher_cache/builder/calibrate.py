@@ -41,7 +41,7 @@ from teacher_cache.signals.limits import refuse_beyond_teacher
 from teacher_cache.signals.registry import extractors_of
 from teacher_cache.teacher.batches import TeacherBatch, compose
 from teacher_cache.teacher.dtype import tell_of_emulation, with_dtype
-from teacher_cache.teacher.forward import think
+from teacher_cache.teacher.forward import forward
 from teacher_cache.teacher.identity import differing_fields, refuse_another_teacher, refuse_another_than_the_base
 from teacher_cache.teacher.load import Teacher, load_teacher, placed
 from teacher_cache.worker import ALONE, Worker
@@ -197,13 +197,13 @@ def _check_teacher(calibrated: Calibrated, objects: Objects) -> None:
     first = calibrated.plan.unit(objects, 0)
     pick = TeacherBatch(0, 1, ((0,),))
     expected = torch.from_numpy(calibrated.arrays["check/hidden"])
-    thoughts = think(calibrated.teacher, first, pick, calibrated.listening)  # and a tap that does not fire is found here
-    found = checked_values(thoughts.hidden, thoughts.logits)
+    outputs = forward(calibrated.teacher, first, pick, calibrated.tap_request)  # and a tap that does not fire is found here
+    found = checked_values(outputs.hidden, outputs.logits)
     error = float((found - expected).abs().max() / expected.std().clamp(min=1e-6))
     tolerance = CHECK_TOLERANCE[calibrated.manifest.teacher.dtype]
     if not error <= tolerance:
         raise MismatchError(
-            "the teacher does not think here what it thought in calibration",
+            "the teacher does not answer here as it did in calibration",
             expected=f"relative difference at most {tolerance}",
             found=f"{error:.3g}",
             remedy="Check the teacher's weights, the attention kernel and the library versions of this machine.",

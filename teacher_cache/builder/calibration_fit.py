@@ -21,7 +21,7 @@ from teacher_cache.signals.calibrated import joined, taps_of
 from teacher_cache.signals.registry import Extractors, extractors_of, merged
 from teacher_cache.signals.unit_work import SignalBatch, UnitWork
 from teacher_cache.teacher.batches import TeacherBatch
-from teacher_cache.teacher.forward import NO_PLACES, think
+from teacher_cache.teacher.forward import NO_PLACES, forward
 from teacher_cache.teacher.load import Teacher, resolve_forward
 
 HEADLESS_TOKENS = 2048
@@ -43,7 +43,7 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
     most = HEADLESS_TOKENS if teacher.head is None else None
     shared = budget(recipe.calibration.tokens_per_source, sizes, teacher.identity.hidden_size, most)
     collected, num_tokens = _collect(picks(planned, objects, shared.by_source), teacher, extractors, facts)
-    check = think(teacher, first, TeacherBatch(0, 1, ((0,),)))
+    check = forward(teacher, first, TeacherBatch(0, 1, ((0,),)))
     arrays: Arrays = {"check/hidden": checked_values(check.hidden, check.logits).numpy()}
     body = {**NOTHING_FOUND, "forward": composition.forward, "split_length": composition.split_length, "num_tokens": num_tokens}
     sample = CalibrationSample(teacher, num_tokens, sum(sizes), shared.held_out_share)
@@ -56,20 +56,20 @@ def measure(recipe: CacheRecipe, planned: Plan, teacher: Teacher, objects: Objec
 
 def refuse_unsupported(extractors: Extractors, facts: Mapping[str, Facts], teacher: Teacher, unit: UnitPlan) -> None:
     """InputError naming what of the signals the family does not give: each is tried on the first segment, before any work."""
-    thoughts = think(teacher, unit, TeacherBatch(0, 1, ((0,),)), taps_of(extractors, facts, teacher))
-    for layer, rows in thoughts.rows.items():
+    outputs = forward(teacher, unit, TeacherBatch(0, 1, ((0,),)), taps_of(extractors, facts, teacher))
+    for layer, rows in outputs.rows.items():
         if rows.shape[1] != teacher.identity.num_heads:
             heads = f"{rows.shape[1]} where its config says {teacher.identity.num_heads}"
             raise unsupported(teacher.model, f"block {layer} has attention rows of another number of heads", heads)
     for extractor in extractors:
-        extractor.refuse_unsupported(teacher, thoughts)
+        extractor.refuse_unsupported(teacher, outputs)
 
 
 def _collect(
     chosen: Sequence[Pick], teacher: Teacher, extractors: Extractors, facts: Mapping[str, Facts]
 ) -> tuple[dict[str, list[Any]], int]:
     """By signal what it collects of each segment; and how many rows there were, but for those that are context only."""
-    listening = joined(extractor.calibration_taps(facts[extractor.name], teacher) for extractor in extractors)
+    tap_request = joined(extractor.calibration_taps(facts[extractor.name], teacher) for extractor in extractors)
     collected: dict[str, list[Any]] = {extractor.name: [] for extractor in extractors}
     num_tokens = 0
     with progress_bar() as progress:
@@ -78,7 +78,7 @@ def _collect(
             work = UnitWork(pick.number, pick.unit)
             rows = np.unique(np.concatenate([NO_PLACES, *(e.calibration_places(pick.unit) for e in extractors)]))
             for batch in pick.batches:
-                seen = SignalBatch(work, batch, teacher, think(teacher, pick.unit, batch, listening, rows))
+                seen = SignalBatch(work, batch, teacher, forward(teacher, pick.unit, batch, tap_request, rows))
                 for extractor in extractors:
                     collected[extractor.name].append(extractor.collect(facts[extractor.name], seen))
                 num_tokens += int((~seen.is_context).sum())

@@ -12,7 +12,7 @@ from signal_store.ledger.documents import attempt_folder, commit, extension_key,
 from teacher_cache.builder.plan import Plan
 from teacher_cache.builder.recipe_parts import completed_plan, completed_source, planned_part, refuse_another_recipe, source_part
 from teacher_cache.builder.session import BuildSession
-from teacher_cache.builder.source_stats import Tally, refuse_useless
+from teacher_cache.builder.source_stats import SourceStats, refuse_useless
 from teacher_cache.builder.unit_staging import publish_units, rounded, stage_units
 from teacher_cache.recipe import Source
 
@@ -45,7 +45,7 @@ def _refuse_changed_sources(sources: Sequence[Source], planned: Plan, where: str
             )
 
 
-def plan_extension(session: BuildSession, texts: Sequence[Tally]) -> None:
+def plan_extension(session: BuildSession, texts: Sequence[SourceStats]) -> None:
     """Commit the plan of the new documents; MismatchError if another process extends by others at the same time."""
     objects, planned = session.objects, session.plan
     if stray := sorted(unit for unit in finished_units(objects) if unit >= planned.num_units):
@@ -55,7 +55,7 @@ def plan_extension(session: BuildSession, texts: Sequence[Tally]) -> None:
     with attempt_folder(objects, "plan") as (attempt, prefix):
         body = extension_body(session, texts, prefix)
         known = {source.name for source in planned.sources}
-        refuse_useless([tally for tally in texts if tally.source.name not in known])
+        refuse_useless([stats for stats in texts if stats.source.name not in known])
         if not body["units"]:
             raise InputError("nothing to extend with", expected="new documents with text", found="empty ones", where=objects.uri)
         document, _ = commit(objects, next_extension(planned), body, attempt)
@@ -71,7 +71,7 @@ def next_extension(planned: Plan) -> str:
     return extension_key(len(planned.extensions) + 1)
 
 
-def extension_body(session: BuildSession, texts: Sequence[Tally], prefix: str) -> dict[str, Any]:
+def extension_body(session: BuildSession, texts: Sequence[SourceStats], prefix: str) -> dict[str, Any]:
     """The body of the extension that follows the session's plan; its units are published."""
     planned, processes = session.plan, session.worker.processes
     room = rounded(planned.capacities)
@@ -79,8 +79,8 @@ def extension_body(session: BuildSession, texts: Sequence[Tally], prefix: str) -
     publish_units(session.objects, prefix, staged.units, first=planned.num_units)
     return {
         "parent": (planned.extensions[-1] if planned.extensions else planned.document).digest,
-        "recipe_sources": [_part(tally.source) for tally in texts],
-        "sources": [tally.identity().model_dump(mode="json") for tally in texts],
+        "recipe_sources": [_part(stats.source) for stats in texts],
+        "sources": [stats.identity().model_dump(mode="json") for stats in texts],
         "units": staged.units,
     }
 

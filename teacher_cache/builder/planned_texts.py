@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from signal_store.errors import MismatchError
 from signal_store.manifest import SourceIdentity
 from teacher_cache.builder.plan import Plan
-from teacher_cache.builder.source_stats import Tally
+from teacher_cache.builder.source_stats import SourceStats
 from teacher_cache.builder.tokenizer import load_recipe_tokenizer
 from teacher_cache.corpus.sources import SourceReader
 from teacher_cache.recipe import LOCAL_PLACES, Source, TeacherSection
@@ -45,7 +45,7 @@ def texts_after(
     """A reader of a source that has taken the documents that were planned; MismatchError if those are not what they were."""
     reader = SourceReader(source, tokenizer, known_skips=sum(identity.num_skipped_rows for identity in identities))
     for identity in identities:
-        old = Tally(source, 0, reader.rows())
+        old = SourceStats(source, 0, reader.rows())
         for text in islice(reader.documents(), identity.num_documents):
             old.see(text)
         if old.fingerprint != identity.fingerprint:
@@ -59,15 +59,15 @@ def texts_after(
     return reader
 
 
-def new_texts(sources: Sequence[Source], planned: Plan, tokenizer: PreTrainedTokenizerFast, where: str) -> Iterator[Tally]:
+def new_texts(sources: Sequence[Source], planned: Plan, tokenizer: PreTrainedTokenizerFast, where: str) -> Iterator[SourceStats]:
     """The sources with documents that no plan holds yet; MismatchError where planned ones are not what they were."""
     number = len(planned.sources)
     for source in sources:
         old = planned.identities_of(source.name)
         reader = texts_after(source, old, tokenizer, where)
-        tally = Tally.of(reader, number, after=old)
-        if not tally.is_full and (not old or reader.has_more()):  # of a new source, nothing is read before all is checked
-            yield tally
+        stats = SourceStats.of(reader, number, after=old)
+        if not stats.is_full and (not old or reader.has_more()):  # of a new source, nothing is read before all is checked
+            yield stats
             number += 1
 
 
@@ -77,14 +77,14 @@ def same_texts(
     identities: Sequence[SourceIdentity],
     tokenizer: PreTrainedTokenizerFast,
     where: str,
-) -> list[Tally]:
+) -> list[SourceStats]:
     """The sources of an extension that follows `planned`, each reading exactly its own documents (`identities`)."""
     by_name = {source.name: source for source in sources}
-    tallies: list[Tally] = []
+    all_stats: list[SourceStats] = []
     for identity in identities:
         if identity.name not in by_name:
             raise MismatchError("the recipe lacks a source of the cache", expected=identity.name, found=", ".join(by_name))
         old = planned.identities_of(identity.name)
         reader = texts_after(by_name[identity.name], old, tokenizer, where)
-        tallies.append(Tally.of(reader, len(planned.sources) + len(tallies), after=old, until=identity))
-    return tallies
+        all_stats.append(SourceStats.of(reader, len(planned.sources) + len(all_stats), after=old, until=identity))
+    return all_stats

@@ -15,7 +15,7 @@ from teacher_cache.builder.overlay import overlay_body
 from teacher_cache.builder.plan import Plan, read_plan
 from teacher_cache.builder.planned_texts import places_of, refuse_moved_text
 from teacher_cache.builder.recipe_parts import completed_plan, planned_part, refuse_another_recipe
-from teacher_cache.builder.source_stats import Tally, refuse_useless
+from teacher_cache.builder.source_stats import SourceStats, refuse_useless
 from teacher_cache.builder.tokenizer import kept_tokenizer_files, load_recipe_tokenizer
 from teacher_cache.builder.unit_staging import publish_units, stage_units
 from teacher_cache.corpus.sources import SourceReader
@@ -106,12 +106,12 @@ def plan_body(
         raise InputError(
             "the tokenizer has no end-of-text token", expected="one, or append_eos: false", found="none", where="append_eos"
         )
-    tallies = [
-        Tally.of(SourceReader(source, tokenizer), number, until=limits.get(source.name))
+    all_stats = [
+        SourceStats.of(SourceReader(source, tokenizer), number, until=limits.get(source.name))
         for number, source in enumerate(recipe.sources)
     ]
-    staged = stage_units(recipe, objects, prefix, tokenizer, tallies, None, processes)
-    refuse_useless(tallies)
+    staged = stage_units(recipe, objects, prefix, tokenizer, all_stats, None, processes)
+    refuse_useless(all_stats)
     refuse_empty_signals(recipe.signals, recipe.context, staged.needs)
     files = kept_tokenizer_files(objects, tokenizer)
     publish_units(objects, prefix, staged.units, first=0)
@@ -123,7 +123,7 @@ def plan_body(
             "vocab_size": vocabulary_size(tokenizer),
             "files": {name: sha256(data) for name, data in files.items()},
         },
-        "sources": [tally.identity().model_dump(mode="json") for tally in tallies],
+        "sources": [stats.identity().model_dump(mode="json") for stats in all_stats],
         "capacities": staged.needs.model_dump(mode="json"),
         "units": staged.units,
     }

@@ -18,7 +18,7 @@ from teacher_cache.recipe import Source
 
 
 @dataclass(slots=True)
-class Tally:
+class SourceStats:
     """What was seen of one source so far. `rows` are those to be read, at most `limit` documents of them; after these, rows to skip
     until there were `known_skips`."""
 
@@ -46,7 +46,7 @@ class Tally:
     @classmethod
     def of(
         cls, reader: SourceReader, number: int, *, after: Sequence[SourceIdentity] = (), until: SourceIdentity | None = None
-    ) -> "Tally":
+    ) -> "SourceStats":
         """Of what a reader has left `after` the documents of earlier plans, all or as many as it was once (`until`)."""
         before = sum(identity.num_documents for identity in after)
         most = reader.source.max_documents
@@ -112,33 +112,33 @@ class Tally:
         )
 
 
-def tell_skips(tally: Tally, console: Console) -> None:
+def tell_skips(stats: SourceStats, console: Console) -> None:
     """On the terminal, the rows that were left out of a source."""
-    skips, count = tally.skips, tally.skips.count + tally.num_unfit_documents
+    skips, count = stats.skips, stats.skips.count + stats.num_unfit_documents
     if count:
         shown = f", the first {len(skips.lines)} of them" if count > len(skips.lines) else ""
         said = [f"{skips.count:,} rows skipped"] if skips.count else []
-        said += [f"{tally.num_unfit_documents:,} texts left out that do not fit"] if tally.num_unfit_documents else []
-        lines = [f"source {tally.source.name}: {', '.join(said)}{shown}:", *(f"  {line}" for line in skips.lines)]
+        said += [f"{stats.num_unfit_documents:,} texts left out that do not fit"] if stats.num_unfit_documents else []
+        lines = [f"source {stats.source.name}: {', '.join(said)}{shown}:", *(f"  {line}" for line in skips.lines)]
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def refuse_useless(tallies: Sequence[Tally]) -> None:
+def refuse_useless(all_stats: Sequence[SourceStats]) -> None:
     """InputError for a source that nothing can be learned from, or validated on."""
-    for tally in tallies:
-        where = f"source {tally.source.name}"
-        if not tally.num_tokens:
-            skipped = f", {tally.skips.count} rows skipped ({tally.skips.lines[0]})" if tally.skips.count else ""
+    for stats in all_stats:
+        where = f"source {stats.source.name}"
+        if not stats.num_tokens:
+            skipped = f", {stats.skips.count} rows skipped ({stats.skips.lines[0]})" if stats.skips.count else ""
             raise InputError(
                 "a source has no text",
                 expected="at least one document that is not empty",
-                found=f"{tally.num_documents} documents, {tally.num_empty_documents} empty{skipped}",
+                found=f"{stats.num_documents} documents, {stats.num_empty_documents} empty{skipped}",
                 where=where,
             )
-        if not (tally.num_labels if tally.source.split == "validation" else tally.counts):
+        if not (stats.num_labels if stats.source.split == "validation" else stats.counts):
             raise InputError(
                 "a source has no token to predict",
                 expected="texts of two tokens or more, some of which count",
-                found=f"{tally.num_tokens} tokens in {tally.num_segments} segments, none with a next token that counts",
+                found=f"{stats.num_tokens} tokens in {stats.num_segments} segments, none with a next token that counts",
                 where=where,
             )

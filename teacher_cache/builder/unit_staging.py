@@ -15,7 +15,7 @@ from signal_store.format.grid import rounded_capacity
 from signal_store.io.objects import Objects
 from signal_store.ledger.documents import plan_unit_key
 from signal_store.manifest import Split
-from teacher_cache.builder.source_stats import Tally, tell_skips
+from teacher_cache.builder.source_stats import SourceStats, tell_skips
 from teacher_cache.corpus.cutting import BadRow, Cutter, Job
 from teacher_cache.corpus.processes import Cutting
 from teacher_cache.corpus.roles import make_tagger
@@ -46,15 +46,15 @@ def stage_units(
     objects: Objects,
     prefix: str,
     tokenizer: PreTrainedTokenizerFast,
-    tallies: list[Tally],
+    all_stats: list[SourceStats],
     room: Capacities | None,
     processes: int = 1,
 ) -> StagedUnits:
-    """Write the unit plans of all the tallies' texts to `prefix`; no unit needs more than `room` where there is one."""
+    """Write the unit plans of all the sources' texts to `prefix`; no unit needs more than `room` where there is one."""
     units: list[dict[str, Any]] = []
     needs = NO_ROOM
-    _prepare(tallies, tokenizer)
-    cutter = Cutter(recipe, tokenizer, {tally.source.name: tally.words for tally in tallies})
+    _prepare(all_stats, tokenizer)
+    cutter = Cutter(recipe, tokenizer, {stats.source.name: stats.words for stats in all_stats})
     vocabulary = vocabulary_size(tokenizer)
 
     def needs_of(unit: UnitPlan) -> Capacities:
@@ -63,7 +63,7 @@ def stage_units(
     with progress_bar() as progress, Cutting(cutter, processes) as cutting:
         bar = progress.add_task("plan", total=None, unit="tokens")
         for split in SPLITS:
-            segments = _segments(cutting, [t for t in tallies if t.source.split == split])
+            segments = _segments(cutting, [t for t in all_stats if t.source.split == split])
             for unit in _units(segments, recipe.resolved_unit_tokens, needs_of, room):
                 _refuse_unknown_ids(unit, vocabulary)
                 data = unit.to_bytes()
@@ -71,8 +71,8 @@ def stage_units(
                 units.append({"digest": sha256(data), "split": split, "segments": len(unit.length), "tokens": unit.num_tokens})
                 needs = needs.union(needs_of(unit))
                 progress.advance(bar, unit.num_tokens)
-        for tally in tallies:
-            tell_skips(tally, progress.console)
+        for stats in all_stats:
+            tell_skips(stats, progress.console)
     return StagedUnits(units, needs)
 
 
@@ -82,14 +82,14 @@ def publish_units(objects: Objects, prefix: str, units: Sequence[dict[str, Any]]
         objects.publish(f"{prefix}/{number:07d}", plan_unit_key(first + number, unit["digest"]))
 
 
-def _prepare(tallies: Sequence[Tally], tokenizer: PreTrainedTokenizerFast) -> None:
+def _prepare(all_stats: Sequence[SourceStats], tokenizer: PreTrainedTokenizerFast) -> None:
     """All that may be missing, for every source before anything is tokenised."""
-    for tally in tallies:
-        source = tally.source
+    for stats in all_stats:
+        source = stats.source
         if source.messages is not None:
             template_of(tokenizer, source.chat_template, tools=source.tools is not None, where=f"source {source.name}")
-        if tally.source.tagger is not None:
-            tally.words, tally.tagger = make_tagger(tally.source.tagger)
+        if stats.source.tagger is not None:
+            stats.words, stats.tagger = make_tagger(stats.source.tagger)
 
 
 def _refuse_unknown_ids(unit: UnitPlan, vocabulary: int) -> None:
@@ -104,7 +104,7 @@ def _refuse_unknown_ids(unit: UnitPlan, vocabulary: int) -> None:
 
 
 def _units(
-    segments: Iterable[tuple[Tally, PlannedSegment]],
+    segments: Iterable[tuple[SourceStats, PlannedSegment]],
     unit_tokens: int,
     needs_of: Callable[[UnitPlan], Capacities],
     room: Capacities | None,
@@ -112,14 +112,14 @@ def _units(
     """Units of one split: whole segments, in order, until the next would not fit."""
     pending: list[PlannedSegment] = []
     free, used = unit_tokens, NOTHING
-    for tally, segment in segments:
+    for stats, segment in segments:
         needed = NOTHING if room is None else needs_of(UnitPlan.of([segment]))
         if room is not None and not room.holds(needed):
             raise InputError(
                 "a new segment has more rows than the cache has room for",
                 expected=room.model_dump(),
                 found=needed.model_dump(),
-                where=f"source {tally.source.name}",
+                where=f"source {stats.source.name}",
                 remedy="Build such documents into a cache of their own.",
             )
         if len(segment) > free or (room is not None and not room.holds(used.plus(needed))):
@@ -137,53 +137,53 @@ def rounded(capacities: Capacities) -> Capacities:
     return Capacities(**{name: rounded_capacity(rows) for name, rows in capacities.model_dump().items()})
 
 
-def _segments(cutting: Cutting, tallies: Sequence[Tally]) -> Iterator[tuple[Tally, PlannedSegment]]:
+def _segments(cutting: Cutting, all_stats: Sequence[SourceStats]) -> Iterator[tuple[SourceStats, PlannedSegment]]:
     """All segments of some sources, in order, each with the source that it counts for."""
-    by_number = {tally.number: tally for tally in tallies}
-    for job, outcomes in cutting.outcomes(_jobs(tallies)):
-        tally = by_number[job.number]
+    by_number = {stats.number: stats for stats in all_stats}
+    for job, outcomes in cutting.outcomes(_jobs(all_stats)):
+        stats = by_number[job.number]
         for outcome in outcomes:
-            if tally.is_full:
+            if stats.is_full:
                 break
             if isinstance(outcome, BadRow):
-                _skip(tally, outcome)
+                _skip(stats, outcome)
                 if outcome.text is None:
                     continue
-            if tally.has_its_documents:  # where rows to skip were expected: the text is another, as its digest will show
-                tally.known_skips = 0
+            if stats.has_its_documents:  # where rows to skip were expected: the text is another, as its digest will show
+                stats.known_skips = 0
                 break
             assert outcome.text is not None
-            tally.see(outcome.text)
+            stats.see(outcome.text)
             if isinstance(outcome, BadRow):  # it counts as a document, for it is one whenever the source is read again
-                tally.num_unfit_documents += 1
+                stats.num_unfit_documents += 1
                 continue
-            tally.num_empty_documents += outcome.is_empty
+            stats.num_empty_documents += outcome.is_empty
             for segment in outcome.segments:
-                tally.see_segment(segment)
-                yield tally, replace(segment, document=tally.first_document + tally.num_documents - 1)
-        if job.failure is not None and not tally.is_full:
+                stats.see_segment(segment)
+                yield stats, replace(segment, document=stats.first_document + stats.num_documents - 1)
+        if job.failure is not None and not stats.is_full:
             raise job.failure
 
 
-def _skip(tally: Tally, row: BadRow) -> None:
-    if tally.source.on_bad_row == "stop":
+def _skip(stats: SourceStats, row: BadRow) -> None:
+    if stats.source.on_bad_row == "stop":
         raise row.error
     if row.text is None:
-        tally.skips.add(row.number, row.error)
+        stats.skips.add(row.number, row.error)
     else:
-        tally.skips.tell(row.number, row.error)
+        stats.skips.tell(row.number, row.error)
 
 
-def _jobs(tallies: Sequence[Tally]) -> Iterator[Job]:
+def _jobs(all_stats: Sequence[SourceStats]) -> Iterator[Job]:
     """Rows of some sources in handy numbers. What stops the reading comes with the rows before it."""
-    for tally in tallies:
+    for stats in all_stats:
         failure = None
-        while not tally.is_full and failure is None:
-            left = MOST_ROWS if tally.limit is None else max(1, tally.limit - tally.num_documents)
-            taken, failure = _taken(tally.rows, min(left, MOST_ROWS))
+        while not stats.is_full and failure is None:
+            left = MOST_ROWS if stats.limit is None else max(1, stats.limit - stats.num_documents)
+            taken, failure = _taken(stats.rows, min(left, MOST_ROWS))
             if not taken and failure is None:
                 break
-            yield Job(tally.source, tally.number, taken, failure)
+            yield Job(stats.source, stats.number, taken, failure)
 
 
 def _taken(rows: Iterator[Row], most: int) -> tuple[list[Row], SignalStoreError | None]:

@@ -48,7 +48,7 @@ class WorkerNote(Section):
         return self.tokens / seconds if self.tokens and seconds > 0 else None
 
 
-class NoteBook:
+class Heartbeat:
     """A worker's own note."""
 
     def __init__(self, objects: Objects, worker: Worker, state: State) -> None:
@@ -85,15 +85,15 @@ class NoteBook:
 
 
 @contextlib.contextmanager
-def noted(objects: Objects, worker: Worker, state: State = "fills") -> Iterator[NoteBook]:
+def noted(objects: Objects, worker: Worker, state: State = "fills") -> Iterator[Heartbeat]:
     """A note for as long as the block runs; how it ended stays."""
-    book = NoteBook(objects, worker, state)
+    heartbeat = Heartbeat(objects, worker, state)
     try:
-        yield book
+        yield heartbeat
     except BaseException as error:
-        book.ends("failed", _said(error))
+        heartbeat.ends("failed", _said(error))
         raise
-    book.ends("done")
+    heartbeat.ends("done")
 
 
 def _said(error: BaseException) -> str:

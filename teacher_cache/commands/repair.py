@@ -14,7 +14,7 @@ from teacher_cache.recipe import CacheRecipe
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What was mended: objects that are what they were, units that were computed again, of these the ones that came out otherwise
+    """What was repaired: objects that are what they were, units that were computed again, of these the ones that came out otherwise
     and got a new revision, and strangers in the cache's own folders that were removed."""
 
     restored: tuple[str, ...]
@@ -38,7 +38,7 @@ def repair(recipe: CacheRecipe) -> Repaired:
     objects = session.objects
     ledger = Ledger(objects, listed_seals(objects))
     if not ledger.seals and not objects.exists(PLAN) and not any(listed_records(objects)):
-        raise NotFoundError("no cache here", expected="one to mend", where=objects.uri, remedy="teacher-cache build makes one.")
+        raise NotFoundError("no cache here", expected="one to repair", where=objects.uri, remedy="teacher-cache build makes one.")
     restored = repair_texts(session, ledger) + repair_calibration(session, ledger)
     session.refuse_another_calibration()
     records = repair_records(session, ledger)
@@ -50,7 +50,7 @@ def repair(recipe: CacheRecipe) -> Repaired:
     removed = tuple(damage.key for damage in found.damages if damage.is_stranger)
     if left := [damage for damage in found.damages if not damage.is_stranger]:
         raise CorruptError(
-            "the cache cannot be mended",
+            "the cache cannot be repaired",
             expected="what was committed",
             found=f"{len(left)} damaged objects",
             where=left[0].key,

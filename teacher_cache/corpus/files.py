@@ -99,7 +99,7 @@ def _only_files(found: Iterable[Path], where: str) -> list[Path]:
     """Those that are files, sorted. NotFoundError for a link that leads nowhere: nobody knows what it stands for."""
     paths = sorted(found)
     if lost := [path for path in paths if not path.exists()]:
-        raise NotFoundError("a link leads nowhere", found=lost[0], where=where, remedy="Mend it, or narrow the source's pattern.")
+        raise NotFoundError("a link leads nowhere", found=lost[0], where=where, remedy="Repair it, or narrow the source's pattern.")
     return [path for path in paths if path.is_file()]
 
 

@@ -21,7 +21,7 @@ from teacher_cache.signals.base import Arrays, CalibrationSample, Facts, Sampled
 from teacher_cache.signals.layers import refuse_no_rows
 from teacher_cache.signals.rows import Extracted, Rows, numpy_of
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
-from teacher_cache.teacher.forward import Listening
+from teacher_cache.teacher.forward import TapRequest
 from teacher_cache.teacher.load import Teacher
 
 LONG_CONTEXT, COLUMNS_OF_LONG = 1024, 64
@@ -129,11 +129,11 @@ class AttentionExtractor(SampledExtractor[AttentionSignal, tuple[AttentionLayout
             )
         return [{"layer": layer} for layer in self.section.layers]
 
-    def taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """Rows of these layers."""
-        return Listening(row_layers=_layers(facts))
+        return TapRequest(row_layers=_layers(facts))
 
-    def calibration_taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def calibration_taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """The same."""
         return self.taps(facts, teacher)
 
@@ -143,9 +143,9 @@ class AttentionExtractor(SampledExtractor[AttentionSignal, tuple[AttentionLayout
 
     def collect(self, facts: Facts, batch: SignalBatch) -> dict[int, Tensor]:
         """By layer the entropy of keyword rows; rows of one key say nothing and are left out."""
-        long = torch.from_numpy(batch.captured(batch.unit.keyword)).to(batch.device) & (batch.thoughts.row_lengths > 1)
-        lengths_R = batch.thoughts.row_lengths[long]
-        return {n: normalised_entropy(batch.thoughts.rows[n][long].double(), lengths_R).cpu() for n in _layers(facts)}
+        long = torch.from_numpy(batch.captured(batch.unit.keyword)).to(batch.device) & (batch.outputs.row_lengths > 1)
+        lengths_R = batch.outputs.row_lengths[long]
+        return {n: normalised_entropy(batch.outputs.rows[n][long].double(), lengths_R).cpu() for n in _layers(facts)}
 
     def fit(self, facts: Facts, collected: Sequence[Any], sample: CalibrationSample) -> tuple[Facts, Arrays]:
         """The heads of each layer."""
@@ -165,7 +165,7 @@ class AttentionExtractor(SampledExtractor[AttentionSignal, tuple[AttentionLayout
     def extract(self, prepared: tuple[AttentionLayout, ...], batch: SignalBatch) -> Extracted:
         """Entries of the stored rows."""
         stored = torch.from_numpy(batch.captured(batch.work.once(self.positions))).to(batch.device)
-        rows, lengths = batch.thoughts.rows, batch.thoughts.row_lengths[stored]
+        rows, lengths = batch.outputs.rows, batch.outputs.row_lengths[stored]
         return Extracted.joined([extract_attention(layout, rows[layout.layer][stored], lengths) for layout in prepared])
 
     def bytes_per_token(self, scale: Scale) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from signal_store.signals import Dimensions, Signal
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.signals.rows import Extracted, Rows
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
-from teacher_cache.teacher.forward import NO_PLACES, NOTHING_MORE, Listening, Thoughts
+from teacher_cache.teacher.forward import NO_PLACES, NOTHING_MORE, TapRequest, TeacherOutputs
 from teacher_cache.teacher.load import Teacher
 
 S = TypeVar("S", bound=Signal)
@@ -127,16 +127,16 @@ class SignalExtractor(ABC, Generic[S, C]):
         """The facts that follow from the teacher's build, such as layers; InputError where it has not what the recipe asks."""
         return None
 
-    def taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """What `extract` reads beside final hidden states and logits. `facts`: of `decide` or of `fit`."""
         return NOTHING_MORE
 
-    def refuse_unsupported(self, teacher: Teacher, thoughts: Thoughts) -> None:
+    def refuse_unsupported(self, teacher: Teacher, outputs: TeacherOutputs) -> None:
         """InputError where a first segment, with all taps, shows that the family does not give it."""
 
     # In calibration.
 
-    def calibration_taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def calibration_taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """What `collect` reads beside final hidden states and logits."""
         return NOTHING_MORE
 

@@ -6,7 +6,7 @@ from teacher_cache.signals.calibrated import CalibratedTeacher
 from teacher_cache.signals.rows import Extracted, Rows, blanked, typed
 from teacher_cache.signals.unit_work import SignalBatch, UnitWork
 from teacher_cache.teacher.batches import TeacherBatch
-from teacher_cache.teacher.forward import NO_PLACES, think
+from teacher_cache.teacher.forward import NO_PLACES, forward
 
 
 def extract_batch(calibrated: CalibratedTeacher, work: UnitWork, batch: TeacherBatch) -> Extracted:
@@ -14,8 +14,8 @@ def extract_batch(calibrated: CalibratedTeacher, work: UnitWork, batch: TeacherB
     extractors = calibrated.extractors
     places = [work.once(extractor.attention_places) for extractor in extractors]
     rows = np.unique(np.concatenate([NO_PLACES, *places]))
-    thoughts = think(calibrated.teacher, work.plan, batch, calibrated.listening, rows)
-    seen = SignalBatch(work, batch, calibrated.teacher, thoughts)
+    outputs = forward(calibrated.teacher, work.plan, batch, calibrated.tap_request, rows)
+    seen = SignalBatch(work, batch, calibrated.teacher, outputs)
     specs = {spec.path: spec for spec in calibrated.manifest.specs}
     parts = []
     for extractor in extractors:

@@ -8,7 +8,7 @@ from typing import Any
 from signal_store.manifest import Manifest
 from teacher_cache.signals.base import Arrays, Facts
 from teacher_cache.signals.registry import Extractors, extractors_of
-from teacher_cache.teacher.forward import Listening
+from teacher_cache.teacher.forward import TapRequest
 from teacher_cache.teacher.load import Teacher
 
 
@@ -38,20 +38,20 @@ class CalibratedTeacher:
         return {e.name: e.prepare(self.facts[e.name], self.manifest, self.arrays, self.teacher) for e in self.extractors}
 
     @cached_property
-    def listening(self) -> Listening:
+    def tap_request(self) -> TapRequest:
         """What of the teacher is read while it runs."""
         return taps_of(self.extractors, self.facts, self.teacher)
 
 
-def taps_of(extractors: Extractors, facts: Mapping[str, Facts], teacher: Teacher) -> Listening:
+def taps_of(extractors: Extractors, facts: Mapping[str, Facts], teacher: Teacher) -> TapRequest:
     """All that the signals read."""
     return joined(extractor.taps(facts[extractor.name], teacher) for extractor in extractors)
 
 
-def joined(parts: Iterable[Listening]) -> Listening:
+def joined(parts: Iterable[TapRequest]) -> TapRequest:
     """All of them as one, nothing twice."""
     some = list(parts)
-    return Listening(
+    return TapRequest(
         tuple(dict.fromkeys(state for part in some for state in part.states)),
         tuple(dict.fromkeys(layer for part in some for layer in part.row_layers)),
         tuple(dict.fromkeys(layer for part in some for layer in part.gradient_layers)),

@@ -62,8 +62,8 @@ class DistributionExtractor(SignalExtractor[DistributionSignal, Prepared]):
 
     def collect(self, facts: Facts, batch: SignalBatch) -> tuple[Tensor, Tensor | None]:
         """float32 [n, D], what the head reads; of a teacher without one [n, V], its logits."""
-        own, logits = torch.from_numpy(~batch.is_context), batch.thoughts.logits
-        return batch.thoughts.hidden.float().cpu()[own], None if logits is None else logits.cpu()[own]
+        own, logits = torch.from_numpy(~batch.is_context), batch.outputs.logits
+        return batch.outputs.hidden.float().cpu()[own], None if logits is None else logits.cpu()[own]
 
     def fit(self, facts: Facts, collected: Sequence[Any], sample: CalibrationSample) -> tuple[Facts, Arrays]:
         """The codec, fitted on a part of the sample and measured on the rest."""
@@ -108,7 +108,7 @@ class DistributionExtractor(SignalExtractor[DistributionSignal, Prepared]):
 
     def extract(self, prepared: Prepared, batch: SignalBatch) -> Extracted:
         """Codes of all rows; what is drawn is drawn by unit and place."""
-        key, hidden = (batch.work.number, batch.tokens.start), batch.thoughts.hidden
+        key, hidden = (batch.work.number, batch.tokens.start), batch.outputs.hidden
         draws, zigzag = self.section.samples, prepared.zigzag
         return extract_distribution(prepared.codec, batch.logits, hidden, batch.labels, draws, key, zigzag=zigzag)
 

@@ -16,7 +16,7 @@ from teacher_cache.signals.base import Facts, SampledExtractor, Scale
 from teacher_cache.signals.layers import chosen_layers, refuse_no_rows
 from teacher_cache.signals.rows import Extracted, Rows, numpy_of
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
-from teacher_cache.teacher.forward import Listening
+from teacher_cache.teacher.forward import TapRequest
 from teacher_cache.teacher.load import Teacher
 
 
@@ -81,22 +81,22 @@ class EvidenceExtractor(SampledExtractor[EvidenceSignal, list[int]]):
             raise InputError("no softmax attention at these layers", expected=list(teacher.row_layers), where="signals.evidence")
         return able
 
-    def taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """Rows of these layers."""
-        return Listening(row_layers=tuple(facts))
+        return TapRequest(row_layers=tuple(facts))
 
     def extract(self, prepared: list[int], batch: SignalBatch) -> Extracted:
         """Rows of one per sentence of the batch's questions."""
         unit, sentences = batch.unit, batch.work.once(self.sentences)
         ranges, segments = sentences[batch.has(sentences[:, 0])], len(unit.length)
         asked = batch.captured(batch.work.once(self.queries))
-        segment_R = torch.from_numpy(unit.segment_of_token[batch.thoughts.row_places[asked]]).to(batch.device)
+        segment_R = torch.from_numpy(unit.segment_of_token[batch.outputs.row_places[asked]]).to(batch.device)
         segment_P = unit.segment_of_token[ranges[:, 0]]
         own = torch.from_numpy(ranges - unit.token_start[segment_P][:, None]).to(batch.device)
         kept, of = torch.from_numpy(asked).to(batch.device), torch.from_numpy(segment_P).to(batch.device)
         rows: dict[str, Any] = {}
         for layer in prepared:
-            shares = evidence_shares(batch.thoughts.rows[layer][kept], segment_R, own, of, segments)
+            shares = evidence_shares(batch.outputs.rows[layer][kept], segment_R, own, of, segments)
             rows[f"evidence/{layer}/share"] = numpy_of(shares.half(), "float16")
         return Extracted(rows)
 

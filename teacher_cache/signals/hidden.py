@@ -20,7 +20,7 @@ from teacher_cache.signals.layers import chosen_layers
 from teacher_cache.signals.rows import Extracted, Rows
 from teacher_cache.signals.sampling import drawn, key_of, per_segment
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
-from teacher_cache.teacher.forward import Listening
+from teacher_cache.teacher.forward import TapRequest
 from teacher_cache.teacher.load import Teacher
 
 MASSIVE = 8.0
@@ -75,18 +75,18 @@ class HiddenExtractor(SampledExtractor[HiddenSignal, list[tuple[HiddenLayout, Hi
         layers = chosen_layers(self.section.layers, self.section.depths, teacher)
         return [{"tap": tap, "layer": layer} for tap in self.section.taps for layer in layers]
 
-    def taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """The states."""
-        return Listening(states=_states(facts))
+        return TapRequest(states=_states(facts))
 
-    def calibration_taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def calibration_taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """The same."""
         return self.taps(facts, teacher)
 
     def collect(self, facts: Facts, batch: SignalBatch) -> dict[State, Tensor]:
         """float32 [n, d] of each state."""
         own = torch.from_numpy(~batch.is_context)
-        return {state: batch.thoughts.states[state].float().cpu()[own] for state in _states(facts)}
+        return {state: batch.outputs.states[state].float().cpu()[own] for state in _states(facts)}
 
     def fit(self, facts: Facts, collected: Sequence[Any], sample: CalibrationSample) -> tuple[Facts, Arrays]:
         """A codec for each state, on all of the sample."""
@@ -109,7 +109,7 @@ class HiddenExtractor(SampledExtractor[HiddenSignal, list[tuple[HiddenLayout, Hi
         """Values and scales."""
         rows = slice(None) if self.one_row_per_token else batch.rows_of(batch.work.once(self.positions))
         return Extracted.joined(
-            [coded_states(codec, layout.group, batch.thoughts.states[layout.tap, layout.layer][rows]) for layout, codec in prepared]
+            [coded_states(codec, layout.group, batch.outputs.states[layout.tap, layout.layer][rows]) for layout, codec in prepared]
         )
 
     def bytes_per_token(self, scale: Scale) -> tuple[float, float]:

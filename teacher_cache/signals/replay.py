@@ -27,7 +27,7 @@ from teacher_cache.signals.layers import chosen_layers
 from teacher_cache.signals.rows import Extracted, numpy_of
 from teacher_cache.signals.sampling import drawn, generator, key_of, per_segment
 from teacher_cache.signals.unit_work import Places, SignalBatch
-from teacher_cache.teacher.forward import Listening, Thoughts
+from teacher_cache.teacher.forward import TapRequest, TeacherOutputs
 from teacher_cache.teacher.load import Teacher
 
 LogitsOf = Callable[[Tensor], Tensor]
@@ -78,14 +78,14 @@ class ReplayExtractor(SampledExtractor[ReplaySignal, list[int]]):
         """Layers of the gradients."""
         return list(chosen_layers(self.section.layers, self.section.depths, teacher))
 
-    def taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """Where the paths begin; gradients where they are wanted."""
-        return Listening(states=(_start(teacher),), gradient_layers=tuple(facts) if self.section.gradient else ())
+        return TapRequest(states=(_start(teacher),), gradient_layers=tuple(facts) if self.section.gradient else ())
 
-    def refuse_unsupported(self, teacher: Teacher, thoughts: Thoughts) -> None:
+    def refuse_unsupported(self, teacher: Teacher, outputs: TeacherOutputs) -> None:
         """A path goes through final norm and head alone: they must be all that follows the last block."""
         with torch.no_grad():
-            difference = relative_difference(final_norm(teacher.model)(thoughts.states[_start(teacher)]), thoughts.hidden)
+            difference = relative_difference(final_norm(teacher.model)(outputs.states[_start(teacher)]), outputs.hidden)
         if difference > tolerance(teacher.model):
             raise unsupported(
                 teacher.model,
@@ -100,7 +100,7 @@ class ReplayExtractor(SampledExtractor[ReplaySignal, list[int]]):
         assert head is not None
         norm, dtype = final_norm(teacher.model), teacher.model.dtype
         places = batch.rows_of(batch.work.once(self.positions))
-        states = batch.thoughts.states[_start(teacher)][places]
+        states = batch.outputs.states[_start(teacher)][places]
         path = ascend(
             lambda h: head.logits(norm(h.to(dtype)).float()), states, batch.labels[places], signal.steps, signal.step_size
         )
@@ -113,7 +113,7 @@ class ReplayExtractor(SampledExtractor[ReplaySignal, list[int]]):
         }
         plain = HiddenCodec.plain(width).to(path.steps.device)
         for layer in prepared if signal.gradient else ():
-            rows |= coded_states(plain, f"replay/gradient/{layer}", batch.thoughts.gradients[layer][places]).rows
+            rows |= coded_states(plain, f"replay/gradient/{layer}", batch.outputs.gradients[layer][places]).rows
         return Extracted(rows)
 
     def bytes_per_token(self, scale: Scale) -> tuple[float, float]:

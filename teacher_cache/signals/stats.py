@@ -14,7 +14,7 @@ from teacher_cache.signals.base import Arrays, Facts, Scale, SignalExtractor, Tr
 from teacher_cache.signals.layers import chosen_layers, refuse_no_rows
 from teacher_cache.signals.rows import Extracted, numpy_of
 from teacher_cache.signals.unit_work import Places, SignalBatch
-from teacher_cache.teacher.forward import NO_PLACES, Listening
+from teacher_cache.teacher.forward import NO_PLACES, TapRequest
 from teacher_cache.teacher.load import Teacher
 
 
@@ -48,10 +48,10 @@ class StatsExtractor(SignalExtractor[StatsSignal, StatsLayout]):
         rows, heads = tuple(layer for layer in layers if layer in teacher.row_layers), teacher.identity.num_heads or 0
         return StatsLayout(layers=layers, attention_layers=rows, num_heads=heads).model_dump(mode="json")
 
-    def taps(self, facts: Facts, teacher: Teacher) -> Listening:
+    def taps(self, facts: Facts, teacher: Teacher) -> TapRequest:
         """As the section says, at the layers."""
         layout = StatsLayout.model_validate(facts)
-        return Listening(
+        return TapRequest(
             states=tuple(("ffn_activation", layer) for layer in layout.layers) if self.section.ffn else (),
             row_layers=layout.attention_layers if self.section.attention else (),
             gradient_layers=layout.layers if self.section.gradient else (),
@@ -63,23 +63,23 @@ class StatsExtractor(SignalExtractor[StatsSignal, StatsLayout]):
 
     def extract(self, prepared: StatsLayout, batch: SignalBatch) -> Extracted:
         """Rows that are context only count nowhere."""
-        thoughts, segments = batch.thoughts, batch.num_segments
+        outputs, segments = batch.outputs, batch.num_segments
         segment_n = torch.from_numpy(batch.segment_of_token).to(batch.device)
         own = torch.from_numpy(np.flatnonzero(~batch.is_context)).to(batch.device)
         rows: dict[str, Any] = {}
         if self.section.attention:
             kept = torch.from_numpy(batch.captured(batch.work.once(self.attention_places))).to(batch.device)
-            segment_R = segment_n[torch.from_numpy(thoughts.row_places - thoughts.tokens.start).to(batch.device)][kept]
+            segment_R = segment_n[torch.from_numpy(outputs.row_places - outputs.tokens.start).to(batch.device)][kept]
             for layer in prepared.attention_layers:
-                found = attention_statistics(thoughts.rows[layer][kept], thoughts.row_lengths[kept], segment_R, segments)
+                found = attention_statistics(outputs.rows[layer][kept], outputs.row_lengths[kept], segment_R, segments)
                 rows[f"stats/attention/{layer}/values"] = numpy_of(found.half(), "float16")
         if self.section.ffn:
             per_layer = [
-                ffn_statistics(thoughts.states["ffn_activation", n][own], segment_n[own], segments) for n in prepared.layers
+                ffn_statistics(outputs.states["ffn_activation", n][own], segment_n[own], segments) for n in prepared.layers
             ]
             rows["stats/ffn/values"] = numpy_of(torch.stack(per_layer, 1).half(), "float16")
         if self.section.gradient:
-            variances = [gradient_statistics(thoughts.gradients[n][own], segment_n[own], segments) for n in prepared.layers]
+            variances = [gradient_statistics(outputs.gradients[n][own], segment_n[own], segments) for n in prepared.layers]
             rows["stats/gradient/log10_variance"] = numpy_of(torch.stack(variances, 1).half(), "float16")
         return Extracted(rows)
 

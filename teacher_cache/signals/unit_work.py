@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.teacher.batches import TeacherBatch
-from teacher_cache.teacher.forward import Thoughts
+from teacher_cache.teacher.forward import TeacherOutputs
 from teacher_cache.teacher.load import Teacher
 
 LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -46,7 +46,7 @@ class SignalBatch:
     work: UnitWork
     batch: TeacherBatch
     teacher: Teacher
-    thoughts: Thoughts
+    outputs: TeacherOutputs
 
     @property
     def unit(self) -> UnitPlan:
@@ -56,12 +56,12 @@ class SignalBatch:
     @property
     def tokens(self) -> slice:
         """Places of its tokens in the unit."""
-        return self.thoughts.tokens
+        return self.outputs.tokens
 
     @property
     def device(self) -> torch.device:
         """Where the teacher's answers lie."""
-        return self.thoughts.hidden.device
+        return self.outputs.hidden.device
 
     @property
     def num_segments(self) -> int:
@@ -94,17 +94,17 @@ class SignalBatch:
 
     def captured(self, places: Places) -> NDArray[np.bool_]:
         """bool [R]: which of the attention rows that were captured are those of these places."""
-        return np.isin(self.thoughts.row_places, places)
+        return np.isin(self.outputs.row_places, places)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         """float32 logits [rows, V] of some rows: of the output head, or the teacher's own where it has none that can be used."""
         if self.teacher.head is not None:
-            return self.teacher.head.logits(self.thoughts.hidden[rows])
-        assert self.thoughts.logits is not None
-        return self.thoughts.logits[rows]
+            return self.teacher.head.logits(self.outputs.hidden[rows])
+        assert self.outputs.logits is not None
+        return self.outputs.logits[rows]
 
     def over_logits(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """What a function makes of float32 logits [rows, V], for all rows [n, ...]: in chunks, so that [n, V] is never held."""
         step = max(1, LOGITS_BYTES.get(self.device.type, 2**26) // (4 * self.teacher.vocab_size))
         with torch.inference_mode():
-            return torch.cat([of(self.logits(slice(start, start + step))) for start in range(0, len(self.thoughts.hidden), step)])
+            return torch.cat([of(self.logits(slice(start, start + step))) for start in range(0, len(self.outputs.hidden), step)])

@@ -19,7 +19,7 @@ from teacher_cache.teacher.load import Teacher
 
 
 @dataclass(frozen=True, slots=True)
-class Listening:
+class TapRequest:
     """What is read out of the teacher while it runs: states at taps, attention rows of these layers, gradients of the loss with
     respect to the outputs of these blocks."""
 
@@ -28,12 +28,12 @@ class Listening:
     gradient_layers: tuple[int, ...] = ()
 
 
-NOTHING_MORE = Listening()
+NOTHING_MORE = TapRequest()
 NO_PLACES: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
-class Thoughts:
+class TeacherOutputs:
     """What the teacher gave for the tokens of a batch, in the unit's token order; `tokens` are their places in the unit.
 
     `hidden` [n, D] what the output head reads; `logits` [n, V] float32 of a teacher without a usable head, else None; `states`
@@ -50,13 +50,13 @@ class Thoughts:
     gradients: dict[int, Tensor]
 
 
-def think(
+def forward(
     teacher: Teacher,
     unit: UnitPlan,
     batch: TeacherBatch,
-    listening: Listening = NOTHING_MORE,
+    tap_request: TapRequest = NOTHING_MORE,
     row_places: NDArray[np.int64] | None = None,
-) -> Thoughts:
+) -> TeacherOutputs:
     """One forward pass over a batch, and a backward one where gradients are wanted. `row_places`: whose attention rows, ascending
     places in the unit. Running out of memory is an error, never a smaller batch."""
     laid = lay_out(unit, batch)
@@ -68,10 +68,10 @@ def think(
     def in_order(states: Tensor) -> Tensor:
         return states.detach().flatten(0, -2)[flat_n.to(states.device)].to(teacher.device)
 
-    gradient_states: list[State] = [("block_output", layer) for layer in listening.gradient_layers]
-    every_state: list[State] = list(dict.fromkeys([*listening.states, *gradient_states]))
+    gradient_states: list[State] = [("block_output", layer) for layer in tap_request.gradient_layers]
+    every_state: list[State] = list(dict.fromkeys([*tap_request.states, *gradient_states]))
     grad_mode = gradients_of_activations(teacher.model) if gradient_states else torch.inference_mode()
-    wanted_rows = dict.fromkeys(listening.row_layers, query)
+    wanted_rows = dict.fromkeys(tap_request.row_layers, query)
     with (
         grad_mode,
         tap_states(teacher.model, every_state) as states,
@@ -84,20 +84,20 @@ def think(
         else:
             hidden = final_hidden(teacher.model, ids, positions)
         refuse_silent_taps(teacher.model, states, every_state, ids.shape)
-        refuse_silent_rows(teacher.model, rows, listening.row_layers)
+        refuse_silent_rows(teacher.model, rows, tap_request.row_layers)
         taken = [states[state] for state in gradient_states]
         gradients = loss_gradients(teacher, unit, laid, hidden, taken) if taken else []
     tapped = {f"{tap} {layer}": state for (tap, layer), state in states.items()}
     _refuse_not_finite({"final hidden state": hidden, **tapped}, unit, batch)
-    return Thoughts(
+    return TeacherOutputs(
         laid.tokens,
         in_order(hidden),
         None if logits is None else in_order(logits)[:, : teacher.vocab_size],
-        {state: in_order(states[state]) for state in listening.states},
+        {state: in_order(states[state]) for state in tap_request.states},
         {layer: r.detach().to(teacher.device) for layer, r in rows.items()},
         wanted,
         query.lengths,
-        {layer: in_order(g) for layer, g in zip(listening.gradient_layers, gradients, strict=True)},
+        {layer: in_order(g) for layer, g in zip(tap_request.gradient_layers, gradients, strict=True)},
     )
 
 

@@ -49,7 +49,7 @@ class PaceExtractor(SampledExtractor[PaceSignal, tuple[torch.Tensor, float]]):
         return np.flatnonzero((unit.place_in_segment % self.section.every == 0) & ~unit.is_context)
 
     def collect(self, facts, batch):
-        return batch.thoughts.hidden.float().cpu()[torch.from_numpy(~batch.is_context)]
+        return batch.outputs.hidden.float().cpu()[torch.from_numpy(~batch.is_context)]
 
     def fit(self, facts, collected, sample):
         states = torch.cat(collected)
@@ -61,7 +61,7 @@ class PaceExtractor(SampledExtractor[PaceSignal, tuple[torch.Tensor, float]]):
 
     def extract(self, prepared, batch):
         (mean, distance), rows = prepared, batch.rows_of(batch.work.once(self.positions))
-        far = (batch.thoughts.hidden[rows].float() - mean).norm(dim=1) / distance
+        far = (batch.outputs.hidden[rows].float() - mean).norm(dim=1) / distance
         return Extracted({"pace/values": numpy_of(far, "float32")})
 """,
 }

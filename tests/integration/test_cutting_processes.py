@@ -25,7 +25,7 @@ class Slow:
         if row.where == "die":
             os._exit(7)
         if row.where == "refuse":
-            raise InputError("refused", found=(i for i in "nothing that can be sent"), where="row 3", remedy="Mend it.")
+            raise InputError("refused", found=(i for i in "nothing that can be sent"), where="row 3", remedy="Repair it.")
         time.sleep(0.02 * (4 - row.number % 5))
         return [BadRow(row.number, InputError("none", found=os.getpid()))]
 
@@ -45,7 +45,7 @@ def test_outcomes_come_in_order_and_errors_as_they_are(monkeypatch: pytest.Monke
         with pytest.raises(InputError) as caught:
             list(cutting.outcomes(numbered("a", "refuse", "b")))
         assert "refused; found <generator" in str(caught.value)
-        assert str(caught.value).endswith("in row 3. Mend it.")
+        assert str(caught.value).endswith("in row 3. Repair it.")
         with pytest.raises(OutOfMemoryError, match="ended from outside"):
             list(cutting.outcomes(numbered("a", "die", "b", "c")))
 

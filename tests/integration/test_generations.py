@@ -1,4 +1,4 @@
-"""A cache grows, is damaged, and is mended: extend, verify, repair; and many workers fill one."""
+"""A cache grows, is damaged, and is repaired: extend, verify, repair; and many workers fill one."""
 
 import itertools
 import json

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError
 from signal_store.manifest import SourceIdentity
-from teacher_cache.builder.source_stats import Tally
+from teacher_cache.builder.source_stats import SourceStats
 from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, cut, loss_mask_of
@@ -112,11 +112,11 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each_answer() -
 def test_how_chats_were_rendered_is_in_the_sources_identity() -> None:
     def identity(template: str, chats: list[list[Any]]) -> SourceIdentity:
         tokenizer = with_template(template)
-        tally = Tally(Source(name="s", jsonl=Path("s.jsonl"), messages="messages"), 0, iter(()))
+        stats = SourceStats(Source(name="s", jsonl=Path("s.jsonl"), messages="messages"), 0, iter(()))
         for number, chat in enumerate(chats):
             for document in render_chat(tokenizer, chat, where=f"row {number}"):
-                tally.see(document)
-        return tally.identity()
+                stats.see(document)
+        return stats.identity()
 
     thought = [
         user("Why?"),

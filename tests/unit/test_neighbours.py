@@ -1,4 +1,4 @@
-"""A segment's states do not depend on what else is in the forward pass; where they would, it is found at full length and mended or
+"""A segment's states do not depend on what else is in the forward pass; where they would, it is found at full length and repaired or
 refused."""
 
 from collections.abc import Callable

@@ -30,7 +30,7 @@ from teacher_cache.commands.calibrate import calibrate
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.batch import extract_batch, plan_rows
 from teacher_cache.signals.unit_work import LOGITS_BYTES, UnitWork
-from teacher_cache.teacher.forward import think
+from teacher_cache.teacher.forward import forward
 
 TOKENIZER = Path(__file__).parent.parent / "demo_teacher"
 
@@ -88,12 +88,12 @@ def recipe_of(folder: Path, name: str, characters: int, unit_tokens: int) -> Cac
 @torch.inference_mode()
 def forward_only(calibrated: Calibrated, work: UnitWork, batch: Any) -> None:
     """The teacher's own work: backbone and logits of every token, in the chunks that extraction uses; nothing is kept."""
-    thoughts = think(calibrated.teacher, work.plan, batch)
+    outputs = forward(calibrated.teacher, work.plan, batch)
     head = calibrated.teacher.head
     assert head is not None
     step = max(1, LOGITS_BYTES["cpu"] // (4 * calibrated.teacher.vocab_size))
-    for start in range(0, len(thoughts.hidden), step):
-        head.logits(thoughts.hidden[start : start + step])
+    for start in range(0, len(outputs.hidden), step):
+        head.logits(outputs.hidden[start : start + step])
 
 
 def overhead(recipe: CacheRecipe, batches: int) -> dict[str, Any]:

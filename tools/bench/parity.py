@@ -3,7 +3,7 @@
 (i) cross-entropy alone, (ii) forward KL from the cache, (iii) exact full-vocabulary KL to the live teacher; (iv), given a checkout of
 DistillKit, its compressed targets through its own sparse loss. Two measures: along the live run, the angle and the ratio of norms between
 the cached and the live gradient of all parameters, at T = 1, 2, 3; and the validation loss at the end, over seeds of the student.
-The teacher thinks about every row once and is remembered: nothing of the live runs' numbers depends on that.
+The teacher reads every row once and is remembered: nothing of the live runs' numbers depends on that.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def enter(cache: Cache, teacher_folder: str, steps: int, rows: int, validation_t
     stream = Stream(cache, NEEDS, config, packed=True)
     found = []
     with progress_bar() as progress:
-        bar = progress.add_task("the teacher thinks", total=steps, unit="steps")
+        bar = progress.add_task("the teacher reads", total=steps, unit="steps")
         for batch in islice(stream.micro_batches({}, 0), steps):
             found.append((batch, final_hidden(teacher, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.flat]))
             progress.advance(bar)

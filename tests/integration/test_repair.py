@@ -1,4 +1,4 @@
-"""A cache that grew twice loses parts of its ledger, and is mended to the same bytes or refused with nothing lost."""
+"""A cache that grew twice loses parts of its ledger, and is repaired to the same bytes or refused with nothing lost."""
 
 import json
 import shutil
