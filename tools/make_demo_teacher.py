@@ -7,7 +7,6 @@ modules are scored, and the card keeps the curve. Training can be killed and sta
 """
 
 import argparse
-import itertools
 import json
 import math
 import platform
@@ -25,6 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from demo_teacher_card import write_card
+from demo_teacher_schedule import Cycle, Schedule
 from stdlib_corpus import SPLIT_SALT, VALIDATION_SHARE, modules
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,49 +36,6 @@ CHAT_TEMPLATE = (
 )
 # Runs of blanks stay whole (indentation is one token); digits stay single.
 PRE_TOKEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-@dataclass(frozen=True, slots=True)
-class Cycle:
-    """`steps` optimizer steps: linear warm-up, constant, linear decay to zero over the last `decay_steps`."""
-
-    steps: int
-    decay_steps: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Cycle":
-        """From "STEPS:DECAY"."""
-        steps, decay = text.split(":")
-        return cls(int(steps), int(decay))
-
-    def factor(self, step: int, warmup_steps: int) -> float:
-        """Learning-rate factor of the step after `step` finished ones of this cycle."""
-        return min(1.0, (step + 1) / warmup_steps, (self.steps - step) / self.decay_steps)
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Cycles, one after the other; from the second on the embedding is held to its rank."""
-
-    cycles: tuple[Cycle, ...]
-    warmup_steps: int
-
-    @property
-    def steps(self) -> int:
-        """Of all cycles."""
-        return sum(c.steps for c in self.cycles)
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Finished steps at the end of each cycle."""
-        return tuple(itertools.accumulate(c.steps for c in self.cycles))
-
-    def factor(self, step: int) -> float:
-        """Learning-rate factor of the step after `step` finished ones."""
-        for end, cycle in zip(self.ends, self.cycles, strict=True):
-            if step < end:
-                return cycle.factor(step - (end - cycle.steps), self.warmup_steps)
-        return 0.0
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -180,46 +138,6 @@ def build_optimizer(model: Qwen3ForCausalLM, lr: float) -> torch.optim.Optimizer
         {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
-CARD = """# Demo teacher
-
-A Qwen3-architecture causal language model of {params:,} parameters with its own byte-level BPE of {vocab:,}, trained from
-scratch on Python's standard library. It exists so that the demo has a teacher that knows something, without a download.
-
-| | |
-|---|---|
-| command | `{command}` |
-| data | standard library of Python {python}, {train_tokens:,} training tokens ({epochs:.1f} epochs), tests included |
-| split | by SHA-256 of the module's family (`tools/stdlib_corpus.py`, salt `{salt}`, share {share:.4f}); tests go with what they test |
-| validation | {val_tokens:,} tokens of held-out modules, no tests |
-| validation loss | **{best:.4f} nats/token** at step {steps:,} |
-| embedding | held to rank {rank} of {width} after the first {free_steps:,} steps, as a factorised embedding would be |
-| seed | {seed} |
-| context | {context} tokens |
-| optimizer | AdamW (0.9, 0.95), weight decay 0.1 on matrices, learning rate {lr} |
-| schedule | cycles (steps : of them linear decay to zero) {cycles}, each with {warmup} steps of warm-up |
-| batch | {batch_tokens:,} tokens |
-| training time | {minutes:.0f} minutes on {machine} |
-| stored as | bfloat16 safetensors |
-
-## Loss curve (validation, nats/token; all points in `curve.json`)
-
-| step | train | validation |
-|---|---|---|
-{rows}
-
-The text is Python's standard library, under the PSF licence; the weights are released with this project under Apache-2.0.
-"""
-
-
-def write_card(out: Path, curve: list[dict[str, float]], facts: dict[str, object]) -> None:
-    """`README.md` and `curve.json` beside the weights."""
-    shown = curve[:: max(1, len(curve) // 24)]
-    shown += [curve[-1]] if shown[-1] is not curve[-1] else []
-    rows = "\n".join(f"| {int(c['step']):,} | {c['train']:.3f} | {c['validation']:.4f} |" for c in shown)
-    (out / "curve.json").write_text(json.dumps(curve, indent=0) + "\n")
-    (out / "README.md").write_text(CARD.format(rows=rows, **facts))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -81,15 +81,19 @@ def generate(
                     lines += _line(texts, prompt, ids, counts, unfinished=unfinished)
             progress.advance(bar, len(some))
     if not lines:
-        raise InputError(
-            "no text ended by itself" if counts["unfinished"] else "no text could be had byte for byte",
-            expected=f"one within {new_tokens} tokens",
-            found=", ".join(f"{count} {name}" for name, count in counts.items()),
-            where=student,
-            remedy="Raise --new-tokens, or keep --unfinished.",
-        )
+        raise _nothing_written(counts, new_tokens, student)
     LocalObjects(out.parent, scratch=".").put(out.name, "".join(lines).encode())
     return {"written": len(lines), **counts}
+
+
+def _nothing_written(counts: dict[str, int], new_tokens: int, student: Path) -> InputError:
+    return InputError(
+        "no text ended by itself" if counts["unfinished"] else "no text could be had byte for byte",
+        expected=f"one within {new_tokens} tokens",
+        found=", ".join(f"{count} {name}" for name, count in counts.items()),
+        where=student,
+        remedy="Raise --new-tokens, or keep --unfinished.",
+    )
 
 
 def _line(texts: ExactText, prompt: Beginning, ids: list[int], counts: dict[str, int], *, unfinished: bool) -> list[str]:

@@ -12,19 +12,17 @@ import json
 import math
 import platform
 import random
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from frontier_report import TEMPERATURES, Results, Row, goals, plot, print_table
 from model_taps.head import OutputHead, final_hidden, output_head
 from model_taps.loading import load_model, load_tokenizer
 from peers_distillkit import BUDGET, MISSING, RECOMMENDED, DistillKit, parquet_bytes
@@ -36,25 +34,9 @@ from teacher_cache.signals.tail.basis import TailFit, logit_chunks
 from teacher_cache.signals.tail.choice import choose_codec, encode_rows, step_of_error, stored_bytes, tail_codes
 from teacher_cache.signals.tail.fidelity import PART_TOKENS, fold, measure
 
-TEMPERATURES = (1.0, 2.0, 3.0)
 ERRORS = (0.64, 0.32, 0.16, 0.08, 0.04, 0.02, 0.01, 0.005)
 """Half the squared error of the logits that the steps of the grid make."""
 HEADS, PURE_HEADS = (8, 16, 32, 64), (16, 32, 64, 128)
-GOALS = {"standard": (1 / 2, {1.0: 1 / 5, 2.0: 1 / 20, 3.0: 1 / 20}), "lean": (1 / 3, {1.0: 1 / 2})}
-"""Of DistillKit's recommended setting: the share of its bytes, and of its angle at a temperature."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one setting. Angles and T²·KL (none where a method gives no distribution) by temperature."""
-
-    method: str
-    setting: str
-    bytes_per_token: float
-    angle_degrees: dict[str, float]
-    angle_error: dict[str, float]
-    scaled_kl_nats: dict[str, float]
-    parts: dict[str, float]
 
 
 @torch.inference_mode()
@@ -183,105 +165,7 @@ def _entropy(codes: Any) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def goals(rows: list[Row]) -> dict[str, Any]:
-    """Each named quality against DistillKit's recommended setting at its best mode, normalised or not: shares of bytes and of
-    angles, and whether the goal is met."""
-    peers = [row for row in rows if row.method == "DistillKit" and row.setting.startswith("recommended")]
-    if not peers:
-        return {}
-    size = min(row.bytes_per_token for row in peers)
-    best = {t: min(row.angle_degrees[f"{t:g}"] for row in peers) for t in TEMPERATURES}
-    found: dict[str, Any] = {}
-    for row in (row for row in rows if row.method == "quality"):
-        shares = {f"{t:g}": row.angle_degrees[f"{t:g}"] / best[t] for t in TEMPERATURES}
-        own: dict[str, Any] = {"bytes": row.bytes_per_token / size, "angles": shares}
-        if (name := row.setting.split(",")[0]) in GOALS:
-            bytes_share, angle_shares = GOALS[name]
-            own["met"] = own["bytes"] <= bytes_share and all(shares[f"{t:g}"] <= share for t, share in angle_shares.items())
-        found[name] = own
-    return found
-
-
-def print_table(rows: list[Row]) -> None:
-    table = Table(title="bytes a token, T²·KL in nats, and angle in degrees of forward KL's gradient")
-    for column in ("method", "setting", "bytes", *(f"T={t:g}: T²·KL, angle" for t in TEMPERATURES)):
-        table.add_column(column, justify="left" if column in ("method", "setting") else "right")
-    for row in sorted(rows, key=lambda row: (row.method, row.bytes_per_token)):
-        cells = [f"{row.scaled_kl_nats.get(f'{t:g}', math.nan):.2g}  {row.angle_degrees[f'{t:g}']:.2g}°" for t in TEMPERATURES]
-        table.add_row(row.method, row.setting, f"{row.bytes_per_token:.1f}", *cells)
-    Console(width=140).print(table)
-
-
-def plot(rows: list[Row], tail: list[dict[str, float]], title: str, path: Path) -> None:
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(TEMPERATURES) + 1, figsize=(20, 5))
-    methods: dict[str, list[Row]] = {}
-    for row in rows:
-        name = f"DistillKit, {row.setting.rsplit(', ', 1)[1]}" if row.method == "DistillKit" else row.method
-        methods.setdefault(name, []).append(row)
-    for axis, t in zip(axes, TEMPERATURES, strict=False):
-        for name, own in methods.items():
-            own = sorted(own, key=lambda row: row.bytes_per_token)
-            loose = name == "quality" or name.startswith("DistillKit")
-            style = (
-                {"marker": "*", "markersize": 14, "color": "black", "zorder": 5}
-                if name == "quality"
-                else {"marker": "o", "markersize": 4}
-            )
-            x, y = [row.bytes_per_token for row in own], [row.angle_degrees[f"{t:g}"] for row in own]
-            axis.plot(x, y, linestyle="none" if loose else "-", label=name, **style)
-            for row in own if name == "quality" else ():
-                axis.annotate(
-                    row.setting.split(",")[0],
-                    (row.bytes_per_token, row.angle_degrees[f"{t:g}"]),
-                    (5, 5),
-                    textcoords="offset points",
-                )
-        axis.set(
-            title=f"T = {t:g}", xlabel="bytes per token", ylabel="angle to the full gradient, degrees", xscale="log", yscale="log"
-        )
-        axis.set_xticks([50, 100, 200, 400], ["50", "100", "200", "400"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    for name in ("written", "entropy", "bound"):
-        axes[-1].plot([row[name] for row in tail], [row["half_error"] for row in tail], marker="o", markersize=4, label=name)
-    axes[-1].set(title="the tail alone", xlabel="bytes per token", ylabel="half the squared error of the logits", yscale="log")
-    axes[-1].legend()
-    axes[-1].grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-
-
-@dataclass
-class Results:
-    """Rows by key, kept in a file as they come."""
-
-    path: Path
-    rows: dict[str, list[Row]]
-
-    @classmethod
-    def at(cls, path: Path) -> "Results":
-        """What a file holds, or nothing yet."""
-        content = json.loads(path.read_text())["rows"] if path.exists() else {}
-        return cls(path, {key: [Row(**row) for row in rows] for key, rows in content.items()})
-
-    def get(self, key: str, make: Callable[[], list[Row]]) -> None:
-        """Make these rows unless they are there."""
-        if key not in self.rows:
-            self.rows[key] = make()
-            self.path.write_text(json.dumps({"rows": {k: [asdict(r) for r in v] for k, v in self.rows.items()}}) + "\n")
-
-    @property
-    def all(self) -> list[Row]:
-        """Every row, in the order of its making."""
-        return [row for rows in self.rows.values() for row in rows]
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", default="runs/real_model/model")
     parser.add_argument(
@@ -293,37 +177,41 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--name", default="frontier")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def fill_in(results: Results, fit: TailFit, head: OutputHead, held_nD: Tensor, peer: DistillKit | None) -> None:
+    """Measure what the results lack: the peer's settings, the named qualities, the grid of heads and steps, heads alone."""
+    signal = DistributionSignal(temperatures=TEMPERATURES)
+    if peer is not None:
+        for name, setting in (("recommended", RECOMMENDED), ("budget", BUDGET), ("recommended, normalize_t", RECOMMENDED)):
+            results.get(f"distillkit {name}", partial(distillkit, peer, setting, name, head, held_nD))
+    for quality in QUALITIES:
+        results.get(f"quality {quality} {QUALITIES[quality]}", partial(_quality, quality, fit, head, held_nD))
+    for size in HEADS:
+        own = signal.model_copy(update={"head": size})
+        codecs = [fit.codec_of_step(step_of_error(fit, error), own, head.softcap) for error in ERRORS]
+        label = "step {step:.3f}, rank {rank}"
+        results.get(f"head {size}", partial(ours, f"head {size} + tail", label, codecs, [own] * len(codecs), head, held_nD))
+    for size in PURE_HEADS:
+        own = signal.model_copy(update={"head": size, "rank": 0})
+        codec = fit.codec(0, 1.0, own, head.softcap)
+        results.get(f"pure {size}", partial(ours, "head + true masses", "head {head}", [codec], [own], head, held_nD))
+
+
+def main() -> None:
+    args = parse_arguments()
     keep_freed_memory()
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / f"{args.name}-states.safetensors"
     if not kept.exists():
         save_file(states(args.teacher, args.corpus, {"train": args.fit_tokens, "validation": args.tokens}, args.context), kept)
     found = load_file(kept)
-    head = OutputHead(found["weight"], None, 1.0, None)
-    held_nD = found["validation"][: args.tokens]
+    head, held_nD = OutputHead(found["weight"], None, 1.0, None), found["validation"][: args.tokens]
     signal = DistributionSignal(temperatures=TEMPERATURES)
     fit = TailFit.of(found["train"], head, signal)
     results = Results.at(args.out / f"{args.name}-rows.json")
-    if args.distillkit is not None:
-        peer = DistillKit(args.distillkit)
-        for name, setting in (("recommended", RECOMMENDED), ("budget", BUDGET), ("recommended, normalize_t", RECOMMENDED)):
-            results.get(f"distillkit {name}", lambda name=name, setting=setting: distillkit(peer, setting, name, head, held_nD))  # type: ignore[misc]
-    for quality in QUALITIES:
-        results.get(f"quality {quality} {QUALITIES[quality]}", lambda q=quality: _quality(q, fit, head, held_nD))  # type: ignore[misc]
-    for size in HEADS:
-        own = signal.model_copy(update={"head": size})
-        codecs = [fit.codec_of_step(step_of_error(fit, error), own, head.softcap) for error in ERRORS]
-        results.get(
-            f"head {size}",
-            lambda s=size, c=codecs, o=own: ours(
-                f"head {s} + tail", "step {step:.3f}, rank {rank}", c, [o] * len(c), head, held_nD
-            ),  # type: ignore[misc]
-        )
-    for size in PURE_HEADS:
-        pure = signal.model_copy(update={"head": size, "rank": 0})
-        codec = fit.codec(0, 1.0, pure, head.softcap)
-        results.get(f"pure {size}", lambda c=codec, p=pure: ours("head + true masses", "head {head}", [c], [p], head, held_nD))  # type: ignore[misc]
+    fill_in(results, fit, head, held_nD, None if args.distillkit is None else DistillKit(args.distillkit))
     tail = rates(fit, held_nD, signal)
     energy = (fit.energy / fit.energy.sum()).cumsum(0)
     summary = {
@@ -341,12 +229,8 @@ def main() -> None:
     print_table(results.all)
     print(json.dumps(summary["goals"], indent=1))
     (args.out / f"{args.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot(
-        results.all,
-        tail,
-        f"{args.name}: {len(held_nD):,} held-out tokens, width {len(fit.mean)}, vocabulary {len(head.weight):,}",
-        args.out / f"{args.name}.png",
-    )
+    size = f"{len(held_nD):,} held-out tokens, width {len(fit.mean)}, vocabulary {len(head.weight):,}"
+    plot(results.all, tail, f"{args.name}: {size}", args.out / f"{args.name}.png")
 
 
 def _quality(quality: str, fit: TailFit, head: OutputHead, held_nD: Tensor) -> list[Row]:
