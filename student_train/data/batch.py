@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from student_train.data.signals.base import Part
+from student_train.data.part import Part
 
 Kind = TypeVar("Kind", bound=Part)
 

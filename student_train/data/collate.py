@@ -9,9 +9,9 @@ from torch import Tensor
 from signal_store.signals.distribution import SCALARS
 from student_train.data.align.identity import IdentityAligner
 from student_train.data.batch import CodedBatch, LaneCursor
+from student_train.data.part import Part
 from student_train.data.placement import Placed, Placement, place
 from student_train.data.request import SignalRequest
-from student_train.data.signals.base import Part
 from student_train.data.signals.distribution import DistributionPart
 from student_train.data.signals.tags import TagsPart, next_roles
 from student_train.data.unit import UnitReader

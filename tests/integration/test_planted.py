@@ -17,10 +17,10 @@ from signal_store.cache import Cache
 from signal_store.codecs.attention import encode_attention
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
+from student_train.data.part import Part
 from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.attention import AttentionCodes, AttentionPart
-from student_train.data.signals.base import Part
 from student_train.data.signals.coverage import CoveragePart
 from student_train.data.signals.evidence import EvidencePart
 from student_train.data.signals.hidden import HiddenCodes, HiddenPart

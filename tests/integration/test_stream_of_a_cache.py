@@ -273,7 +273,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from student_train.data.placement import Placement
-from student_train.data.signals.base import Part, Request
+from student_train.data.part import Part
+from student_train.data.signals.base import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
+from student_train.data.part import Part
 from student_train.data.placement import Placed, Placement, joined
-from student_train.data.signals.base import Part, Request
+from student_train.data.signals.base import Request
 
 
 @dataclass(frozen=True, slots=True)

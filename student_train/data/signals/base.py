@@ -11,13 +11,8 @@ from typing import Any, Self
 import torch
 
 from signal_store.cache import Cache
+from student_train.data.part import Part
 from student_train.data.placement import Placement
-
-
-class Part:
-    """What a micro-batch holds of one signal: a frozen dataclass of tensors, and of dicts and dataclasses of them."""
-
-    __slots__ = ()
 
 
 class Request(ABC):

@@ -9,8 +9,9 @@ from signal_store.cache import Cache
 from signal_store.codecs.cached import distribution_codec
 from signal_store.codecs.distribution import DistributionCodec, DistributionCodes
 from student_train.data.batch import CodedBatch
+from student_train.data.part import Part
 from student_train.data.placement import Placement
-from student_train.data.signals.base import Part, Request
+from student_train.data.signals.base import Request
 
 
 @dataclass(frozen=True, slots=True)

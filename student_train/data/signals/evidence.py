@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from signal_store.cache import Cache
+from student_train.data.part import Part
 from student_train.data.placement import Placement, joined
-from student_train.data.signals.base import Part, Request
+from student_train.data.signals.base import Request
 
 
 @dataclass(frozen=True, slots=True)

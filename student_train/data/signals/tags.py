@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from signal_store.format.roles import token_types
+from student_train.data.part import Part
 from student_train.data.placement import Placed, Placement
-from student_train.data.signals.base import Part, Request
+from student_train.data.signals.base import Request
 
 
 @dataclass(frozen=True, slots=True)
