@@ -93,7 +93,10 @@ def test_a_round_goes_on_from_adapters_all_of_it_or_the_adapters(cache: Cache, r
     assert fidelity_report(first, cache.uri, 50)["tokens"] > 0
 
 
-def test_a_base_is_found_or_named(rounds: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_base_is_found_or_named(
+    rounds: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a base may lie beside the folder that this process is in, too
     moved = tmp_path / "moved" / "adapter"
     shutil.copytree(rounds / "first" / "student", moved)
     shutil.copytree(rounds / "base", tmp_path / "moved" / "base")

@@ -95,7 +95,7 @@ def test_a_term_of_no_weight_has_no_loss_in_the_log(cache: Cache, tmp_path: Path
     terms = {"cross_entropy": {}, "forward_kl": {"temperature": 1.0, "weight": {"start": 0, "end": 1, "begin": 0.5}}}
     run(recipe_of(cache, tmp_path, losses=terms, steps=4, validation=None))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert ["tla_loss" in record for record in records] == [False, False, False, True]
+    assert ["forward_kl_loss" in record for record in records] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
