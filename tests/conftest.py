@@ -163,3 +163,16 @@ def every_source(folder: Path, texts: dict[str, Path]) -> list[dict[str, Any]]:
 
 if not HAS_TORCH:
     from tests.without_torch import cache, teacher_folder  # noqa: F401
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes this a machine whose CPU has these flags, which torch uses."""
+    from model_taps import native_dtype
+
+    def has(flags: str) -> None:
+        monkeypatch.setattr(native_dtype, "cpu_flags", lambda: frozenset(flags.split()))
+        monkeypatch.setattr("model_taps.machine.cpu_flags", lambda: frozenset(flags.split()))
+        monkeypatch.setattr(native_dtype, "onednn_has", lambda _: True)
+
+    return has

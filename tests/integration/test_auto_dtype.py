@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from model_taps import native_dtype
 from model_taps.machine import MachineClass
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
@@ -23,18 +22,6 @@ from teacher_cache.teacher.load import Teacher
 from tests.tiny import make_model
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture
-def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes this a machine whose CPU has these flags, which torch uses."""
-
-    def has(flags: str) -> None:
-        monkeypatch.setattr(native_dtype, "cpu_flags", lambda: frozenset(flags.split()))
-        monkeypatch.setattr("model_taps.machine.cpu_flags", lambda: frozenset(flags.split()))
-        monkeypatch.setattr(native_dtype, "onednn_has", lambda _: True)
-
-    return has
 
 
 def test_auto_is_settled_once_for_a_cache(

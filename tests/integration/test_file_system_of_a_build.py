@@ -1,8 +1,6 @@
 """A build on a file system that lacks what the format needs."""
 
 import errno
-import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,28 +9,13 @@ import pytest
 
 from run_kit.command_line import guarded
 from teacher_cache.commands.plan import plan
-
-
-def _lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
-    """Make the file system one without hard links, folder syncs or renames, which answers with this error."""
-
-    def refuses(*_: Any, **__: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    def syncs(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            refuses()
-
-    if what == "sync a folder":
-        monkeypatch.setattr(os, "fsync", syncs)
-    else:
-        monkeypatch.setattr(os, {"make hard links": "link", "rename a file": "replace"}[what], refuses)
+from tests.unit.test_file_systems import lacking
 
 
 def test_a_build_is_refused_before_it_reads_any_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe_for: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _lacking(monkeypatch, "make hard links", errno.EPERM)
+    lacking(monkeypatch, "make hard links", errno.EPERM)
     monkeypatch.setattr("teacher_cache.builder.planning.plan_body", lambda *_: pytest.fail("a text was read"))
 
     def plans() -> None:

@@ -17,7 +17,7 @@ from signal_store.io.local import LocalObjects
 from student_train.train.checkpoint import save_best
 
 
-def _lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
+def lacking(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
     """Make the file system one without hard links, folder syncs or renames, which answers with this error."""
 
     def refuses(*_: Any, **__: Any) -> None:
@@ -48,7 +48,7 @@ WITHOUT = [
 
 @pytest.mark.parametrize(("what", "number"), WITHOUT)
 def test_what_a_file_system_cannot_do_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
-    _lacking(monkeypatch, what, number)
+    lacking(monkeypatch, what, number)
     (fault,) = commit_faults(LocalObjects(tmp_path))
     assert fault.what == f"the file system cannot {what}, which a commit needs"
     assert os.strerror(number) in str(fault)
@@ -103,9 +103,9 @@ def test_a_failing_disk_is_one_line(number: int, words: str, capsys: pytest.Capt
 
 
 def test_a_run_goes_on_where_folders_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _lacking(monkeypatch, "sync a folder", errno.EINVAL)
+    lacking(monkeypatch, "sync a folder", errno.EINVAL)
     save_best(tmp_path, torch.nn.Linear(2, 2), 1, writes=True)
     assert (tmp_path / "model.safetensors").is_file()
-    _lacking(monkeypatch, "sync a folder", errno.ENOSPC)
+    lacking(monkeypatch, "sync a folder", errno.ENOSPC)
     with pytest.raises(StorageError, match="disk is full"):
         save_best(tmp_path, torch.nn.Linear(2, 2), 2, writes=True)

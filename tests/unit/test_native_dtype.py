@@ -23,18 +23,6 @@ from tests.tiny import COMMON
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture
-def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes this a machine whose CPU has these flags, which torch uses."""
-
-    def has(flags: str) -> None:
-        monkeypatch.setattr(native_dtype, "cpu_flags", lambda: frozenset(flags.split()))
-        monkeypatch.setattr("model_taps.machine.cpu_flags", lambda: frozenset(flags.split()))
-        monkeypatch.setattr(native_dtype, "onednn_has", lambda _: True)
-
-    return has
-
-
 @pytest.mark.parametrize(
     ("flags", "trained_in", "taken", "because"),
     [
