@@ -14,6 +14,7 @@ from signal_store.manifest import SourceIdentity, parse_manifest
 from teacher_cache.builder.overlay import overlay_body
 from teacher_cache.builder.plan import Plan, read_plan
 from teacher_cache.builder.planned_texts import places_of, refuse_moved_text
+from teacher_cache.builder.quality import with_quality
 from teacher_cache.builder.recipe_parts import completed_plan, planned_part, refuse_another_recipe
 from teacher_cache.builder.source_stats import SourceStats, refuse_useless
 from teacher_cache.builder.tokenizer import kept_tokenizer_files, load_recipe_tokenizer
@@ -43,7 +44,8 @@ def ensure_plan(recipe: CacheRecipe, worker: Worker = ALONE) -> Plan:
 
 
 def settled(recipe: CacheRecipe) -> CacheRecipe:
-    """The recipe; an overlay's with what it takes from its base."""
+    """The recipe with what it leaves to others: the quality of the distribution; an overlay's text, which is its base's."""
+    recipe = with_quality(recipe, objects_at(recipe.cache))
     if recipe.base is None:
         return recipe
     base = read_plan(objects_at(recipe.base)).recipe
