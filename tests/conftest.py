@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
+from signal_store.signals import Signals
 from signal_view import CacheView, open_cache
 from teacher_cache.recipe import CacheRecipe
 from tests.tiny import (
@@ -140,7 +141,8 @@ def knowing_cache(once: Once, recipe_for: RecipeMaker, texts: dict[str, Path]) -
     """A sealed cache with everything that any term reads, as exact as it can be stored."""
 
     def make(folder: Path) -> None:
-        build(recipe_for(folder / "cache.zarr", signals=EVERY_SIGNAL, sources=every_source(folder, texts)))
+        further: dict[str, Any] = {name: {} for name in Signals.model_fields if name not in EVERY_SIGNAL}
+        build(recipe_for(folder / "cache.zarr", signals={**EVERY_SIGNAL, **further}, sources=every_source(folder, texts)))
 
     return open_cache(once("knowing", make) / "cache.zarr")
 

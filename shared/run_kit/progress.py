@@ -36,7 +36,8 @@ def progress_bar() -> Progress:
         TaskProgressColumn(),
         _Rate(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("and"),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
     return Progress(*columns, console=Console(file=sys.stderr))

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache, open_cache
-from student_train.data.rows import Stream
+from student_train.data.stream import Stream
 from student_train.evaluate.validation import check_splits
 from student_train.importance.rules import load_rules
 from student_train.losses import registry

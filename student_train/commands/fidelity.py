@@ -11,8 +11,8 @@ from typing import Any
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import MismatchError
 from student_train.data.codecs import Codecs
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
+from student_train.data.stream import Stream
 from student_train.evaluate.cka import DepthCka
 from student_train.evaluate.evaluation import Evaluation, Quantity, numbers
 from student_train.evaluate.validation import Validation

@@ -19,7 +19,7 @@ from signal_view import CacheView
 from signal_view.coloured import surprise_and_entropy
 from signal_view.summary import printable
 from student_train.data.request import TOKENS_ONLY
-from student_train.data.rows import Stream
+from student_train.data.stream import Stream
 from student_train.recipe import RunRecipe
 from student_train.record.run_record import Begun
 from student_train.student.build import build_student

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from signal_store.errors import SignalStoreError
 from signal_store.io.local import LocalObjects
 from student_train.data.packed_batch import PackedBatch
-from student_train.data.rows import Cursor, Stream
+from student_train.data.stream import Cursor, Stream
 
 
 class _MicroBatches(IterableDataset[PackedBatch]):

@@ -97,7 +97,7 @@ class Placement:
         return joined([p.row * self.width + p.column + mine for p, mine in pairs])
 
     def labels(self, places: Sequence[NDArray[np.int64]]) -> Tensor:
-        """int64: what the student is to predict at these tokens, IGNORE where nothing is stored."""
+        """int64: what the student is to predict at these tokens, IGNORE where nothing is stored or it does not count."""
         pairs = zip(self.segments, self.aligned(places), strict=True)
         return joined([p.text.labels[p.tokens.start + mine] for p, mine in pairs])
 

@@ -54,8 +54,8 @@ class RowRanges:
 
 @dataclass(frozen=True, slots=True)
 class UnitText:
-    """A unit's token rows: `input_ids` int64 [n]; `labels` int64 [n], IGNORE where none is stored; `kept` by segment, its rows
-    whose distribution counts: a slice where they are neighbours."""
+    """A unit's token rows: `input_ids` int64 [n]; `labels` int64 [n], IGNORE where none is stored or it does not count; `kept` by
+    segment, its rows whose distribution counts: a slice where they are neighbours."""
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]

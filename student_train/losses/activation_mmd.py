@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from model_taps.spread import Groups
 from signal_store.cache import Cache
-from student_train.losses.features import FeatureSection, GroupedTerm
+from student_train.losses.features import FeatureSection, GroupedLoss
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import StatesTerm, at_least_float32
+from student_train.losses.term import StateTerm, at_least_float32
 
 GAUSSIANS = 5
 LARGEST_LOG_WIDTH = math.log(4)
@@ -69,7 +69,7 @@ class Kernel(nn.Module):
         return found
 
 
-class ActivationMmd(GroupedTerm):
+class ActivationMmd(GroupedLoss):
     """A kernel a pair of layers, and maps that no one trains."""
 
     def __init__(self, section: ActivationMmdSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -128,7 +128,7 @@ def _squared_distances(x_GMD: Tensor, y_GMD: Tensor) -> Tensor:
     return (squares - 2 * x_GMD @ y_GMD.mT).clamp(min=0)
 
 
-TERM = StatesTerm(
+TERM = StateTerm(
     section=ActivationMmdSection,
     kind=Kind.STRUCTURED,
     module=ActivationMmd,

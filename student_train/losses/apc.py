@@ -15,9 +15,9 @@ from student_train.data.signals.attention import AttentionPart, AttentionRequest
 from student_train.losses.attention_rows import attention_kl, decoded_rows
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
-from student_train.losses.rows import stored_rows
+from student_train.losses.row_queries import stored_rows
 from student_train.losses.schedule import Weight, WeightField
-from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
+from student_train.losses.term import Reads, StateLoss, StateTerm, StudentOutputs, TermSection, not_cached
 
 
 class ApcSection(TermSection):
@@ -26,7 +26,7 @@ class ApcSection(TermSection):
     weight: WeightField = Weight(start=0.0, end=0.5, begin=0.2)
 
 
-class Apc(StateTerm):
+class Apc(StateLoss):
     """Keyword rows, head by matched head."""
 
     def __init__(self, _section: ApcSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -57,4 +57,4 @@ class Apc(StateTerm):
         return torch.stack(parts).mean()
 
 
-TERM = StatesTerm(section=ApcSection, kind=Kind.IMPLICIT, module=Apc, residue=2e-3)
+TERM = StateTerm(section=ApcSection, kind=Kind.IMPLICIT, module=Apc, residue=2e-3)

@@ -17,9 +17,9 @@ from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
 from student_train.data.signals.stats import StatsPart, StatsRequest
 from student_train.losses.kinds import Kind
-from student_train.losses.rows import own_tokens, segment_of_token
+from student_train.losses.row_queries import own_tokens, segment_of_token
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
+from student_train.losses.term import Reads, StateLoss, StateTerm, StudentOutputs, TermSection, not_cached
 
 HOYER = FFN_STATISTICS.index("hoyer_sparsity")
 
@@ -33,12 +33,12 @@ class AsrSection(TermSection):
     relative: bool = False
 
 
-def make_asr(section: AsrSection, cache: Cache, student: PreTrainedModel) -> StateTerm:
+def make_asr(section: AsrSection, cache: Cache, student: PreTrainedModel) -> StateLoss:
     """The one or the other."""
     return RelativeAsr(section, cache, student) if section.relative else Asr(section, student)
 
 
-class Asr(StateTerm):
+class Asr(StateLoss):
     """|a| of all blocks."""
 
     def __init__(self, section: AsrSection, student: PreTrainedModel) -> None:
@@ -57,7 +57,7 @@ class Asr(StateTerm):
         return mean_abs_activation(activations, outputs.batch.real) * outputs.batch.real.sum() * units
 
 
-class RelativeAsr(StateTerm):
+class RelativeAsr(StateLoss):
     """max(0, H_T - H_S), H Hoyer's sparsity of a segment."""
 
     def __init__(self, _section: AsrSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -86,4 +86,4 @@ class RelativeAsr(StateTerm):
         return below_SL.nan_to_num().mean(1).sum()
 
 
-TERM = StatesTerm(section=AsrSection, kind=Kind.IMPLICIT, module=make_asr, residue=None)
+TERM = StateTerm(section=AsrSection, kind=Kind.IMPLICIT, module=make_asr, residue=None)

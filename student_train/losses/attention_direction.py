@@ -2,7 +2,7 @@
 
 from student_train.losses.direction import Direction, DirectionSection
 from student_train.losses.kinds import Kind
-from student_train.losses.term import StatesTerm
+from student_train.losses.term import StateTerm
 
 
 class AttentionDirection(Direction):
@@ -12,4 +12,4 @@ class AttentionDirection(Direction):
     at = "attention_output"
 
 
-TERM = StatesTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=AttentionDirection, residue=1e-5)
+TERM = StateTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=AttentionDirection, residue=1e-5)

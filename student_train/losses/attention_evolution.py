@@ -19,10 +19,10 @@ from student_train.data.signals.attention import AttentionPart, AttentionRequest
 from student_train.losses.attention_rows import TeacherRows, decoded_rows
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
-from student_train.losses.rows import stored_rows
+from student_train.losses.row_queries import stored_rows
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.temporal import TemporalTerm, TokenLosses
-from student_train.losses.term import Reads, StatesTerm, StudentOutputs, TermSection
+from student_train.losses.temporal import TemporalLoss, TokenLosses
+from student_train.losses.term import Reads, StateTerm, StudentOutputs, TermSection
 
 STEPS = 4
 
@@ -34,7 +34,7 @@ class AttentionEvolutionSection(TermSection):
     weight: WeightField = constant(0.2)
 
 
-class AttentionEvolution(TemporalTerm):
+class AttentionEvolution(TemporalLoss):
     """Keywords with the rows before them, head by matched head."""
 
     def __init__(self, _section: AttentionEvolutionSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -140,4 +140,4 @@ def tensor_nuclear_norm(tensor_KAHTL: Tensor, numel_K: Tensor, noise: float) -> 
     return total_K / (len(unfoldings) * scale_K)
 
 
-TERM = StatesTerm(section=AttentionEvolutionSection, kind=Kind.TEMPORAL, module=AttentionEvolution, residue=1e-3)
+TERM = StateTerm(section=AttentionEvolutionSection, kind=Kind.TEMPORAL, module=AttentionEvolution, residue=1e-3)

@@ -15,9 +15,9 @@ from student_train.data.request import SignalRequest
 from student_train.data.signals.stats import StatsPart, StatsRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
-from student_train.losses.rows import RowsOf, segment_of_query, statistics_rows
+from student_train.losses.row_queries import RowsOf, segment_of_query, statistics_rows
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
+from student_train.losses.term import Reads, StateLoss, StateTerm, StudentOutputs, TermSection, not_cached
 
 DECILES = tuple(n / 10 for n in range(1, 10))
 
@@ -29,7 +29,7 @@ class AttentionStatisticsSection(TermSection):
     weight: WeightField = constant(0.2)
 
 
-class AttentionStatistics(StateTerm):
+class AttentionStatistics(StateLoss):
     """Deciles over heads, so that any numbers of heads compare."""
 
     def __init__(self, _section: AttentionStatisticsSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -68,4 +68,4 @@ def _known(batch: CodedBatch, layer: int) -> Tensor:
     return torch.zeros(0, dtype=torch.bool) if stats is None else ~stats.attention[layer][:, 0, 0].isnan()
 
 
-TERM = StatesTerm(section=AttentionStatisticsSection, kind=Kind.IMPLICIT, module=AttentionStatistics, residue=2e-3)
+TERM = StateTerm(section=AttentionStatisticsSection, kind=Kind.IMPLICIT, module=AttentionStatistics, residue=2e-3)

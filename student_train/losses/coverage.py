@@ -13,9 +13,9 @@ from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
 from student_train.data.signals.coverage import CoveragePart, CoverageRequest
 from student_train.losses.kinds import Kind
-from student_train.losses.rows import segment_of_row
+from student_train.losses.row_queries import segment_of_row
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
+from student_train.losses.term import Reads, StateLoss, StateTerm, StudentOutputs, TermSection, not_cached
 
 
 class CoverageSection(TermSection):
@@ -25,7 +25,7 @@ class CoverageSection(TermSection):
     weight: WeightField = constant(0.2)
 
 
-class Coverage(StateTerm):
+class Coverage(StateLoss):
     """Through the output head; without parameters."""
 
     def __init__(self, _section: CoverageSection, cache: Cache, _student: PreTrainedModel) -> None:
@@ -65,4 +65,4 @@ def student_coverage(outputs: StudentOutputs, codes: CoveragePart) -> Tensor:
     return summary_coverage(logits_of, batch.flat, segment_N, codes.token, codes.segment, len(batch.segment_rows))
 
 
-TERM = StatesTerm(section=CoverageSection, kind=Kind.TASK, module=Coverage, residue=1e-3)
+TERM = StateTerm(section=CoverageSection, kind=Kind.TASK, module=Coverage, residue=1e-3)

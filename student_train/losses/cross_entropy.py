@@ -2,7 +2,7 @@
 
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import HeadTerm, TermSection
+from student_train.losses.term import LogitsTerm, TermSection
 
 
 class CrossEntropySection(TermSection):
@@ -11,4 +11,4 @@ class CrossEntropySection(TermSection):
     weight: WeightField = constant(1.0)
 
 
-TERM = HeadTerm(section=CrossEntropySection, kind=Kind.EXPLICIT, divergence=None)
+TERM = LogitsTerm(section=CrossEntropySection, kind=Kind.EXPLICIT, divergence=None)

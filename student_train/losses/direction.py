@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
 from signal_store.signals import Tap
-from student_train.losses.features import FeatureSection, PairedTerm, in_channel_units, make_projection
+from student_train.losses.features import FeatureSection, PairedLoss, in_channel_units, make_projection
 from student_train.losses.schedule import WeightField, constant
 from student_train.losses.term import StudentOutputs
 
@@ -31,7 +31,7 @@ class DirectionSection(FeatureSection):
     angle_weight: float = Field(1.0, ge=0)
 
 
-class Direction(PairedTerm):
+class Direction(PairedLoss):
     """Base of the terms that compare the directions of one tap."""
 
     name: ClassVar[str]

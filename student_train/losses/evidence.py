@@ -15,9 +15,9 @@ from student_train.data.request import SignalRequest
 from student_train.data.signals.evidence import EvidencePart, EvidenceRequest
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import row_pairs
-from student_train.losses.rows import AnswerRows, segment_of_query
+from student_train.losses.row_queries import AnswerRows, segment_of_query
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import Reads, StatesTerm, StateTerm, StudentOutputs, TermSection, not_cached
+from student_train.losses.term import Reads, StateLoss, StateTerm, StudentOutputs, TermSection, not_cached
 
 TINY = 1e-8
 
@@ -29,7 +29,7 @@ class EvidenceSection(TermSection):
     weight: WeightField = constant(0.1)
 
 
-class Evidence(StateTerm):
+class Evidence(StateLoss):
     """Shares of sentences, heads averaged."""
 
     def __init__(self, _section: EvidenceSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -63,4 +63,4 @@ class Evidence(StateTerm):
         return torch.stack(parts).mean()
 
 
-TERM = StatesTerm(section=EvidenceSection, kind=Kind.TASK, module=Evidence, residue=1e-5)
+TERM = StateTerm(section=EvidenceSection, kind=Kind.TASK, module=Evidence, residue=1e-5)

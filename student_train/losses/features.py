@@ -16,7 +16,7 @@ from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
 from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.losses.pairing import depth_weights, state_pairs
-from student_train.losses.term import Reads, StateTerm, StudentOutputs, TermSection
+from student_train.losses.term import Reads, StateLoss, StudentOutputs, TermSection
 
 MIN_TOKENS = 8
 """Fewer say too little of a set."""
@@ -31,7 +31,7 @@ class FeatureSection(TermSection):
     """Of a segment's sampled tokens, evenly spread."""
 
 
-class PairedTerm(StateTerm):
+class PairedLoss(StateLoss):
     """A term on the sampled states of every cached layer of a tap and of the student's layer at the same depth, in float32 whatever
     the autocast. Layers weigh `decay`^i at first, the shallowest (i = 0) most, and alike at the end."""
 
@@ -79,7 +79,7 @@ class PairedTerm(StateTerm):
         """Its sum over one pair of layers, the `number`-th; scalar."""
 
 
-class GroupedTerm(PairedTerm):
+class GroupedLoss(PairedLoss):
     """A paired term that looks at a segment's tokens together, where there are at least `MIN_TOKENS` of them."""
 
     max_tokens: int

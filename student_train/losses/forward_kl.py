@@ -8,7 +8,7 @@ from torch import Tensor
 from student_train.losses.divergence import Divergence, Parts, Softened
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import HeadTerm, TermSection
+from student_train.losses.term import LogitsTerm, TermSection
 
 
 class ForwardKlSection(TermSection):
@@ -35,4 +35,4 @@ class ForwardKl(Divergence):
         return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(1)
 
 
-TERM = HeadTerm(section=ForwardKlSection, kind=Kind.EXPLICIT, divergence=lambda _section: ForwardKl())
+TERM = LogitsTerm(section=ForwardKlSection, kind=Kind.EXPLICIT, divergence=lambda _section: ForwardKl())

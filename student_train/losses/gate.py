@@ -24,7 +24,7 @@ from student_train.data.signals.distribution import DistributionPart, Distributi
 from student_train.data.signals.tags import TagsPart, TagsRequest
 from student_train.losses.head_terms import OutputTerm
 from student_train.losses.kinds import Kind
-from student_train.losses.rows import segment_of_query, segment_of_token, stored_rows
+from student_train.losses.row_queries import segment_of_query, segment_of_token, stored_rows
 from student_train.losses.schedule import WeightField, constant
 from student_train.losses.temporal import TokenLosses
 from student_train.losses.term import GateTerm, Reads, StudentOutputs, TermSection

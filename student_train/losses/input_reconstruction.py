@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
-from student_train.losses.features import FeatureSection, PairedTerm, in_channel_units
+from student_train.losses.features import FeatureSection, PairedLoss, in_channel_units
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import StatesTerm, StudentOutputs
+from student_train.losses.term import StateTerm, StudentOutputs
 
 TINY = 1e-6
 
@@ -25,7 +25,7 @@ class InputReconstructionSection(FeatureSection):
     """Of g's hidden layer."""
 
 
-class InputReconstruction(PairedTerm):
+class InputReconstruction(PairedLoss):
     """A head g a pair of layers."""
 
     def __init__(self, section: InputReconstructionSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -55,4 +55,4 @@ def relative_l1(found_PD: Tensor, target_PD: Tensor) -> Tensor:
     return (found_PD - target_PD).abs().mean(1) / (target_PD.abs().mean(1) + TINY)
 
 
-TERM = StatesTerm(section=InputReconstructionSection, kind=Kind.STRUCTURED, module=InputReconstruction, residue=None)
+TERM = StateTerm(section=InputReconstructionSection, kind=Kind.STRUCTURED, module=InputReconstruction, residue=None)

@@ -9,7 +9,7 @@ from torch import Tensor
 from student_train.losses.divergence import Divergence, Parts, Softened
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import HeadTerm, TermSection
+from student_train.losses.term import LogitsTerm, TermSection
 
 
 class JsdSection(TermSection):
@@ -45,4 +45,4 @@ class JensenShannon(Divergence):
         return (self.beta * p * (log_p_NV - log_m) + (1 - self.beta) * q * (log_q_NV - log_m)).sum(1)
 
 
-TERM = HeadTerm(section=JsdSection, kind=Kind.EXPLICIT, divergence=lambda section: JensenShannon(section.beta))
+TERM = LogitsTerm(section=JsdSection, kind=Kind.EXPLICIT, divergence=lambda section: JensenShannon(section.beta))

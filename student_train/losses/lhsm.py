@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
-from student_train.losses.features import PairedTerm, make_projection
+from student_train.losses.features import PairedLoss, make_projection
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import StatesTerm, StudentOutputs, TermSection, not_cached
+from student_train.losses.term import StateTerm, StudentOutputs, TermSection, not_cached
 
 
 class LhsmSection(TermSection):
@@ -27,7 +27,7 @@ class LhsmSection(TermSection):
     """Whose states the learned map is applied to, onto the width of the other's."""
 
 
-class Lhsm(PairedTerm):
+class Lhsm(PairedLoss):
     """P of every pair of layers; layers weigh alike."""
 
     def __init__(self, section: LhsmSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -62,4 +62,4 @@ def lhsm_sum(mapped_PD: Tensor, target_PE: Tensor, projection: nn.Linear) -> Ten
         return difference.square().mean(1).sum()
 
 
-TERM = StatesTerm(section=LhsmSection, kind=Kind.STRUCTURED, module=Lhsm, residue=1e-5)
+TERM = StateTerm(section=LhsmSection, kind=Kind.STRUCTURED, module=Lhsm, residue=1e-5)

@@ -2,7 +2,7 @@
 
 from student_train.losses.direction import Direction, DirectionSection
 from student_train.losses.kinds import Kind
-from student_train.losses.term import StatesTerm
+from student_train.losses.term import StateTerm
 
 
 class NormalisedDirection(Direction):
@@ -12,4 +12,4 @@ class NormalisedDirection(Direction):
     at = "ffn_input"
 
 
-TERM = StatesTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=NormalisedDirection, residue=1e-5)
+TERM = StateTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=NormalisedDirection, residue=1e-5)

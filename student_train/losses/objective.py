@@ -25,10 +25,10 @@ from student_train.losses.head_terms import OutputTerm
 from student_train.losses.pairing import LayerPair
 from student_train.losses.parameter_anchor import ParameterAnchorSection
 from student_train.losses.router_balance import RouterBalance, RouterBalanceSection, resolve_balance
-from student_train.losses.rows import RowsOf
+from student_train.losses.row_queries import RowsOf
 from student_train.losses.section import Losses
-from student_train.losses.temporal import TemporalTerm
-from student_train.losses.term import GateTerm, HeadTerm, RegularisationTerm, StateTerm, TermSection
+from student_train.losses.temporal import TemporalLoss
+from student_train.losses.term import GateTerm, LogitsTerm, RegularisationTerm, StateLoss, TermSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Objective:
     """The terms that are on, and what computes those on states (`states`, by name, the student's parameters not among theirs)."""
 
     losses: Losses
-    states: Mapping[str, StateTerm]
+    states: Mapping[str, StateLoss]
     token_weights: TokenWeights | None = None
     """Gives the weights of the divergences' tokens, where they have any."""
     gate: Gate | None = None
@@ -80,9 +80,9 @@ class Objective:
         known, found = registry.terms(), dict[str, float]()
         for name in self.terms:
             match known[name]:
-                case HeadTerm(divergence=None):
+                case LogitsTerm(divergence=None):
                     found[name] = int((batch.labels >= 0).sum())
-                case HeadTerm():
+                case LogitsTerm():
                     found[name] = self._weighed_rows(batch)
                 case GateTerm():
                     levels = () if self.gate is None else self.gate.levels
@@ -105,7 +105,7 @@ class Objective:
         terms, measured = dict[str, OutputTerm](), dict[str, OutputTerm]()
         for name, spec in registry.terms().items():
             section = getattr(self.losses, name)
-            if not isinstance(spec, HeadTerm):
+            if not isinstance(spec, LogitsTerm):
                 continue
             if section is None and spec.divergence is None:
                 measured[name] = OutputTerm(None, 0.0, weighted=False)
@@ -147,7 +147,7 @@ def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
     found = {}
     for name in registry.kinds():
         spec = registry.terms()[name]
-        divergence = isinstance(spec, HeadTerm) and spec.divergence is not None
+        divergence = isinstance(spec, LogitsTerm) and spec.divergence is not None
         losses = Losses.of({name: {"temperature": 1.0} if divergence else {}})  # the temperature that every cache serves
         try:
             check_distribution(losses, cache)
@@ -158,7 +158,7 @@ def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
     return found
 
 
-def _states(losses: Losses, cache: Cache, student: PreTrainedModel) -> dict[str, StateTerm]:
+def _states(losses: Losses, cache: Cache, student: PreTrainedModel) -> dict[str, StateLoss]:
     sections = {name: getattr(losses, name) for name in registry.state_terms()}
     return {
         name: registry.state_terms()[name].module(section, cache, student)
@@ -167,10 +167,10 @@ def _states(losses: Losses, cache: Cache, student: PreTrainedModel) -> dict[str,
     }
 
 
-def _gate(losses: Losses, states: Mapping[str, StateTerm], cache: Cache) -> Gate | None:
+def _gate(losses: Losses, states: Mapping[str, StateLoss], cache: Cache) -> Gate | None:
     if losses.gate is None:
         return None
-    levels = [name for name, term in states.items() if isinstance(term, TemporalTerm)]
+    levels = [name for name, term in states.items() if isinstance(term, TemporalLoss)]
     if len(levels) < 2:
         raise MismatchError(
             "the gate weighs temporal terms against each other",

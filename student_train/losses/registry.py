@@ -10,7 +10,7 @@ from functools import cache
 from types import MappingProxyType
 
 from student_train.losses.kinds import Kind
-from student_train.losses.term import HeadTerm, KnowledgeTerm, StatesTerm, Term, TermSection
+from student_train.losses.term import KnowledgeTerm, LogitsTerm, StateTerm, Term, TermSection
 
 PACKAGE = "student_train.losses"
 ORDER = (
@@ -40,7 +40,7 @@ def _checked(name: str, term: object) -> Term:
         raise TypeError(f"{PACKAGE}.{name}: every setting must have a default, {', '.join(needed)} has none")
     if isinstance(term, KnowledgeTerm) and not issubclass(term.section, TermSection):
         raise TypeError(f"{PACKAGE}.{name}: the section must be a TermSection, found {term.section.__name__}")
-    if isinstance(term, HeadTerm) and term.divergence is not None and "temperature" not in term.section.model_fields:
+    if isinstance(term, LogitsTerm) and term.divergence is not None and "temperature" not in term.section.model_fields:
         raise TypeError(f"{PACKAGE}.{name}: the section of a divergence must have a temperature")
     return term
 
@@ -50,6 +50,6 @@ def kinds() -> dict[str, Kind]:
     return {name: term.kind for name, term in terms().items() if isinstance(term, KnowledgeTerm)}
 
 
-def state_terms() -> dict[str, StatesTerm]:
+def state_terms() -> dict[str, StateTerm]:
     """Those on the student's states or attention."""
-    return {name: term for name, term in terms().items() if isinstance(term, StatesTerm)}
+    return {name: term for name, term in terms().items() if isinstance(term, StateTerm)}

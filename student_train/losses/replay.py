@@ -25,8 +25,8 @@ from student_train.data.signals.replay import ReplayPart, ReplayRequest
 from student_train.losses.features import make_projection
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.temporal import TemporalTerm, TokenLosses
-from student_train.losses.term import Reads, StatesTerm, StudentOutputs, TermSection, at_least_float32, not_cached
+from student_train.losses.temporal import TemporalLoss, TokenLosses
+from student_train.losses.term import Reads, StateTerm, StudentOutputs, TermSection, at_least_float32, not_cached
 
 TINY = 1e-12
 LEAST_RISE_NATS = 1.0
@@ -41,7 +41,7 @@ class ReplaySection(TermSection):
     discount: float = Field(0.9, gt=0, le=1)
 
 
-class Replay(TemporalTerm):
+class Replay(TemporalLoss):
     """Paths of sampled tokens; P is learned."""
 
     def __init__(self, section: ReplaySection, cache: Cache, student: PreTrainedModel) -> None:
@@ -100,4 +100,4 @@ class Replay(TemporalTerm):
         return torch.stack(states, 1), torch.stack(losses, 1)
 
 
-TERM = StatesTerm(section=ReplaySection, kind=Kind.TEMPORAL, module=Replay, residue=2e-2)
+TERM = StateTerm(section=ReplaySection, kind=Kind.TEMPORAL, module=Replay, residue=2e-2)

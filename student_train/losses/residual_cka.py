@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 from model_taps.spread import Groups
 from signal_store.cache import Cache
 from student_train.losses.cka import debiased_cka
-from student_train.losses.features import FeatureSection, GroupedTerm
+from student_train.losses.features import FeatureSection, GroupedLoss
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import StatesTerm
+from student_train.losses.term import StateTerm
 
 
 class ResidualCkaSection(FeatureSection):
@@ -19,7 +19,7 @@ class ResidualCkaSection(FeatureSection):
     weight: WeightField = constant(0.1)
 
 
-class ResidualCka(GroupedTerm):
+class ResidualCka(GroupedLoss):
     """Without parameters: no map is learned, for CKA needs none."""
 
     def __init__(self, section: ResidualCkaSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -33,4 +33,4 @@ class ResidualCka(GroupedTerm):
         return (1 - debiased_cka(groups.of(own_Pd), groups.of(other_PD), groups.inside)).sum()
 
 
-TERM = StatesTerm(section=ResidualCkaSection, kind=Kind.STRUCTURED, module=ResidualCka, residue=1e-4)
+TERM = StateTerm(section=ResidualCkaSection, kind=Kind.STRUCTURED, module=ResidualCka, residue=1e-4)

@@ -8,7 +8,7 @@ from torch import Tensor
 from student_train.losses.divergence import Divergence, Parts, Softened
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import HeadTerm, TermSection
+from student_train.losses.term import LogitsTerm, TermSection
 
 LOG_FLOOR = -40.0
 """Least log-probability of the teacher, in nats, that it compares with: it would be infinite where p is zero, as in rows that pad a
@@ -40,4 +40,4 @@ class ReverseKl(Divergence):
         return (log_q_NV.exp() * (log_q_NV - log_p_NV.clamp(min=LOG_FLOOR))).sum(1)
 
 
-TERM = HeadTerm(section=ReverseKlSection, kind=Kind.EXPLICIT, divergence=lambda _section: ReverseKl())
+TERM = LogitsTerm(section=ReverseKlSection, kind=Kind.EXPLICIT, divergence=lambda _section: ReverseKl())

@@ -17,8 +17,8 @@ from student_train.losses.features import teacher_states
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import LayerPair, state_pairs
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.temporal import TemporalTerm, TokenLosses
-from student_train.losses.term import Reads, StatesTerm, StudentOutputs, TermSection, at_least_float32
+from student_train.losses.temporal import TemporalLoss, TokenLosses
+from student_train.losses.term import Reads, StateTerm, StudentOutputs, TermSection, at_least_float32
 from student_train.losses.trajectory import moved, places_of
 
 
@@ -31,7 +31,7 @@ class SmoothnessSection(TermSection):
     relative: bool = True
 
 
-class Smoothness(TemporalTerm):
+class Smoothness(TemporalLoss):
     """The last state's steps; beyond the teacher's, those of its deepest cached layer."""
 
     def __init__(self, section: SmoothnessSection, cache: Cache, student: PreTrainedModel) -> None:
@@ -76,4 +76,4 @@ class Smoothness(TemporalTerm):
         return TokenLosses(batch.flat, excess_N * place_N / self.section.reference_tokens)
 
 
-TERM = StatesTerm(section=SmoothnessSection, kind=Kind.TEMPORAL, module=Smoothness, residue=1e-4)
+TERM = StateTerm(section=SmoothnessSection, kind=Kind.TEMPORAL, module=Smoothness, residue=1e-4)

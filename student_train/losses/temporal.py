@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from student_train.losses.term import StateTerm, StudentOutputs
+from student_train.losses.term import StateLoss, StudentOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class TokenLosses:
         return total if self.rest is None else total + self.rest
 
 
-class TemporalTerm(StateTerm):
+class TemporalLoss(StateLoss):
     """Base of the levels."""
 
     @abstractmethod

@@ -29,7 +29,7 @@ from student_train.losses.attention_rows import HeadPairs
 from student_train.losses.divergence import Divergence
 from student_train.losses.kinds import Kind
 from student_train.losses.pairing import LayerPair
-from student_train.losses.rows import RowsOf
+from student_train.losses.row_queries import RowsOf
 from student_train.losses.schedule import WeightField
 
 
@@ -54,7 +54,7 @@ class KnowledgeTerm(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadTerm(KnowledgeTerm):
+class LogitsTerm(KnowledgeTerm):
     """Formed in the pass over the output head. `divergence` from the teacher's distribution, made from the section (which has a
     `temperature`); None: cross-entropy with the stored labels."""
 
@@ -62,7 +62,7 @@ class HeadTerm(KnowledgeTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatesTerm(KnowledgeTerm):
+class StateTerm(KnowledgeTerm):
     """A module on the student's states or attention, made from section, cache and student; it refuses what they lack.
 
     `residue`: the most that is left of its mean where the student is its teacher, which is what the codecs round; None where its
@@ -70,7 +70,7 @@ class StatesTerm(KnowledgeTerm):
     not the slope of its value. Every term is tested by both.
     """
 
-    module: "Callable[[Any, Cache, PreTrainedModel], StateTerm]"
+    module: "Callable[[Any, Cache, PreTrainedModel], StateLoss]"
     residue: float | None
     whole_gradient: bool = True
 
@@ -134,8 +134,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-class StateTerm(nn.Module, ABC):
-    """Base of the modules of `StatesTerm`."""
+class StateLoss(nn.Module, ABC):
+    """Base of the modules of `StateTerm`."""
 
     reads: Reads
     matched: tuple[LayerPair, ...] = ()

@@ -8,7 +8,7 @@ from torch import Tensor
 from student_train.losses.divergence import Divergence, Parts, Softened
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
-from student_train.losses.term import HeadTerm, TermSection
+from student_train.losses.term import LogitsTerm, TermSection
 
 
 class TotalVariationSection(TermSection):
@@ -38,4 +38,4 @@ class TotalVariation(Divergence):
         return 0.5 * (q - p).abs().sum(1)
 
 
-TERM = HeadTerm(section=TotalVariationSection, kind=Kind.EXPLICIT, divergence=lambda _section: TotalVariation())
+TERM = LogitsTerm(section=TotalVariationSection, kind=Kind.EXPLICIT, divergence=lambda _section: TotalVariation())

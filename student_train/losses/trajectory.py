@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from student_train.data.batch import CodedBatch
-from student_train.losses.rows import segment_of_row
+from student_train.losses.row_queries import segment_of_row
 
 TINY = 1e-12
 

@@ -25,8 +25,8 @@ from student_train.losses.gate import RowLosses
 from student_train.losses.head_terms import OutputTargets
 from student_train.losses.objective import Objective
 from student_train.losses.output_head import Impl, output_loss
-from student_train.losses.rows import joined_queries, split_rows, stored_rows
-from student_train.losses.temporal import TemporalTerm
+from student_train.losses.row_queries import joined_queries, split_rows, stored_rows
+from student_train.losses.temporal import TemporalLoss
 from student_train.losses.term import StudentOutputs
 
 Sums = dict[str, Tensor]
@@ -116,7 +116,7 @@ class Distiller(nn.Module):
                 sums[name] = term(outputs)
                 total = total + scales[name] * sums[name]
         if self.gate is not None:
-            losses = {name: term.per_token(outputs) for name, term in self.terms.items() if isinstance(term, TemporalTerm)}
+            losses = {name: term.per_token(outputs) for name, term in self.terms.items() if isinstance(term, TemporalLoss)}
             fused = self.gate.fuse(losses, RowLosses.of(list(terms.values()), list(losses_KN)), outputs)
             total = total + scales["gate"] * fused.own
             sums |= {"gate": fused.own, GATE_WEIGHTS: fused.weight_sums}

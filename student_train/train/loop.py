@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from run_kit.progress import progress_bar
 from student_train.data.loader import load
 from student_train.data.packed_batch import PackedBatch
-from student_train.data.rows import Cursor
+from student_train.data.stream import Cursor
 from student_train.engine.controller import Observation
 from student_train.engine.engine import Engine
 from student_train.evaluate.evaluation import numbers

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from student_train.data.rows import Cursor
+from student_train.data.stream import Cursor
 from student_train.evaluate.sections import ValidationSection
 from student_train.losses.attention_rows import HeadPairs
 

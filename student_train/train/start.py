@@ -23,7 +23,7 @@ from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
-from student_train.data.rows import Stream
+from student_train.data.stream import Stream
 from student_train.evaluate.validation import Validation
 from student_train.losses.attention_rows import HeadPairs
 from student_train.losses.objective import Objective

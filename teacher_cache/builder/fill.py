@@ -30,7 +30,7 @@ from signal_store.ledger.documents import (
 from teacher_cache.builder.calibrate import Calibrated, batches_of
 from teacher_cache.builder.worker_notes import noted
 from teacher_cache.signals.batch import extract_batch, plan_rows
-from teacher_cache.signals.rows import Extracted, Rows
+from teacher_cache.signals.extracted import Extracted, Rows
 from teacher_cache.signals.unit_work import UnitWork
 from teacher_cache.worker import Worker
 

@@ -18,8 +18,8 @@ from signal_store.manifest import Manifest
 from signal_store.signals import AttentionLayout, AttentionSignal
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.signals.base import Arrays, CalibrationSample, Facts, SampledExtractor, Scale, Trial, first_row
+from teacher_cache.signals.extracted import Extracted, Rows, numpy_of
 from teacher_cache.signals.layers import refuse_no_rows
-from teacher_cache.signals.rows import Extracted, Rows, numpy_of
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
 from teacher_cache.teacher.forward import TapRequest
 from teacher_cache.teacher.load import Teacher

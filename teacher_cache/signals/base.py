@@ -23,7 +23,7 @@ from signal_store.format.capacities import Capacities
 from signal_store.manifest import Manifest
 from signal_store.signals import Dimensions, Signal
 from teacher_cache.corpus.unit_plan import UnitPlan
-from teacher_cache.signals.rows import Extracted, Rows
+from teacher_cache.signals.extracted import Extracted, Rows
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
 from teacher_cache.teacher.forward import NO_PLACES, NOTHING_MORE, TapRequest, TeacherOutputs
 from teacher_cache.teacher.load import Teacher

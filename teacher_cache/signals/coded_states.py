@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from signal_store.codecs.hidden import HiddenCodec
-from teacher_cache.signals.rows import Extracted, numpy_of
+from teacher_cache.signals.extracted import Extracted, numpy_of
 
 
 @torch.inference_mode()

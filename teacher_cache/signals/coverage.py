@@ -12,7 +12,7 @@ from signal_store.manifest import Manifest
 from signal_store.signals import CoverageSignal
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.signals.base import SampledExtractor, Scale
-from teacher_cache.signals.rows import Extracted, Rows, numpy_of
+from teacher_cache.signals.extracted import Extracted, Rows, numpy_of
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
 
 

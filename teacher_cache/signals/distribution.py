@@ -18,7 +18,7 @@ from signal_store.signals import DistributionSignal
 from signal_store.signals.distribution import sampled_path
 from teacher_cache.signals.base import Arrays, CalibrationSample, Facts, Scale, SignalExtractor, Trial
 from teacher_cache.signals.budget import FIT_TOKENS_PER_CHANNEL, held_out
-from teacher_cache.signals.rows import Extracted, numpy_of
+from teacher_cache.signals.extracted import Extracted, numpy_of
 from teacher_cache.signals.tail.basis import TailFit, headless_codec
 from teacher_cache.signals.tail.choice import choose_codec
 from teacher_cache.signals.tail.cost import fit_flops, search_flops

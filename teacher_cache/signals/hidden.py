@@ -16,8 +16,8 @@ from signal_store.signals import EveryNth, HiddenLayout, HiddenSignal, RandomFra
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.signals.base import Arrays, CalibrationSample, Facts, SampledExtractor, Scale, Trial
 from teacher_cache.signals.coded_states import coded_states
+from teacher_cache.signals.extracted import Extracted, Rows
 from teacher_cache.signals.layers import chosen_layers
-from teacher_cache.signals.rows import Extracted, Rows
 from teacher_cache.signals.sampling import drawn, key_of, per_segment
 from teacher_cache.signals.unit_work import Places, SignalBatch, UnitWork
 from teacher_cache.teacher.forward import TapRequest

@@ -23,8 +23,8 @@ from signal_store.signals import ReplaySignal
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.signals.base import Facts, SampledExtractor, Scale, Trial
 from teacher_cache.signals.coded_states import coded_states
+from teacher_cache.signals.extracted import Extracted, numpy_of
 from teacher_cache.signals.layers import chosen_layers
-from teacher_cache.signals.rows import Extracted, numpy_of
 from teacher_cache.signals.sampling import drawn, generator, key_of, per_segment
 from teacher_cache.signals.unit_work import Places, SignalBatch
 from teacher_cache.teacher.forward import TapRequest, TeacherOutputs

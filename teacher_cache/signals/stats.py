@@ -11,8 +11,8 @@ from signal_store.manifest import Manifest
 from signal_store.signals import StatsLayout, StatsSignal
 from teacher_cache.corpus.unit_plan import UnitPlan
 from teacher_cache.signals.base import Arrays, Facts, Scale, SignalExtractor, Trial
+from teacher_cache.signals.extracted import Extracted, numpy_of
 from teacher_cache.signals.layers import chosen_layers, refuse_no_rows
-from teacher_cache.signals.rows import Extracted, numpy_of
 from teacher_cache.signals.unit_work import Places, SignalBatch
 from teacher_cache.teacher.forward import NO_PLACES, TapRequest
 from teacher_cache.teacher.load import Teacher

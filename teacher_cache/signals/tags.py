@@ -3,7 +3,7 @@
 from signal_store.manifest import Manifest
 from signal_store.signals import TagsSignal
 from teacher_cache.signals.base import SignalExtractor
-from teacher_cache.signals.rows import Extracted, Rows
+from teacher_cache.signals.extracted import Extracted, Rows
 from teacher_cache.signals.unit_work import SignalBatch, UnitWork
 
 

@@ -103,8 +103,10 @@ class SignalBatch:
         assert self.outputs.logits is not None
         return self.outputs.logits[rows]
 
-    def over_logits(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a function makes of float32 logits [rows, V], for all rows [n, ...]: in chunks, so that [n, V] is never held."""
+    def over_logits(self, of: Callable[..., Tensor], *beside: Tensor) -> Tensor:
+        """What a function makes of float32 logits [rows, V], for all rows [n, ...]: in chunks, so that [n, V] is never held. Of
+        each of `beside` [n, ...], such as `labels`, it is given the same rows."""
         step = max(1, LOGITS_BYTES.get(self.device.type, 2**26) // (4 * self.teacher.vocab_size))
         with torch.inference_mode():
-            return torch.cat([of(self.logits(slice(start, start + step))) for start in range(0, len(self.outputs.hidden), step)])
+            rows = [slice(start, start + step) for start in range(0, len(self.outputs.hidden), step)]
+            return torch.cat([of(self.logits(some), *(more[some] for more in beside)) for some in rows])

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from signal_store.signals.pace import PaceSignal
 from teacher_cache.signals.base import SampledExtractor
-from teacher_cache.signals.rows import Extracted, numpy_of
+from teacher_cache.signals.extracted import Extracted, numpy_of
 
 class PaceExtractor(SampledExtractor[PaceSignal, tuple[torch.Tensor, float]]):
     def positions(self, unit):

@@ -23,9 +23,9 @@ from signal_store.errors import InputError, MismatchError
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.collate import collate
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionRequest
+from student_train.data.stream import Stream
 from student_train.data.unit import IGNORE
 from student_train.losses import registry
 from student_train.losses.divergence import Divergence, Softened
@@ -33,7 +33,7 @@ from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import Objective, resolve
 from student_train.losses.output_head import IMPLEMENTATIONS, Impl, output_loss
 from student_train.losses.section import Losses
-from student_train.losses.term import GateTerm, HeadTerm, StatesTerm
+from student_train.losses.term import GateTerm, LogitsTerm, StateTerm
 from student_train.model.distiller import Distiller
 from student_train.recipe import RunRecipe
 from teacher_cache.commands.build import build
@@ -41,7 +41,7 @@ from tests.codes import made_codec, made_codes
 from tests.conftest import Once, RecipeMaker
 from tests.tiny import CONTEXT, make_model
 
-HEAD = {name: term for name, term in registry.terms().items() if isinstance(term, HeadTerm)}
+HEAD = {name: term for name, term in registry.terms().items() if isinstance(term, LogitsTerm)}
 DIVERGENCES = [name for name, term in HEAD.items() if term.divergence is not None]
 LEVELS: dict[str, Any] = {"smoothness": {}, "attention_evolution": {}, "replay": {}}
 PARTS = 4
@@ -153,7 +153,7 @@ def test_parts_add_up_to_the_whole_in_any_order(knowing_cache: Cache, name: str,
     same(batches_of(knowing_cache, objective, ROWS))
     same(batches_of(knowing_cache, objective, ROWS, world=2))
     reversed_rows: Any = lambda rows, *given, **named: collate(rows[::-1], *given, **named)
-    monkeypatch.setattr("student_train.data.rows.collate", reversed_rows)
+    monkeypatch.setattr("student_train.data.stream.collate", reversed_rows)
     same(batches_of(knowing_cache, objective, PARTS * ROWS))
 
 
@@ -196,7 +196,7 @@ def test_its_gradient_is_finite_and_the_slope_of_its_value(knowing_cache: Cache,
         return
     blocks = [p for p in student.model.layers.parameters() if p.grad is not None and p.grad.any()]
     assert blocks
-    if isinstance(term, StatesTerm) and not term.whole_gradient:
+    if isinstance(term, StateTerm) and not term.whole_gradient:
         return
     slope = float(torch.stack([p.grad.double().square().sum() for p in blocks if p.grad is not None]).sum().sqrt())
     step = 1e-3 * float(begun.detach()) / slope

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from signal_store.errors import InputError
 from signal_store.format.capacities import Capacities
 from signal_store.io.objects import objects_at
 from signal_store.ledger.documents import SEALS
@@ -20,8 +21,8 @@ from teacher_cache.commands.calibrate import calibrate
 from teacher_cache.recipe import CacheRecipe
 from teacher_cache.signals.base import first_row
 from teacher_cache.signals.batch import extract_batch, plan_rows
+from teacher_cache.signals.extracted import Extracted, Rows
 from teacher_cache.signals.registry import capacities_of, extractor_class
-from teacher_cache.signals.rows import Rows
 from teacher_cache.signals.unit_work import UnitWork
 from teacher_cache.teacher.batches import TeacherBatch
 from tests.conftest import EVERY_SIGNAL, Once, RecipeMaker, every_source
@@ -142,3 +143,28 @@ def unit_rows(calibrated: Calibrated, work: UnitWork) -> Rows:
     parts = [extract_batch(calibrated, work, batch) for batch in batches_of(calibrated, work.plan)]
     joined = {path: np.concatenate([part.rows[path] for part in parts]) for path in parts[0].rows}
     return {**plan_rows(calibrated, work), **joined}
+
+
+@pytest.mark.parametrize("name", Signals.model_fields)
+def test_rows_that_are_not_the_batchs_are_refused(
+    name: str, calibrated: Calibrated, works: list[UnitWork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batches_of(calibrated, works[0].plan)[0]
+    kind = next(type(extractor) for extractor in calibrated.extractors if extractor.name == name)
+    whole: Any = kind.extract
+    axes = {spec.path: spec.dimension_names[0] for spec in calibrated.manifest.specs}
+
+    def short(self: Any, prepared: Any, seen: Any) -> Extracted:
+        rows = whole(self, prepared, seen).rows
+        return Extracted({path: array if axes[path] == "entry" else array[:-1] for path, array in rows.items()})
+
+    def another(self: Any, prepared: Any, seen: Any) -> Extracted:
+        return Extracted({"elsewhere/values": np.zeros(1)})
+
+    made = extract_batch(calibrated, works[0], batch).rows
+    counted = any(len(array) and path.startswith(f"{name}/") and axes[path] != "entry" for path, array in made.items())
+    wrongs: list[tuple[Any, str]] = [(another, f"array that the signal does not have; .*signals.{name}")]
+    for wrong, words in wrongs + ([(short, f"not a row for each .*signals.{name}")] if counted else []):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=words):
+            patch.setattr(kind, "extract", wrong)
+            extract_batch(calibrated, works[0], batch)

@@ -8,8 +8,8 @@ import torch
 
 from signal_store.cache import Cache
 from student_train.data.codecs import Codecs
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
+from student_train.data.stream import Stream
 from student_train.evaluate.cka import DepthCka
 from student_train.evaluate.evaluation import LABELS, NATS, SHARE, Evaluation, numbers
 from student_train.evaluate.gradient_shares import GradientShares

@@ -15,17 +15,17 @@ from signal_store.cache import Cache
 from signal_store.codecs.attention import MAX_ERROR, decode_attention
 from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.data.signals.hidden import HiddenPart, HiddenRequest
+from student_train.data.stream import Stream
 from student_train.losses import registry
 from student_train.losses.dense import dense_divergence
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import resolve
 from student_train.losses.output_head import output_loss
 from student_train.losses.section import Losses
-from student_train.losses.term import HeadTerm
+from student_train.losses.term import LogitsTerm
 from student_train.model.distiller import Distiller
 from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
@@ -105,7 +105,7 @@ def test_full_rank_or_full_head_equals_a_live_teacher(
     assert part is not None
     targets = OutputTargets(batch.labels, part.codes, codec)
     spec = registry.terms()[kind]
-    assert isinstance(spec, HeadTerm)
+    assert isinstance(spec, LogitsTerm)
     assert spec.divergence is not None
     divergence = spec.divergence(spec.section())
     scale = 1 / len(batch.flat)

@@ -18,7 +18,6 @@ from signal_store.codecs.attention import encode_attention
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.part import Part
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.attention import AttentionCodes, AttentionPart
 from student_train.data.signals.coverage import CoveragePart
@@ -26,6 +25,7 @@ from student_train.data.signals.evidence import EvidencePart
 from student_train.data.signals.hidden import HiddenCodes, HiddenPart
 from student_train.data.signals.replay import ReplayPart
 from student_train.data.signals.stats import StatsPart
+from student_train.data.stream import Stream
 from student_train.losses.objective import Objective, resolve
 from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller

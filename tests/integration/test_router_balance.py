@@ -18,8 +18,8 @@ from student_train.commands.explain import explain
 from student_train.commands.run import run
 from student_train.data.batch import CodedBatch
 from student_train.data.request import TOKENS_ONLY
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
+from student_train.data.stream import Stream
 from student_train.losses.objective import resolve
 from student_train.losses.router_balance import family_balance, refuse_lost_losses
 from student_train.losses.section import Losses

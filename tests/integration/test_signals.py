@@ -24,11 +24,11 @@ from signal_store.segment import Segment
 from signal_store.signals import HEAD_SIZES, QUALITIES, DistributionSignal
 from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.attention import AttentionPart
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.data.signals.hidden import HiddenPart
+from student_train.data.stream import Stream
 from student_train.losses.objective import resolve
 from student_train.losses.section import Losses
 from teacher_cache.builder.calibrate import manifest_of

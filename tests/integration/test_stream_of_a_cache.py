@@ -23,11 +23,11 @@ from student_train.data.batch import CodedBatch, LaneCursor
 from student_train.data.loader import load
 from student_train.data.placement import Row
 from student_train.data.request import TOKENS_ONLY, SignalRequest
-from student_train.data.rows import Cursor, Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.attention import AttentionPart, AttentionRequest
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.data.signals.hidden import HiddenPart, HiddenRequest
+from student_train.data.stream import Cursor, Stream
 from teacher_cache.commands.build import build
 from tests.tiny import CODE, CONTEXT, PROSE, write_jsonl
 

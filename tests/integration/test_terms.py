@@ -12,8 +12,8 @@ from signal_store.cache import Cache
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.collate import collate
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
+from student_train.data.stream import Stream
 from student_train.losses import registry
 from student_train.losses.objective import Objective, resolve
 from student_train.losses.section import Losses

@@ -68,11 +68,11 @@ def test_one_new_file_is_a_new_term_that_follows_the_others(add: Add) -> None:
         (("TERM = KnowledgeTerm", "TERM = dict"), "TERM must be a Term, found dict"),
         (("= constant(0.5)", ""), "every setting must have a default, weight has none"),
         (("TermSection)", "Section)"), "the section must be a TermSection"),
-        (("KnowledgeTerm(section", "HeadTerm(divergence=lambda _: None, section"), "must have a temperature"),
+        (("KnowledgeTerm(section", "LogitsTerm(divergence=lambda _: None, section"), "must have a temperature"),
     ],
 )
 def test_a_file_whose_term_is_none_is_refused_by_name(add: Add, change: tuple[str, str], says: str) -> None:
-    text = TERM.replace(*change).replace("import KnowledgeTerm", "import HeadTerm, KnowledgeTerm")
+    text = TERM.replace(*change).replace("import KnowledgeTerm", "import LogitsTerm, KnowledgeTerm")
     name = add("from signal_store.signals import Section\n" + text)
     with pytest.raises(TypeError, match=rf"losses\.{name}: .*{says}"):
         registry.terms()

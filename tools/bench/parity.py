@@ -35,9 +35,9 @@ from step import make_student
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.stream import Stream
 from student_train.evaluate.validation import measured
 from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.head_terms import OutputTargets, OutputTerm

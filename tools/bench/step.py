@@ -34,8 +34,8 @@ from signal_store.errors import SignalStoreError
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.loader import load
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
+from student_train.data.stream import Stream
 from student_train.losses.objective import resolve
 from student_train.losses.section import Losses
 from student_train.model.distiller import Distiller

@@ -28,9 +28,9 @@ from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import Cache, open_cache
 from student_train.data.codecs import Codecs
 from student_train.data.request import TOKENS_ONLY, SignalRequest
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.stream import Stream
 
 DISTRIBUTION = SignalRequest.of(DistributionRequest())
 

@@ -25,8 +25,8 @@ from signal_store.cache import Cache, open_cache
 from step import make_student
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
-from student_train.data.rows import Stream
 from student_train.data.sections import StreamSection
+from student_train.data.stream import Stream
 from student_train.losses import registry
 from student_train.losses.kinds import Kind
 from student_train.losses.objective import Objective, resolve

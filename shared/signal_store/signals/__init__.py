@@ -42,6 +42,10 @@ class ShippedSignals(Section):
     evidence: EvidenceSignal | None = None
     coverage: CoverageSignal | None = None
 
+    if TYPE_CHECKING:  # a signal that is one file more
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not list(self.cached()):
