@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError, SignalStoreError
 from teacher_cache.corpus.document import Document
+from teacher_cache.corpus.filters import DocumentFilter, filters_of
 from teacher_cache.corpus.roles import Tagger, make_tagger, no_words, token_roles
 from teacher_cache.corpus.rows import Row
 from teacher_cache.corpus.segments import PlannedSegment, cut
@@ -45,7 +46,7 @@ class CutDocument:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that gives no document, and why; or a document of it, `text`, that does not fit the context."""
+    """A row that gives no document, and why; or a document of it, `text`, that a filter left out."""
 
     number: int
     error: InputError
@@ -74,7 +75,8 @@ class Cutter:
                 if job.source.on_bad_row == "stop":
                     break
         tokenized = self._tokenized([d for _, d in found if isinstance(d, Document) and d.text], job.source)
-        return [item if isinstance(item, BadRow) else self._segments(row, item, tokenized, job) for row, item in found]
+        filters = filters_of(job.source, self.recipe)
+        return [item if isinstance(item, BadRow) else self._segments(row, item, tokenized, job, filters) for row, item in found]
 
     def _tokenized(self, texts: Sequence[Document], source: Source) -> Iterator[TokenizedDocument]:
         return tokenize(
@@ -85,17 +87,22 @@ class Cutter:
             roles_of=partial(token_roles, self._tagger(source)) if self.recipe.has_tags else None,
         )
 
-    def _segments(self, row: Row, document: Document, tokenized: Iterator[TokenizedDocument], job: Job) -> Outcome:
+    def _segments(
+        self,
+        row: Row,
+        document: Document,
+        tokenized: Iterator[TokenizedDocument],
+        job: Job,
+        filters: Sequence[DocumentFilter],
+    ) -> Outcome:
         if not document.text:
             return CutDocument(document, ())
         whole = next(tokenized)  # an error here is no row's: a lexer that is not there, a tokenizer that cannot
-        refuse_long = job.source.long_chats == "refuse"
-        try:
-            segments = cut(whole, self.recipe.context, self.recipe.overlap, job.number, 0, refuse_long=refuse_long)
-            return CutDocument(document, tuple(segments))
-        except InputError as error:
-            error.where = row.where
-            return BadRow(row.number, error, document)
+        for each in filters:
+            if (error := each.refusal(whole)) is not None:
+                error.where = row.where
+                return BadRow(row.number, error, document)
+        return CutDocument(document, tuple(cut(whole, self.recipe.context, self.recipe.overlap, job.number, 0)))
 
     def _tagger(self, source: Source) -> Tagger:
         if source.name not in self.words:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from signal_store.errors import InputError
 from signal_store.format.text import NO_TOKEN
 from teacher_cache.corpus.tokens import NONE, TokenizedDocument
 
@@ -58,20 +57,10 @@ def loss_mask_of(document: TokenizedDocument) -> NDArray[np.uint8]:
     return mask
 
 
-def cut(
-    document: TokenizedDocument, context: int, overlap: int, source: int, number: int, *, refuse_long: bool = False
-) -> Iterator[PlannedSegment]:
-    """Segments of at most `context` tokens; all but the first begin with the document's prefix and `overlap` tokens of context.
-    InputError where a document is longer than the context and `refuse_long`, or where its prefix leaves no room."""
+def cut(document: TokenizedDocument, context: int, overlap: int, source: int, number: int) -> Iterator[PlannedSegment]:
+    """Segments of at most `context` tokens; all but the first begin with the document's prefix and `overlap` tokens of context. The
+    prefix of a longer document is at most half of the context, as `filters.fits_context` sees to."""
     total, prefix = len(document.input_ids), document.prefix
-    if total > context and (refuse_long or 2 * prefix > context):
-        raise InputError(
-            "a chat is longer than the context" if refuse_long else "a system turn takes more than half of the context",
-            expected=f"at most {context if refuse_long else context // 2} tokens",
-            found=total if refuse_long else prefix,
-            where=f"document {number}",
-            remedy="Raise context, or leave such chats out.",
-        )
     mask = loss_mask_of(document)
     start, own, head = 0, 0, 0
     while own < total:

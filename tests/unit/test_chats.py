@@ -15,6 +15,7 @@ from signal_store.manifest import SourceIdentity
 from teacher_cache.builder.source_stats import SourceStats
 from teacher_cache.corpus.chat import ChatOptions, render_chat
 from teacher_cache.corpus.document import Document
+from teacher_cache.corpus.filters.fits_context import FitsContext
 from teacher_cache.corpus.segments import COUNTS, COUNTS_NOT, cut, loss_mask_of
 from teacher_cache.corpus.sources import documents
 from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
@@ -404,10 +405,16 @@ def test_each_window_of_a_long_chat_begins_with_its_system_turn(bos: bool) -> No
     assert all(str(tokenizer.decode(segment.input_ids)).startswith(beginning) for segment in segments)
     own = np.concatenate([segment.input_ids[segment.context_only :] for segment in segments])
     assert (own == found.input_ids).all()
-    with pytest.raises(InputError, match="longer than the context"):
-        list(cut(found, 60, 4, 0, 0, refuse_long=True))
-    with pytest.raises(InputError, match="more than half of the context"):
-        list(cut(found, 30, 4, 0, 0))
+    prefix, total = found.prefix, len(found.input_ids)
+    for context, refuse_long, words in (
+        (total, True, None),
+        (total - 1, True, "longer than the context"),
+        (total, False, None),
+        (2 * prefix, False, None),
+        (2 * prefix - 1, False, "more than half of the context"),
+    ):
+        refusal = FitsContext(context, refuse_long=refuse_long).refusal(found)
+        assert (refusal is None) if words is None else (words in str(refusal)), (context, refuse_long)
 
 
 def test_without_a_system_turn_a_window_begins_as_the_chat_does() -> None:

@@ -31,8 +31,10 @@ from teacher_cache.recipe import CacheRecipe
 WAYS: dict[str, dict[str, Any]] = {
     "text alone": {"losses": {"cross_entropy": {}}},
     "from the cache": {"losses": {"forward_kl": {"temperature": 1.0}}},
+    "from the cache, states too": {"losses": {"forward_kl": {"temperature": 1.0}, "lhsm": {"weight": 1.0}}},
     "from the cache, and the text": {"losses": {"forward_kl": {"temperature": 1.0}, "cross_entropy": {"weight": 0.2}}},
 }
+HIDDEN: dict[str, Any] = {"positions": {"every": 4}, "layers": [6, 12, 18, 24, 30]}
 PROBE_STEPS = 4
 KEPT_ENDS = 2
 
@@ -89,7 +91,10 @@ def make_cache(args: argparse.Namespace) -> CacheRecipe:
             "context": args.sequence_length,
             "unit_tokens": 16_384,
             "batch_tokens": 4096,
-            "signals": {"distribution": {"quality": args.quality}},
+            "signals": {
+                "distribution": {"quality": args.quality},
+                **({"hidden": HIDDEN} if any("states" in way for way in args.ways) else {}),
+            },
         }
     )
     build(recipe)
