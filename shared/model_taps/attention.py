@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from model_taps.attention_interface import Kernel, kernel_function, own_kernel, put_around_kernel
 from model_taps.blocks import decoder_blocks, unsupported
+from model_taps.evaluating import evaluating
 from model_taps.head import final_hidden
 
 CHECKED_TOKENS = 12
@@ -91,17 +92,14 @@ def captured_layers(model: PreTrainedModel, vocab_size: int) -> tuple[int, ...]:
     ids = torch.randint(vocab_size, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     places = torch.arange(CHECKED_TOKENS, device=device)
     query = RowQuery(torch.zeros_like(places), places, torch.zeros_like(places))
-    before, was_training = own_kernel(model), model.training
-    model.eval()
-    try:
+    before = own_kernel(model)
+    with evaluating(model):
         for kernel in ("eager", before):
             model.set_attn_implementation(kernel)
             enable_row_capture(model)
             with _tapped(dict.fromkeys(range(1, len(blocks) + 1), query)) as tap:
                 final_hidden(model, ids, None)
             _refuse_other_rows(model, tap)
-    finally:
-        model.train(was_training)
     inside = {layer: {id(module) for module in block.modules()} for layer, block in enumerate(blocks, start=1)}
     return tuple(sorted(layer for layer, module in tap.modules.items() if id(module) in inside[layer]))
 

@@ -6,6 +6,7 @@ The probe changes the second half of a short text and looks at the states of the
 import torch
 from transformers import PreTrainedModel
 
+from model_taps.evaluating import evaluating
 from model_taps.head import final_hidden
 from model_taps.loading import LOADING_ERRORS
 from model_taps.neighbours import tolerance
@@ -21,10 +22,8 @@ def look_ahead(model: PreTrainedModel, vocab_size: int) -> float:
     other = ids.clone()
     other[:, _TOKENS // 2 :] = (other[:, _TOKENS // 2 :] + 1) % vocab_size
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    one, two = (final_hidden(model, rows.to(device), None)[:, : _TOKENS // 2].float() for rows in (ids, other))
-    model.train(was_training)
+    with evaluating(model):
+        one, two = (final_hidden(model, rows.to(device), None)[:, : _TOKENS // 2].float() for rows in (ids, other))
     return float((one - two).abs().max() / one.std().clamp(min=1e-6))
 
 

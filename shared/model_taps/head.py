@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model_taps.blocks import model_body, text_decoder, unsupported
+from model_taps.evaluating import evaluating
 from signal_store.codecs.bf16_units import bf16_units
 from signal_store.codecs.distribution import apply_softcap
 
@@ -123,10 +124,8 @@ def refuse_another_head(model: PreTrainedModel, vocab_size: int, what: str) -> N
     """InputError where the model's own logits are not those of its linear head."""
     device = next(model.parameters()).device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-    was_training = model.training
-    model.eval()
-    found = head_error(model, torch.arange(min(vocab_size, 16), device=device)[None])
-    model.train(was_training)
+    with evaluating(model):
+        found = head_error(model, torch.arange(min(vocab_size, 16), device=device)[None])
     if found > MAX_HEAD_ERROR.get(dtype, 5e-2):
         raise unsupported(model, f"the {what}'s logits are not its linear head's", f"a relative difference of {found:.2g}")
 

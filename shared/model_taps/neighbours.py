@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model_taps.blocks import model_body
+from model_taps.evaluating import evaluating
 from model_taps.head import accepts, final_hidden
 from model_taps.packing import Forward, position_ids
 from signal_store.errors import InputError, SignalStoreError, memory_error
@@ -70,10 +71,8 @@ def probe(
     """The first of the `allowed` ways that keeps segments of up to `length` tokens apart, in rows of `width` (None: `length`) and
     passes of at most `most_tokens` (None: two rows). InputError where none does."""
     width = width or length
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return _Probe(model, vocab_size, length, width, most_tokens or 2 * width, what).found(allowed)
     except SignalStoreError:
         raise
@@ -82,8 +81,6 @@ def probe(
             raise
         found = f"{type(error).__name__}: {str(error)[:300]}"
         raise InputError(f"the {what} cannot run {length} tokens", found=found, where=model.config.model_type) from error
-    finally:
-        model.train(was_training)
 
 
 Segments = list[tuple[int, int]]

@@ -75,5 +75,5 @@ def _options(
 
 
 def _stop(line: str) -> None:
-    print(line, file=sys.stderr)  # noqa: T201  (this is the one place that speaks to the terminal)
+    print(line, file=sys.stderr)  # noqa: T201  (an error is for the terminal)
     raise SystemExit(EXIT_WRONG_INPUT)

@@ -12,7 +12,7 @@ from signal_store.manifest import Split
 class Segment:
     """One segment: the tokens the teacher saw as one context, and where its rows are.
 
-    `input_ids` uint32 [n], `loss_mask` uint8 [n] (see `layout.token_arrays`), `next_token` the label of the last row or None;
+    `input_ids` uint32 [n], `loss_mask` uint8 [n] (see `format.text.token_arrays`), `next_token` the label of the last row or None;
     `token_start` the global index of its first token; `source` its source's name, `document` its number there. The first
     `context_only` tokens are another segment's, and only seen by this one's. Row t predicts token t + 1.
     """

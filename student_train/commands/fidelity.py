@@ -57,7 +57,7 @@ def evaluated(student: Path, cache: str | tuple[str, ...], max_tokens: int | Non
         raise MismatchError("the cache holds no distribution to compare with", expected="signals.distribution", where=opened.uri)
     if not len(opened.units("validation")):
         raise MismatchError("the cache has no validation split", expected="a source with split: validation", where=opened.uri)
-    parallel = _shared(student, opened, bf16=bf16)
+    parallel = _parallel_student(student, opened, bf16=bf16)
     validation = Validation(opened)
     parallel.distiller.codecs = Codecs.of(opened, validation.needs, parallel.accelerator.device)
     rows = StreamSection(sequence_length=opened.manifest.plan.context, global_batch_rows=ROWS)
@@ -81,7 +81,7 @@ def _shown(quantity: Quantity) -> str:
     return f"{value} {quantity.unit}".rstrip()
 
 
-def _shared(student: Path, cache: Cache, *, bf16: bool) -> ParallelModel:
+def _parallel_student(student: Path, cache: Cache, *, bf16: bool) -> ParallelModel:
     model, _ = build_student(StudentSection(checkpoint=str(student)), cache)
     accelerator = accelerator_of(bf16=bf16)
     distiller = Distiller(model, Objective(Losses.of({}), {})).to(accelerator.device)

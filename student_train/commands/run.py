@@ -128,12 +128,12 @@ def _accelerator(recipe: RunRecipe, begun: Begun) -> tuple[Accelerator, Precisio
     precision = choose_precision(recipe.precision, training_device(), begun.precision)
     accelerator = accelerator_of(bf16=precision.bf16, kwargs_handlers=both)
     if accelerator.is_main_process:
-        for line in filter(None, (emulated(precision, accelerator.device), _cold(recipe))):
+        for line in filter(None, (emulated(precision, accelerator.device), _long_warmup_notice(recipe))):
             tell(line)
     return accelerator, precision
 
 
-def _cold(recipe: RunRecipe) -> str | None:
+def _long_warmup_notice(recipe: RunRecipe) -> str | None:
     """What to say of a run that ends in its warm-up. That is legitimate: a trial of a few steps begins as the longer run would."""
     rate, steps, warmup = recipe.optimizer.learning_rate, recipe.steps, recipe.optimizer.warmup_steps
     if warmup <= steps:

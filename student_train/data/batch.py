@@ -12,7 +12,7 @@ from torch import Tensor
 
 from student_train.data.part import Part
 
-Kind = TypeVar("Kind", bound=Part)
+PartKind = TypeVar("PartKind", bound=Part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class CodedBatch:
     cursor: dict[int, LaneCursor]
     signals: dict[type[Part], Part]
 
-    def part(self, kind: type[Kind]) -> Kind | None:
+    def part(self, kind: type[PartKind]) -> PartKind | None:
         """What it holds of a signal; None where that was not asked for, or the batch has no segment."""
         found = self.signals.get(kind)
         return found if isinstance(found, kind) else None

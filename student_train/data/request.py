@@ -9,7 +9,7 @@ from student_train.data.signals import request_kinds
 from student_train.data.signals.base import Request
 from student_train.data.unit import Read, UnitReader
 
-Kind = TypeVar("Kind", bound=Request)
+RequestKind = TypeVar("RequestKind", bound=Request)
 TEXT = ("tokens/input_ids", "tokens/loss_mask")
 
 
@@ -42,7 +42,7 @@ class SignalRequest:
     def __iter__(self) -> Iterator[Request]:
         return iter(self.signals.values())
 
-    def get(self, kind: type[Kind]) -> Kind | None:
+    def get(self, kind: type[RequestKind]) -> RequestKind | None:
         """What is asked for of one signal, by the class of its request."""
         found = self.signals.get(kind.signal())
         return found if isinstance(found, kind) else None

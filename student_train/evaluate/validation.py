@@ -16,6 +16,7 @@ from student_train.data.request import TOKENS_ONLY, SignalRequest
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.evaluate import fidelity
 from student_train.evaluate.evaluation import LABELS, NATS, Quantity
+from student_train.losses.row_queries import segment_of_row
 from student_train.model.distiller import Distiller
 from student_train.model.parallel import ParallelModel
 
@@ -64,7 +65,7 @@ class Validation:
             for coded in batches:
                 batch = coded.to(accelerator.device)
                 with accelerator.autocast():
-                    sums = student.model(batch, look=measured)
+                    sums = student.model(batch, look=batch_sums)
                 sources = torch.tensor([place[number] for number in batch.sources], dtype=torch.int64, device=accelerator.device)
                 for row, name in enumerate(("segment_loss", "segment_labels")):
                     by_source[row].index_add_(0, sources, sums[name].double())
@@ -84,13 +85,11 @@ class Validation:
         }
 
 
-def measured(distiller: Distiller, batch: CodedBatch) -> dict[str, Tensor]:
+def batch_sums(distiller: Distiller, batch: CodedBatch) -> dict[str, Tensor]:
     """The sums of `fidelity.measure_rows`; and by segment `segment_loss` in nats and `segment_labels`, float32 [segments]."""
     hidden_ND, head = distiller.final_hidden(batch)[batch.flat], output_head(distiller.student)
-    rows = torch.tensor(batch.segment_rows, dtype=torch.int64, device=hidden_ND.device)
-    segment_N = torch.repeat_interleave(torch.arange(len(rows), device=hidden_ND.device), rows)
     codes = DistributionPart.codes_of(batch)
     loss_N, sums = fidelity.measure_rows(hidden_ND, head, batch.labels, codes, distiller.codecs.whole)
-    empty = loss_N.new_zeros(len(rows))
+    empty = loss_N.new_zeros(len(batch.segment_rows))
     by_segment = {"segment_loss": loss_N, "segment_labels": (batch.labels >= 0).to(loss_N)}
-    return sums | {name: empty.index_add(0, segment_N, value_N) for name, value_N in by_segment.items()}
+    return sums | {name: empty.index_add(0, segment_of_row(batch), value_N) for name, value_N in by_segment.items()}

@@ -11,11 +11,6 @@ PRESETS: Mapping[str, str] = {"demo_kl": "forward_kl", "flash_004": "logits_hidd
 """By name of before, the preset's own."""
 
 
-def term_name(name: str) -> str:
-    """A term's own name."""
-    return current_name(name, TERMS, "losses")
-
-
 def by_own_names(content: Mapping[str, Any]) -> dict[str, Any]:
     """The same terms by their own names. ValueError where a term stands there under two."""
     return by_current_names(content, TERMS, "losses")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from model_taps.evaluating import evaluating
 from signal_store.errors import InputError, MismatchError
 from signal_store.format.section import Section
 from student_train.losses.schedule import WeightField, constant
@@ -112,16 +113,13 @@ def refuse_lost_losses(student: PreTrainedModel, vocab_size: int, balance: Route
     ids_BS = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     ids_BS = ids_BS.to(next(student.parameters()).device)
     options = {} if balance is None else {"output_router_logits": True}
-    was_training = student.training
-    student.eval()
     try:
-        found = student(input_ids=ids_BS, labels=ids_BS, use_cache=False, **options)
+        with evaluating(student):
+            found = student(input_ids=ids_BS, labels=ids_BS, use_cache=False, **options)
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         if balance is None:
             return  # a family that cannot form a loss of its own adds none
         raise _unheard(student, f"{type(error).__name__}: {error}") from error
-    finally:
-        student.train(was_training)
     whole_BS = torch.ones_like(ids_BS)
     if balance is not None:
         ours, own = float(balance(found.router_logits, whole_BS)) / whole_BS.numel(), float(found.aux_loss)

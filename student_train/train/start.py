@@ -96,7 +96,7 @@ def start(
     distiller.to(device)
     able = _probe(settings, accelerator, cache, distiller)
     ranks = accelerator.process_index, accelerator.num_processes
-    stream = Stream(cache, objective.needs, settings.stream, _cut(able, packed, distiller), *ranks, objective.token_weights)
+    stream = Stream(cache, objective.needs, settings.stream, _packs(able, packed, distiller), *ranks, objective.token_weights)
     found = checkpoint.newest(settings.out / "checkpoints")
     fresh = Progress.begin(cache.manifest.cache_id, run_id)
     progress = fresh if found is None else _restored(found, distiller, fresh, accept=settings.checkpoint.accept_other_cache)
@@ -110,7 +110,7 @@ def start(
     optimizer = build_optimizer(distiller, settings.optimizer)
     if found is not None:
         checkpoint.restore_optimizer(found, optimizer)
-    distiller.codecs = Codecs.of(cache, _read(settings, cache, objective), device, settings.tail_rank)
+    distiller.codecs = Codecs.of(cache, _needed_signals(settings, cache, objective), device, settings.tail_rank)
     if objective.matched_layers and not progress.head_pairs:
         progress = replace(progress, head_pairs=_match_heads(parallel, stream))
     distiller.head_pairs = progress.head_pairs
@@ -131,7 +131,7 @@ def _probe(settings: TrainSettings, accelerator: Accelerator, cache: Cache, dist
         return packs_rows(student, cache, settings.stream.sequence_length, settings.stream.forward_rows)
 
 
-def _cut(able: bool, packed: bool | None, distiller: Distiller) -> bool:
+def _packs(able: bool, packed: bool | None, distiller: Distiller) -> bool:
     """Whether rows hold several segments: as they did when the run began. MismatchError where this student cannot."""
     if packed and not able:
         raise MismatchError(
@@ -178,7 +178,7 @@ def _weights_at_the_start(section: StudentSection, cache: Cache) -> Mapping[str,
     return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
 
 
-def _read(settings: TrainSettings, cache: Cache, objective: Objective) -> SignalRequest:
+def _needed_signals(settings: TrainSettings, cache: Cache, objective: Objective) -> SignalRequest:
     """What steps and validations read of the cache."""
     validation = validation_of(settings, cache)
     return objective.needs if validation is None else objective.needs | validation.needs

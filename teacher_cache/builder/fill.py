@@ -20,9 +20,9 @@ from signal_store.ledger.catalogue import shard_keys
 from signal_store.ledger.documents import (
     Document,
     UnitRecord,
+    attempt_folder,
     commit,
     finished_units,
-    new_attempt,
     newest_record,
     staging_prefix,
     unit_key,
@@ -84,24 +84,21 @@ def fill_unit(
     calibrated: Calibrated,
     objects: Objects,
     unit: int,
-    revision: int = 0,
     on_tokens: Callable[[int], None] = lambda _n: None,
 ) -> Document:
     """One attempt at one unit; returns the record that stands, this attempt's or an earlier one's."""
-    attempt = new_attempt()
-    prefix = staging_prefix(f"{unit:07d}", attempt)
     started = time.perf_counter()
     try:
-        record = compute_unit(calibrated, objects, unit, revision, prefix, on_tokens)
-    except BaseException as error:
-        objects.delete_tree(prefix)
-        standing = newest_record(objects, unit) if isinstance(error, FileNotFoundError) else None
+        with attempt_folder(objects, f"{unit:07d}") as (attempt, prefix):
+            record = compute_unit(calibrated, objects, unit, 0, prefix, on_tokens)
+    except FileNotFoundError:
+        standing = newest_record(objects, unit)
         if standing is None:
             raise
         return standing  # another attempt was first, and a seal swept what this one had staged
     # From here on the staged objects may be the committed ones: nothing but a lost race removes them.
     about = {"seconds": time.perf_counter() - started, "machine": MachineClass.of(calibrated.teacher.device).facts()}
-    standing, mine = commit(objects, unit_key(unit, revision), record.to_body(), attempt, **about)
+    standing, mine = commit(objects, unit_key(unit, 0), record.to_body(), attempt, **about)
     if not mine:
         objects.delete_tree(prefix)
     return standing

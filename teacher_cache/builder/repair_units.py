@@ -13,11 +13,10 @@ from signal_store.io.objects import Objects
 from signal_store.ledger.catalogue import unit_entries
 from signal_store.ledger.documents import (
     UnitRecord,
+    attempt_folder,
     commit,
     find_document,
-    new_attempt,
     newest_revision,
-    staging_prefix,
     unit_key,
 )
 from signal_store.ledger.entries import Entry, Ledger, Origin
@@ -68,13 +67,8 @@ def _remake_unit(calibrated: Calibrated, objects: Objects, unit: int) -> bool:
     """Compute a unit; publish the same bytes under the standing record, or commit the next revision. Whether it came out as it was
     recorded, or had no record any more."""
     revision = newest_revision(objects, unit)
-    attempt = new_attempt()
-    prefix = staging_prefix(f"{unit:07d}", attempt)
-    try:
+    with attempt_folder(objects, f"{unit:07d}") as (attempt, prefix):
         record = compute_unit(calibrated, objects, unit, revision, prefix)
-    except BaseException:
-        objects.delete_tree(prefix)
-        raise
     standing = find_document(objects, unit_key(unit, revision))
     same = standing is None or digest(standing.body["shards"]) == digest(record.to_body()["shards"])
     if not same:

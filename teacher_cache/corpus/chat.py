@@ -18,7 +18,7 @@ from signal_store.errors import InputError
 from teacher_cache.corpus.answers import Answer, check_said, find_answer, prefix_of, reads, unseen_reasoning, with_what_ends_them
 from teacher_cache.corpus.document import ChatPart, Document
 from teacher_cache.corpus.messages import Dialect, Message, dialects, parse_messages, parse_tools
-from teacher_cache.corpus.rendering import OURS, STANDS_FOR, MarkedChat, Rendering, Substitutes
+from teacher_cache.corpus.rendering import PRIVATE_CHARACTERS, STANDS_FOR, MarkedChat, Rendering, Substitutes
 from teacher_cache.corpus.special_text import Span, SpecialText, special_text
 from teacher_cache.corpus.template import REFUSALS, ChatTemplate, template_of
 
@@ -44,7 +44,7 @@ def render_chat(
     special = special_text(tokenizer)
     parsed, schemas = parse_messages(messages, where), parse_tools(tools, where)
     template = template_of(tokenizer, options.template, tools=schemas is not None, where=where)
-    pattern = re.compile(OURS if options.special_tokens else f"{OURS}|{special.pattern.pattern}")
+    pattern = re.compile(PRIVATE_CHARACTERS if options.special_tokens else f"{PRIVATE_CHARACTERS}|{special.pattern.pattern}")
     substitutes = Substitutes(pattern)
     dialect, texts = _spoken(template, special, substitutes.put(parsed), substitutes.put(schemas), where)
     if substitutes.strings:

@@ -20,11 +20,10 @@ from teacher_cache.corpus.template import GENERATION, ChatTemplate
 FIRST_MARK = 0x100000
 BEGINS, ENDS, STANDS_FOR = range(FIRST_MARK, FIRST_MARK + 0xC000, 0x4000)
 MOST_SUBSTITUTES = ord(GENERATION[0]) - STANDS_FOR
-OURS = "[\U00100000-\U0010ffff]"
+PRIVATE_CHARACTERS = "[\U00100000-\U0010ffff]"
 """Characters that are set for others while a chat is rendered: the private use of the last plane."""
 TAG = r"</?[A-Za-z_][\w-]*>"
 MARKS = re.compile(f"[{chr(BEGINS)}-{chr(STANDS_FOR - 1)}{GENERATION[0]}{GENERATION[1]}]")
-TEXTS = ("content", "reasoning_content", "thinking")
 
 
 @dataclass(frozen=True, slots=True)

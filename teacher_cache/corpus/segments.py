@@ -20,10 +20,10 @@ COUNTS_NOT, COUNTS, DISTRIBUTION_ONLY = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class PlannedSegment:
-    """One segment. `loss_mask` as `layout.token_arrays` says; `keyword` bool [n]; `roles` uint8 [n, 4] or [n, 0]; `context_only`
-    leading rows that hold no signal; `next_token` the label of the last row or NO_TOKEN; `finished`: the segment ends its document
-    as the model would have, by the end-of-text token or an answer's last turn; `sentences` and `key_words` as of a document, those
-    that lie in a segment with rows that count."""
+    """One segment. `loss_mask` as `format.text.token_arrays` says; `keyword` bool [n]; `roles` uint8 [n, 4] or [n, 0];
+    `context_only` leading rows that hold no signal; `next_token` the label of the last row or NO_TOKEN; `finished`: the segment
+    ends its document as the model would have, by the end-of-text token or an answer's last turn; `sentences` and `key_words` as of
+    a document, those that lie in a segment with rows that count."""
 
     input_ids: NDArray[np.uint32]
     loss_mask: NDArray[np.uint8]

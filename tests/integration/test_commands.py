@@ -84,7 +84,7 @@ def run_recipe(tmp_path: Path, cache: Cache) -> dict[str, Any]:
     return {
         "cache": cache.uri,
         "out": str(tmp_path / "run"),
-        "preset": "flash_004",
+        "preset": "logits_hidden_attention",
         "losses": {"cross_entropy": {"weight": 0.5}},
         "student": {
             "config": {"model_type": "llama", **COMMON, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}
@@ -189,7 +189,7 @@ def test_an_override_that_is_lost_to_a_later_one_is_refused(
 
 
 def test_a_trial_that_ends_in_its_warm_up_says_so(tmp_path: Path, run_recipe: dict[str, Any]) -> None:
-    run_recipe |= {"preset": "demo_kl", "losses": {}, "validation": None, "steps": 1}
+    run_recipe |= {"preset": "forward_kl", "losses": {}, "validation": None, "steps": 1}
     done = cli("student_train", "run", write(tmp_path, run_recipe), "optimizer.warmup_steps=4")
     assert done.returncode == 0, done.stderr
     assert "the warm-up, 4 steps, is longer than the run, 1: the learning rate ends at 0.0025" in done.stderr
@@ -269,7 +269,7 @@ def test_an_overlay_of_another_dtype_is_refused_before_it_is_filled(tmp_path: Pa
 
 
 def test_a_run_is_where_its_folder_is_and_never_in_a_cache(tmp_path: Path, run_recipe: dict[str, Any], cache: Cache) -> None:
-    run_recipe |= {"preset": "demo_kl", "losses": {}, "steps": 1, "validation": None}
+    run_recipe |= {"preset": "forward_kl", "losses": {}, "steps": 1, "validation": None}
     refused(cli("student_train", "run", write(tmp_path, run_recipe), f"out={cache.uri}/runs/a"), "nothing but itself")
     assert not (Path(cache.uri) / "runs").exists()
     assert cli("student_train", "run", write(tmp_path, run_recipe)).returncode == 0
@@ -309,7 +309,7 @@ def test_what_the_cache_lacks_is_refused_at_start(
     poor = build(recipe_for(tmp_path / "poor.zarr", signals={"distribution": {"rank": 0, "head": 2}}))
     written = write(tmp_path, {**run_recipe, "cache": poor.uri})
     refused(cli("student_train", "explain", written), "lhsm needs a signal", "hidden")
-    refused(cli("student_train", "explain", written, "preset=demo_kl", "losses.forward_kl.temperature=3"), "no tail", "0.")
+    refused(cli("student_train", "explain", written, "preset=forward_kl", "losses.forward_kl.temperature=3"), "no tail", "0.")
 
 
 def test_unsealed_caches_and_other_tokenizers_are_refused(tmp_path: Path, run_recipe: dict[str, Any], cache: Cache) -> None:

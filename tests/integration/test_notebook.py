@@ -18,7 +18,7 @@ NOTEBOOK = ROOT / "tools" / "inspect_cache.ipynb"
 
 def test_it_runs_on_another_cache(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    for preset in ("cross_entropy", "demo_kl"):
+    for preset in ("cross_entropy", "forward_kl"):
         content = {
             "cache": cache.uri,
             "out": tmp_path / preset,

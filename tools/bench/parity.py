@@ -38,7 +38,6 @@ from student_train.data.request import SignalRequest
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.data.stream import Stream
-from student_train.evaluate.validation import measured
 from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import resolve
@@ -166,7 +165,7 @@ def validation(room: Room, student: PreTrainedModel) -> float:
     distiller = Distiller(student, resolve(Losses.of({"cross_entropy": {}}), room.cache, student))
     total = labels = 0.0
     for batch in room.held_out:
-        sums = distiller(batch, look=measured)
+        sums = distiller(batch, look=batch_sums)
         total += float(sums["segment_loss"].sum())
         labels += float(sums["segment_labels"].sum())
     student.train()

@@ -55,9 +55,9 @@ def recipes() -> dict[str, RunRecipe]:
     found[AGAIN] = recipe_of(losses=forward_kl)
     found["+ the three levels"] = recipe_of(losses={**forward_kl, **levels})
     found["+ the three levels, gated"] = recipe_of(losses={**forward_kl, **levels, "gate": {}})
-    found["flash_004"] = recipe_of(preset="flash_004")
-    found["full_000"] = recipe_of(preset="full_000")
-    return found | {f"full_000 without {kind}": recipe_of(preset="full_000", without=[kind]) for kind in Kind}
+    found["logits_hidden_attention"] = recipe_of(preset="logits_hidden_attention")
+    found["every_kind"] = recipe_of(preset="every_kind")
+    return found | {f"every_kind without {kind}": recipe_of(preset="every_kind", without=[kind]) for kind in Kind}
 
 
 class Way:

@@ -64,7 +64,7 @@ def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
 class DistributionCodes:
     """What is stored of N tokens: `head_ids` int32 [N, k] ascending, `head_codes` uint8 or int32 [N, k], `tail_codes` int8, int16,
     or uint8 as they are stored (`signal_store.codecs.zigzag`) [N, r], `scalars` float16
-    [N, 3 + temperatures] (see `layout.SCALARS`)."""
+    [N, 3 + temperatures] (see `signals.distribution.SCALARS`)."""
 
     head_ids: Tensor
     head_codes: Tensor

@@ -61,11 +61,6 @@ def unit_key(unit: int, revision: int = 0) -> str:
     return f"{UNITS}/{unit:07d}.{revision}.json"
 
 
-def unit_key_of(record: "Document") -> str:
-    """Where a unit's record belongs."""
-    return unit_key(record.body["unit"], record.body["revision"])
-
-
 def seal_key(generation: int) -> str:
     """Where a seal is kept."""
     return f"{SEALS}/{generation:06d}.json"
