@@ -38,6 +38,7 @@ from student_train.data.request import SignalRequest
 from student_train.data.sections import StreamSection
 from student_train.data.signals.distribution import DistributionPart, DistributionRequest
 from student_train.data.stream import Stream
+from student_train.evaluate.validation import batch_sums
 from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import resolve
