@@ -1,6 +1,7 @@
 """The progress bar of all long work: what, how far, how fast, how long still. On standard error, so that output stays clean."""
 
 import sys
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -10,8 +11,6 @@ from rich.progress import (
     Task,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -21,6 +20,14 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         digits = 0 if speed is None or speed >= 10 else 2
         return Text("" if speed is None else f"{speed:,.{digits}f} {task.fields.get('unit', 'it')}/s")
+
+
+class _Times(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        gone, left = timedelta(seconds=int(task.elapsed or 0)), task.time_remaining
+        if task.finished:
+            return Text(f"in {timedelta(seconds=int(task.finished_time or 0))}")
+        return Text(f"{gone} so far" if left is None else f"{gone} so far, {timedelta(seconds=int(left))} left")
 
 
 def tell(line: str) -> None:
@@ -35,9 +42,6 @@ def progress_bar() -> Progress:
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         _Rate(),
-        TimeElapsedColumn(),
-        TextColumn("and"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        _Times(),
     )
     return Progress(*columns, console=Console(file=sys.stderr))

@@ -41,7 +41,9 @@ def _refuse_other_rows(
     """InputError where an extractor gives rows for an array that its signal does not have, or not as many as the batch has: those
     that follow would lie at others' places."""
     sizes = {"token": len(batch.is_context), "segment": batch.num_segments}
-    if isinstance(extractor, SampledExtractor):
+    if extractor.one_row_per_token:
+        sizes["row"] = sizes["token"]
+    elif isinstance(extractor, SampledExtractor):
         sizes["row"] = int(batch.has(batch.work.once(extractor.positions)).sum())
     for path, array in rows.items():
         where = f"signals.{extractor.name}"
