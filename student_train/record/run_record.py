@@ -16,6 +16,7 @@ from run_kit.cores import usable_cores
 from signal_store.cache import Cache
 from signal_store.canonical import digest
 from signal_store.errors import MismatchError
+from signal_store.format.renamed import untold
 from signal_store.io.local import LocalObjects
 from student_train.model.precision import Precision
 from student_train.recipe import RunRecipe, flat
@@ -58,7 +59,8 @@ class Begun:
     def recipe(self) -> RunRecipe | None:
         """Its recipe with today's defaults; None where there is none, or it is of another version."""
         try:
-            return RunRecipe.model_validate(self.about["recipe"])
+            with untold():
+                return RunRecipe.model_validate(self.about["recipe"])
         except (KeyError, ValueError):
             return None
 

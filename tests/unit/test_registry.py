@@ -124,6 +124,10 @@ def test_keys_of_before_are_read_and_told_of(capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr().err.splitlines()
     assert "recipe: row_tokens is called sequence_length now" in told
     assert len(told) == 5
+    renamed._tell.cache_clear()
+    with renamed.untold():
+        assert recipe(stream={"row_tokens": 64}, losses={"forward_kl": {}}).stream.sequence_length == 64
+    assert capsys.readouterr().err == ""
     with pytest.raises(ValidationError, match="sequence_length is given twice, by two names"):
         recipe(stream={"row_tokens": 64, "sequence_length": 64})
 

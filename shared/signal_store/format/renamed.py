@@ -1,9 +1,13 @@
 """Names that recipes used before. Each is read for one version more; whoever uses one is told once a process, in one line."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
+
+_tells: ContextVar[bool] = ContextVar("tells", default=True)
 
 
 def current_name(name: str, renamed: Mapping[str, str], where: str) -> str:
@@ -16,7 +20,8 @@ def current_name(name: str, renamed: Mapping[str, str], where: str) -> str:
     """
     if name not in renamed:
         return name
-    _tell(f"{where}: {name} is called {renamed[name]} now")
+    if _tells.get():
+        _tell(f"{where}: {name} is called {renamed[name]} now")
     return renamed[name]
 
 
@@ -29,6 +34,16 @@ def by_current_names(content: Mapping[str, Any], renamed: Mapping[str, str], whe
             raise ValueError(f"{own} is given twice, by two names")
         found[own] = value
     return found
+
+
+@contextlib.contextmanager
+def untold() -> Iterator[None]:
+    """Nothing is said of names inside: what is read there, a program wrote down."""
+    token = _tells.set(False)
+    try:
+        yield
+    finally:
+        _tells.reset(token)
 
 
 @cache
