@@ -64,7 +64,7 @@ def repair(recipe: CacheRecipe) -> Repaired:
 
 
 def command(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Mend what `verify` finds: compute damaged units anew, restore the rest."""
+    """Repair what `verify` finds: compute damaged units anew, restore the rest."""
     done = repair(load_recipe(recipe, overrides or [], CacheRecipe))
     facts: dict[str, object] = {
         "restored": len(done.restored),
