@@ -8,7 +8,6 @@ from pydantic import create_model
 
 from signal_store.format.section import Section
 from student_train.losses import registry
-from student_train.losses.aliases import by_own_names
 from student_train.losses.kinds import Kind
 from student_train.losses.term import LogitsTerm, StateTerm, TermSection, TokenWeightsTerm
 
@@ -39,7 +38,7 @@ class Losses(Section):
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Losses":
         """Checked; ValidationError with the place of each mistake, an unknown name too."""
-        return cls.with_every_term().model_validate(by_own_names(content))
+        return cls.with_every_term().model_validate(content)
 
     @classmethod
     @cache

@@ -14,8 +14,6 @@ from teacher_cache.signals.unit_work import SignalBatch, UnitWork
 from teacher_cache.teacher.batches import TeacherBatch
 from teacher_cache.teacher.forward import NO_PLACES, forward
 
-AnyExtractor = SignalExtractor[Any, Any]
-
 
 def extract_batch(calibrated: CalibratedTeacher, work: UnitWork, batch: TeacherBatch) -> Extracted:
     """Forward pass and codes of one batch."""
