@@ -7,7 +7,7 @@ import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PRELOADED = ["student_train.commands.run", "teacher_cache.builder.session", "teacher_cache.builder.seal"]
+PRELOADED = ["student_train.session.training", "teacher_cache.builder.session", "teacher_cache.builder.seal"]
 OURS = ("teacher_cache", "student_train", "signal_store", "signal_view", "model_taps", "run_kit")
 
 

@@ -1,11 +1,14 @@
 """What both command lines share: one line for a user's mistake, or for an extra that is not installed, and exit code 2; never a
 traceback for it."""
 
+import importlib
 import os
+import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -24,6 +27,21 @@ def run_app(app: typer.Typer, extra: str) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
     guarded(app, extra)
+
+
+def add_commands(app: typer.Typer, package: ModuleType, order: Sequence[str]) -> None:
+    """Every file or folder of a package becomes a command of its name: those of `order` first, others by name. A file exports it as
+    `command`: a function, or an application of its own where there are further words; a folder does so in its file `command`."""
+    names = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    for name in (*order, *sorted(names - set(order))):
+        module = importlib.import_module(f"{package.__name__}.{name}")
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{module.__name__}.command")
+        shown = name.replace("_", "-")
+        if isinstance(module.command, typer.Typer):
+            app.add_typer(module.command, name=shown)
+        else:
+            app.command(shown)(module.command)
 
 
 def guarded(command: Callable[[], None], extra: str = "all") -> None:

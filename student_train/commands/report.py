@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from run_kit.command_line import check_target
-from student_train.view.report import report as page
 
 
 def report(runs: Sequence[Path], html: Path, *, students: bool = False) -> None:
@@ -14,5 +16,19 @@ def report(runs: Sequence[Path], html: Path, *, students: bool = False) -> None:
     Raises:
         NotFoundError: if there is no run, or no folder to write into.
     """
+    from student_train.view.report import report as page
+
     check_target(html)
     html.write_text(page(runs, students=students), encoding="utf-8", errors="replace")
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of many runs, such as a sweep's.", metavar="RUN...")],
+    html: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    students: Annotated[
+        bool, typer.Option("--students", help="Load the finished students, and show them beside their teacher.")
+    ] = False,
+) -> None:
+    """Write one page that compares runs: results, recipes, curves, terms, gradient shares."""
+    report(runs, html, students=students)
+    typer.echo(str(html))

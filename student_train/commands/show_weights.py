@@ -2,23 +2,28 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from rich.text import Text
+import typer
 
-from signal_store.cache import open_cache
 from signal_store.errors import InputError
-from student_train.importance.rules import load_rules
-from student_train.importance.show import TokenWeight, coloured, save_surface, token_weights
+from student_train.options import AsJson, say
+
+if TYPE_CHECKING:
+    from student_train.importance.show import TokenWeight
 
 
-def show_weights(cache: str, segment: int = 0, rules: Path | None = None, surface: Path | None = None) -> list[TokenWeight]:
+def show_weights(cache: str, segment: int = 0, rules: Path | None = None, surface: Path | None = None) -> "list[TokenWeight]":
     """Weigh the tokens of a segment; `surface`: also draw the weight over impact and confidence, as a picture.
 
     Raises:
         InputError: if there is no such segment, or the rules do not hold.
         MismatchError: if the cache has no tags or no distribution.
     """
+    from signal_store.cache import open_cache
+    from student_train.importance.rules import load_rules
+    from student_train.importance.show import save_surface, token_weights
+
     loaded = load_rules(rules)
     opened = open_cache(cache)
     if not -len(opened) <= segment < len(opened):
@@ -29,11 +34,15 @@ def show_weights(cache: str, segment: int = 0, rules: Path | None = None, surfac
     return tokens
 
 
-def facts_of(tokens: list[TokenWeight]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [asdict(token) for token in tokens]
+def command(
+    cache: Annotated[str, typer.Argument(help="A cache with tags.", metavar="CACHE")],
+    segment: Annotated[int, typer.Option(help="Number of the segment.")] = 0,
+    rules: Annotated[Path | None, typer.Option(help="YAML on top of the shipped rules.")] = None,
+    surface: Annotated[Path | None, typer.Option(help="Also draw the weight over impact and confidence, as a picture.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a segment's text coloured by the importance of its tokens: blue 0.2, grey 1, red 3."""
+    tokens = show_weights(cache, segment, rules, surface)
+    from student_train.importance.show import coloured
 
-
-def text_of(tokens: list[TokenWeight]) -> Text:
-    """For a terminal: from blue (0.2) through grey (1) to red (3)."""
-    return coloured(tokens)
+    say(tokens, coloured, as_json, lambda found: [asdict(token) for token in found])

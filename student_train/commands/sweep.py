@@ -5,85 +5,21 @@ Runs are resumable as any run is: the same command again goes on, and leaves alo
 its last line of error, and the others go on.
 """
 
-import json
-import math
-import statistics
+import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Future, as_completed
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+import typer
 
-from run_kit.executor import Executor, LocalExecutor
-from signal_store.ledger.documents import refuse_inside_a_cache
-from signal_view.extras import pyplot
-from student_train.record.claim import Claim, refuse_strangers
-from student_train.sweep_recipe import PlannedRun, SweepRecipe, planned_runs
-from student_train.train.metrics import METRICS
-from student_train.view.sweep_report import markdown, plot
+from run_kit.recipe_file import load_recipe
+from student_train.options import AsJson, Overrides, RecipeArgument, say
+from student_train.sweep_recipe import SweepRecipe
 
-REFRESH_PER_SECOND = 2
-REPORTS = ("report.json", "report.md", "report.png")
+if TYPE_CHECKING:
+    from run_kit.executor import Executor
 
 
-@dataclass(slots=True)
-class Running:
-    """A run and how it ended: `done`, `failed`, or not yet. `code`: its exit code, once it is there."""
-
-    planned: PlannedRun
-    ended: str = ""
-    error: str = ""
-    result: dict[str, Any] = field(default_factory=dict)
-    code: "Future[int] | None" = None
-
-    @property
-    def out(self) -> Path:
-        """Its folder."""
-        return self.planned.recipe.out
-
-    @property
-    def state(self) -> str:
-        """For the table."""
-        return self.ended or ("running" if self.code is not None and self.code.running() else "waiting")
-
-    def submit(self, executor: Executor) -> "Future[int]":
-        """Have it carried out; its words go to `run.log`."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        recipe = self.out / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(self.planned.recipe.model_dump(mode="json"), sort_keys=False))
-        command = [sys.executable, "-m", "student_train.cli", "run", str(recipe), "--json"]
-        self.code = executor.submit(command, self.out / "run.log")
-        return self.code
-
-    def end(self, code: int) -> None:
-        """It has ended with this exit code."""
-        if code == 0:
-            self.ended, self.result = "done", json.loads((self.out / "result.json").read_text())
-        else:
-            lines = (self.out / "run.log").read_text(errors="replace").strip().splitlines()
-            self.ended, self.error = "failed", lines[-1] if lines else f"exit code {code}"
-
-    def progress(self) -> dict[str, Any]:
-        """Its last record."""
-        path = self.out / METRICS
-        try:
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - 4096))
-                records = [
-                    json.loads(line) for line in file.read().splitlines()[-2:] if line.startswith(b"{") and line.endswith(b"}")
-                ]
-        except OSError:
-            return {}
-        return {key: value for record in records for key, value in record.items()}
-
-
-def sweep(recipe: SweepRecipe, jobs: int = 1, executor: Executor | None = None) -> dict[str, Any]:
+def sweep(recipe: SweepRecipe, jobs: int = 1, executor: "Executor | None" = None) -> dict[str, Any]:
     """Run everything, `jobs` at a time on this machine, or as an executor does it. Whatever ends this call ends the runs, which can
     be resumed, and the executor.
 
@@ -92,70 +28,24 @@ def sweep(recipe: SweepRecipe, jobs: int = 1, executor: Executor | None = None) 
     Raises:
         InputError: if a run's recipe is wrong, before any begins.
     """
-    refuse_inside_a_cache(recipe.out)
-    where = LocalExecutor.of(jobs) if executor is None else executor
-    pyplot()  # refuses now, not after hours, where the report could not be drawn
-    runs = [Running(planned) for planned in planned_runs(recipe)]
-    if not any(run.out.is_dir() for run in runs):
-        refuse_strangers(recipe.out, own=("runs", *REPORTS))
-    with Claim(recipe.out, "runs a sweep") as claim:
-        claim.take()
-        _carry_out(runs, where)
-        report = summarise(recipe, runs)
-        numbers, table, picture = (recipe.out / name for name in REPORTS)
-        numbers.write_text(json.dumps(report, indent=1) + "\n")
-        table.write_text(markdown(report))
-        plot(report, picture)
-    return report
+    from run_kit.executor import LocalExecutor
+    from student_train.session.sweep_runs import carry_out
+
+    return carry_out(recipe, LocalExecutor.of(jobs) if executor is None else executor)
 
 
-def text_of(report: dict[str, Any]) -> str:
-    """For a terminal, below the table of runs."""
-    return f"\n{markdown(report)}"
+def command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each a process with a device of its own where there are as many.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train many students from one cache, and rank them; exit code 1 if a run failed."""
+    loaded = load_recipe(recipe, overrides or [], SweepRecipe)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs too
+    report = sweep(loaded, jobs)
+    from student_train.session.sweep_report import markdown
 
-
-def _carry_out(runs: Sequence[Running], executor: Executor) -> None:
-    def shown() -> Table:
-        return _table(runs)
-
-    try:
-        with Live(get_renderable=shown, refresh_per_second=REFRESH_PER_SECOND, console=Console(stderr=True)):
-            run_of = {run.submit(executor): run for run in runs}
-            for code in as_completed(run_of):
-                run_of[code].end(code.result())
-    finally:
-        executor.stop()
-
-
-def _table(runs: Sequence[Running]) -> Table:
-    done = sum(run.ended == "done" for run in runs)
-    table = Table("run", "seed", "state", "step", "loss", "validation", title=f"{done} of {len(runs)} runs")
-    for run in runs:
-        state = run.state  # it may change meanwhile: a thread draws this
-        last = run.progress() if state == "running" else {}
-        at = f"{last['step']}/{run.planned.recipe.steps}" if "step" in last else ""
-        shown = run.error[:60] if state == "failed" else state
-        loss = f"{last['loss']:.4f}" if "loss" in last else ""
-        validation = run.result.get("validation_loss", last.get("validation_loss"))
-        table.add_row(run.planned.group, str(run.planned.seed), shown, at, loss, "" if validation is None else f"{validation:.4f}")
-    return table
-
-
-def summarise(recipe: SweepRecipe, runs: Sequence[Running]) -> dict[str, Any]:
-    """By group, mean and standard deviation over seeds of each number of the results; best first. Failed runs are named."""
-    groups: list[dict[str, Any]] = []
-    for name in dict.fromkeys(run.planned.group for run in runs):
-        own = [run for run in runs if run.planned.group == name]
-        results = [run.result for run in own if run.ended == "done"]
-        numbers = {key: [r[key] for r in results if _is_number(r.get(key))] for key in dict.fromkeys(k for r in results for k in r)}
-        means = {key: statistics.fmean(values) for key, values in numbers.items() if values}
-        spreads = {key: statistics.stdev(values) for key, values in numbers.items() if len(values) > 1}
-        groups.append({"name": name, "runs": len(results), "mean": means, "sd": spreads})
-    worst = math.inf if recipe.ranking == "lowest" else -math.inf
-    groups.sort(key=lambda g: g["mean"].get(recipe.metric, worst), reverse=recipe.ranking == "highest")
-    failed = [{"name": r.planned.group, "seed": r.planned.seed, "error": r.error} for r in runs if r.ended == "failed"]
-    return {"metric": recipe.metric, "order": recipe.ranking, "groups": groups, "failed": failed}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    say(report, lambda found: f"\n{markdown(found)}", as_json)
+    if report["failed"]:
+        raise typer.Exit(1)

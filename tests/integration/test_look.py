@@ -34,8 +34,8 @@ from signal_view.signals.base import SignalView
 from signal_view.summary import html_of, printable, signal_bytes, summarise, text_of
 from signal_view.tokens import TokenTexts, token_texts
 from student_train.cli import app as student_app
+from student_train.commands.doctor import spikes
 from student_train.commands.run import run
-from student_train.commands.spikes import segments_of, spike_steps, spikes
 from student_train.importance.rules import load_rules
 from student_train.importance.show import plot_weights, token_weights, weights_html
 from student_train.recipe import RunRecipe
@@ -43,6 +43,7 @@ from student_train.student.build import cached_tokenizer
 from student_train.train.metrics import METRICS, read_metrics
 from student_train.view.plots import layerwise_cka, plot_against_teacher, plot_cka
 from student_train.view.report import report
+from student_train.view.spikes import segments_of, spike_steps
 from student_train.view.students import before_and_after
 from teacher_cache.builder import fill as fill_module
 from teacher_cache.cli import app
@@ -494,7 +495,7 @@ def test_spikes_cut_rows_as_the_record_says(
     step = 20
     next(record for record in records if record["step"] == step and "loss" in record)["loss"] = 1e3
     (tmp_path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
-    monkeypatch.setattr("student_train.commands.spikes.packs_rows", lambda *_: not about["packed"])
+    monkeypatch.setattr("student_train.view.spikes.packs_rows", lambda *_: not about["packed"])
     (tmp_path / "run.json").write_text(json.dumps(about))
     (spike,) = spikes(tmp_path, suspects=99)
     seen = segments_of(RunRecipe.model_validate(about["recipe"]), cache, {step}, about["packed"])[step]

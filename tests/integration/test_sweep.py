@@ -11,8 +11,8 @@ from signal_store.cache import Cache
 from signal_store.errors import InputError
 from student_train.cli import app
 from student_train.commands.run import run
-from student_train.commands.sweep import Running, summarise
 from student_train.recipe import RunRecipe
+from student_train.session.sweep_runs import Running, summarise
 from student_train.sweep_recipe import SweepRecipe, planned_runs
 from tests.tiny import COMMON
 

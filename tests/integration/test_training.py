@@ -16,7 +16,7 @@ from student_train.commands.plot_shares import plot_shares
 from student_train.commands.run import run
 from student_train.commands.sweep import sweep
 from student_train.recipe import RunRecipe
-from student_train.record.claim import Claim
+from student_train.session.claim import Claim
 from student_train.sweep_recipe import SweepRecipe
 from student_train.train import start as trainer
 from student_train.view.gradient_shares import shares_of

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from signal_store.errors import InputError
-from student_train.record.claim import NAME, Claim
+from student_train.session.claim import NAME, Claim
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from student_train.record.claim import Claim
+from student_train.session.claim import Claim
 claim = Claim(Path(sys.argv[1]), "trains")
 claim.take()
 if sys.argv[2] == "forks":

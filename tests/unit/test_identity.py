@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from student_train.model import precision
 from student_train.model.precision import choose_precision, emulated
 from student_train.recipe import RunRecipe
-from student_train.record.identity import ROLES, identity, role_of, rules_digest
-from student_train.record.run_record import Begun, refuse_another_run
+from student_train.session.identity import ROLES, identity, role_of, rules_digest
+from student_train.session.run_record import Begun, refuse_another_run
 
 BASE: dict[str, Any] = {
     "cache": "c.zarr",

@@ -15,7 +15,7 @@ from student_train.losses import aliases, registry
 from student_train.losses.presets import PRESETS, find_preset
 from student_train.losses.section import Losses
 from student_train.recipe import RunRecipe
-from student_train.record.identity import differences, identity
+from student_train.session.identity import differences, identity
 
 TERM = """
 from student_train.losses.kinds import Kind

@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1 / 3, help="of the blocks, that are dropped")
     parser.add_argument("--tokens", type=int, default=200_000, help="of the cache")
     parser.add_argument("--validation-tokens", type=int, default=16_384)
-    parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=4, help="a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--quality", default="standard")

@@ -1,4 +1,4 @@
-"""doctor spikes: which samples were behind the jumps of a run's loss.
+"""Which samples were behind the jumps of a run's loss.
 
 A spike is a step whose loss lies far above the steps before it: more than `SPREADS` times their median absolute deviation above
 their median. The stream is a function, so the step's rows are made again, from the tokens alone and cut as the run's record says;
@@ -21,7 +21,7 @@ from signal_view.summary import printable
 from student_train.data.request import TOKENS_ONLY
 from student_train.data.stream import Stream
 from student_train.recipe import RunRecipe
-from student_train.record.run_record import Begun
+from student_train.session.run_record import Begun
 from student_train.student.build import build_student
 from student_train.student.packing import packs_rows
 from student_train.train.metrics import METRICS, read_metrics
@@ -71,16 +71,8 @@ def spike_steps(losses: list[tuple[int, float]]) -> Iterator[tuple[int, float, f
             yield step, loss, usual
 
 
-def spikes(run: Path, most: int = 3, suspects: int = 5) -> list[Spike]:
-    """Find the `most` highest spikes of a run's loss, and make the rows of their steps again.
-
-    Returns:
-        by step, each with at most `suspects` of its segments, those first that surprised the teacher most.
-    Raises:
-        NotFoundError: if the folder holds no log.
-        InputError: if the run went over to another cache.
-        MismatchError: if the rows of a step cannot be made again here.
-    """
+def find_spikes(run: Path, most: int, suspects: int) -> list[Spike]:
+    """Find them, and make the rows of their steps again. See `student_train.commands.doctor`."""
     path = run / METRICS
     if not path.is_file():
         raise NotFoundError("the run has no log", expected=METRICS, where=run)

@@ -20,7 +20,7 @@ from signal_store.format.renamed import untold
 from signal_store.io.local import LocalObjects
 from student_train.model.precision import Precision
 from student_train.recipe import RunRecipe, flat
-from student_train.record.identity import differences, identity, role_of, rules_digest
+from student_train.session.identity import differences, identity, role_of, rules_digest
 from student_train.train import checkpoint
 from student_train.train.metrics import read_json
 
