@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from model_taps.taps import tap_names
 from run_kit.recipe_file import LocalPath, ModelName
 from signal_store.format.section import Section
 from signal_store.manifest import Split, Task
@@ -195,6 +196,14 @@ class CacheRecipe(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"two sources share a name: {names}")
         return sources
+
+    @field_validator("signals")
+    @classmethod
+    def _known_taps(cls, signals: Signals) -> Signals:
+        unknown = set(() if signals.hidden is None else signals.hidden.taps) - set(tap_names())
+        if unknown:
+            raise ValueError(f"hidden.taps: no tap {', '.join(sorted(unknown))}; there are {', '.join(tap_names())}")
+        return signals
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from model_taps.attention import softmax_attention_layers
+from model_taps.block_parts import Absent
 from model_taps.blocks import layer_at_depth, num_layers
-from model_taps.slices import Absent, resolve
+from model_taps.slices import resolve
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from signal_store.signals import Tap

@@ -1,8 +1,8 @@
 """Every command and every block of code of the documentation is run here, page by page, in the order in which it stands.
 
 A fenced block with a title is a file of that name. Without one, `bash` is run line by line (our own commands in this process, which
-spares importing torch for each), `python` in one namespace a page. A line that ends in `# exit code 2` must end so. Blocks of
-`diff` are files too; the page on extending is run in a copy of the source.
+spares importing torch for each), `python` in one namespace a page. A line that ends in `# exit code 2` must end so. The page
+on extending is run in a copy of the source.
 """
 
 import os

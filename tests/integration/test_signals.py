@@ -13,7 +13,8 @@ from model_taps.attention import RowQuery, enable_row_capture, tap_attention_row
 from model_taps.attention_statistics import row_statistics
 from model_taps.head import OutputHead, final_norm, output_head
 from model_taps.loading import load_model
-from model_taps.slices import TAPS, tap_states
+from model_taps.slices import tap_states
+from model_taps.taps import tap_names
 from signal_store.cache import Cache, open_cache
 from signal_store.codecs.distribution import DistributionCodes
 from signal_store.errors import MismatchError
@@ -43,7 +44,7 @@ from tests.tiny import CONTEXT, HEADS, LAYERS, WIDTH, make_model
 RecipeMaker = Callable[..., Any]
 EVERYTHING: dict[str, Any] = {
     "distribution": {"rank": 24, "samples": 8},
-    "hidden": {"taps": list(TAPS), "layers": [2, 3], "positions": {"stratified": 0.3}, "values": "float16"},
+    "hidden": {"taps": list(tap_names()), "layers": [2, 3], "positions": {"stratified": 0.3}, "values": "float16"},
     "attention": {"layers": [2, 4], "heads": [0, 2], "previous_steps": 3},
     "stats": {"gradient": True, "layers": [1, 4]},
     "replay": {"gradient": True, "layers": [1, 3], "steps": 3, "positions_per_segment": 2},
@@ -76,7 +77,7 @@ def rows_of(cache: Cache, segment: Segment, signal: str) -> slice:
 @pytest.mark.parametrize("index", [0, 5, -2])
 def test_states_at_every_tap(full: Cache, teacher: PreTrainedModel, index: int) -> None:
     segment = full[index]
-    states = [(tap, layer) for tap in TAPS for layer in (2, 3)]
+    states = [(tap, layer) for tap in tap_names() for layer in (2, 3)]
     with torch.no_grad(), tap_states(teacher, states) as live:
         teacher(ids_of(segment), use_cache=False)
     rows = rows_of(full, segment, "hidden")

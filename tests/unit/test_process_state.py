@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from model_taps import slices
 from model_taps.attention import _open, tap_attention_rows
+from model_taps.block_parts import Absent, Resolved
 from signal_store.codecs.bf16_units import bf16_units
 from signal_store.errors import MismatchError
 from signal_store.format.arrays import ArraySpec
@@ -60,8 +61,8 @@ def test_no_hook_is_left_where_a_tap_is_absent(monkeypatch: pytest.MonkeyPatch) 
     model = make_model("llama", 40)
     real = slices.resolve
 
-    def without_a_gate(model: PreTrainedModel, tap: Tap, layer: int) -> slices.Resolved | slices.Absent:
-        return slices.Absent("no gate") if tap == "ffn_gate" else real(model, tap, layer)
+    def without_a_gate(model: PreTrainedModel, tap: Tap, layer: int) -> Resolved | Absent:
+        return Absent("no gate") if tap == "ffn_gate" else real(model, tap, layer)
 
     monkeypatch.setattr(slices, "resolve", without_a_gate)
     wanted: list[slices.State] = [("block_output", 1), ("ffn_gate", 1)]

@@ -7,9 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from model_taps.attention import RowQuery, enable_row_capture, softmax_attention_layers, tap_attention_rows
+from model_taps.block_parts import Absent
 from model_taps.blocks import decoder_blocks
 from model_taps.head import final_hidden
-from model_taps.slices import Absent, resolve, tap_states, tap_table
+from model_taps.slices import resolve, tap_states, tap_table
 from signal_store.errors import MismatchError
 from tests.tiny import COMMON, FAMILIES, make_model
 

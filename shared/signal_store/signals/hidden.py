@@ -1,8 +1,8 @@
 """Hidden states at chosen taps, layers and tokens."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from signal_store.format.arrays import ArraySpec
 from signal_store.format.capacities import Capacities
@@ -11,9 +11,8 @@ from signal_store.format.layers import check_layers
 from signal_store.format.section import DepthFraction, Rank, Section, Seed
 from signal_store.signals.base import Dimensions, Meaning, Signal
 
-Tap = Literal["block_input", "attention_output", "ffn_input", "ffn_gate", "ffn_activation", "block_output"]
-"""Places of a transformer block: its input, the attention's output before the residual is added, the normalised
-input of the FFN, the FFN before its nonlinearity, what its down-projection reads, and the block's output."""
+Tap = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+"""A place of a transformer block, by its name in `model_taps.taps`."""
 
 
 class EveryNth(Section):

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model_taps.attention import softmax_attention_layers
+from model_taps.block_parts import Resolved
 from model_taps.loading import LOADING_ERRORS, load_config, load_model
-from model_taps.slices import Resolved, tap_table
+from model_taps.slices import tap_table
 from signal_store.errors import InputError
 
 
