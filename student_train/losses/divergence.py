@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+LEAST_LOGIT = -1e30
+"""Of what cannot come; finite, so that 0 · log 0 is 0."""
 Parts = tuple[Tensor, Tensor]
 """(divergence of each row [N] in nats, its gradient with respect to the student's softened logits u = z / T [N, V])."""
 
@@ -34,6 +36,10 @@ class Softened:
     def log(self) -> Tensor:
         """log p [N, V]."""
         return self.logits - self.log_sum
+
+    def without(self, columns_V: Tensor) -> "Softened":
+        """The distribution given that none of these columns comes."""
+        return Softened.of(self.logits.masked_fill(columns_V, LEAST_LOGIT))
 
 
 class Divergence(ABC):

@@ -22,9 +22,11 @@ from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from signal_store.format.section import Section
+from student_train.data.align.vocabularies import Vocabularies
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.request import TOKENS_ONLY, SignalRequest
+from student_train.losses.across import AcrossDivergence
 from student_train.losses.attention_rows import HeadPairs
 from student_train.losses.divergence import Divergence
 from student_train.losses.kinds import Kind
@@ -59,6 +61,14 @@ class LogitsTerm(KnowledgeTerm):
     `temperature`); None: cross-entropy with the stored labels."""
 
     divergence: Callable[[Any], Divergence] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcrossTerm(KnowledgeTerm):
+    """Formed in the same pass, of a student whose tokens are not its teacher's. `divergence` is made from the section (which has a
+    `temperature`) and both vocabularies."""
+
+    divergence: Callable[[Any, Vocabularies], AcrossDivergence]
 
 
 @dataclass(frozen=True, kw_only=True)

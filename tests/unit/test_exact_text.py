@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from student_train.student.exact_text import ExactText
 from teacher_cache.corpus.document import Document
 from teacher_cache.corpus.tokens import TokenizedDocument, tokenize
-from tests.tiny import make_tokenizer
+from tests.tiny import byte_fallback_tokenizer, make_tokenizer
 
 TEXT = "学生学习 🙂 and the cache \ufffd its"
 
@@ -18,19 +17,6 @@ def tokenized(tokenizer: PreTrainedTokenizerFast, text: str) -> TokenizedDocumen
     document = Document(text=text, counted=None, lexer=None)
     (found,) = tokenize([document], tokenizer, append_eos=True, keywords=frozenset())
     return found
-
-
-def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """As SentencePiece's: ▁ for a space, one before the text, and unknown characters in bytes."""
-    pieces = ["<unk>", "</s>", "<s>", *(f"<0x{n:02X}>" for n in range(256)), "▁", *"abcdefghimnorstuwy", "▁the", "▁cache"]
-    tokenizer = Tokenizer(
-        models.BPE({p: n for n, p in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
 
 
 @pytest.fixture(params=["byte level", "byte level with a beginning token", "byte fallback"], scope="module")

@@ -1,0 +1,185 @@
+"""Two tokenizations of one text: what tokens spell, how a text is told again in other tokens, which rows stand beside each other."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
+
+from signal_store.errors import InputError, MismatchError
+from student_train.data.align.retokenise import retokenise
+from student_train.data.align.spelling import FIRST_MARK, Spelling, spellings
+from student_train.data.align.vocabularies import Vocabularies
+from student_train.data.align.walk import align, common_ends
+from tests.tiny import byte_fallback_tokenizer, make_other_tokenizer, make_tokenizer
+
+KINDS = {
+    "byte level": make_tokenizer,
+    "another byte level": make_other_tokenizer,
+    "byte fallback": byte_fallback_tokenizer,
+    "with a beginning": lambda: make_tokenizer(bos=True),
+}
+TOKENIZERS = {name: make() for name, make in KINDS.items()}
+PIECES = (
+    "the cache", "学生学习", "🙂", "👩‍👩‍👧", "e\u0301", "\t\t", "\r\n", "  ", " ", "1234567", "def f(x):\n    return x", "ﬁ", "�", "<|end|>", "</s>", "▽",
+)  # fmt: skip
+texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join)
+kinds = st.sampled_from(sorted(KINDS))
+
+
+def both(teacher: str, student: str) -> tuple[Spelling, Spelling]:
+    return spellings(TOKENIZERS[teacher], TOKENIZERS[student])
+
+
+def told(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
+    """As the planner does: special tokens that a text spells are text; the end of the text behind it."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    ids = backend.encode(text, add_special_tokens=False).ids
+    backend.encode_special_tokens = False
+    return np.asarray([*ids, tokenizer.eos_token_id], np.int64)
+
+
+def symbols(text: str) -> str:
+    return text.encode().decode("latin-1")
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=texts, teacher=kinds, student=kinds)
+def test_a_text_is_told_again_symbol_by_symbol(text: str, teacher: str, student: str) -> None:
+    mine, other = both(teacher, student)
+    spelled, ends = mine.spelled(told(TOKENIZERS[teacher], text))
+    if teacher == "byte fallback":
+        assert spelled[0] == " "  # its own; the cache's byte ends tell it from the text's
+        spelled, ends = spelled[1:], ends - 1
+    assert spelled[:-1] == symbols(text)
+    assert ord(spelled[-1]) >= FIRST_MARK
+    assert ends[-1] == len(spelled)
+    again = retokenise(spelled, other, "here")
+    leading = len(other.put_before)
+    assert tuple(again.input_ids[:leading]) == other.put_before
+    assert again.input_ids[-1] == TOKENIZERS[student].eos_token_id
+    assert (again.ends[:leading] == 0).all()
+    assert (np.diff(again.ends[leading:]) > 0).all()
+    assert again.ends[-1] == len(spelled)
+    for token, (start, stop) in zip(again.input_ids[leading:], pairwise([0, *again.ends[leading:].tolist()]), strict=True):
+        own = other.symbols[token]
+        assert own == spelled[start:stop] or (start == 0 and student == "byte fallback" and own == " " + spelled[:stop])
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=texts, first=st.integers(0, 20), count=st.integers(1, 20), student=kinds)
+def test_a_window_that_cuts_characters_is_told_without_their_parts(text: str, first: int, count: int, student: str) -> None:
+    mine, other = both("byte level", student)
+    spelled, _ = mine.spelled(told(TOKENIZERS["byte level"], text)[first : first + count])
+    again = retokenise(spelled, other, "here")
+    own = again.input_ids[len(other.put_before) :]
+    ends = again.ends[len(other.put_before) :]
+    if not len(own):
+        return
+    whole = "".join(other.symbols[token] for token in own.tolist())
+    whole = whole.removeprefix(" ") if student == "byte fallback" and not spelled.startswith(" ") else whole
+    start = int(ends[-1]) - len(whole)
+    assert spelled[start : int(ends[-1])] == whole
+    assert start < 4
+    assert len(spelled) - ends[-1] < 4
+
+
+def slow_align(teacher: list[int], student: list[int]) -> list[tuple[int, int, bool, bool]]:
+    """By definition, every row against every row."""
+    found = []
+    for row, end in enumerate(student):
+        behind = [t for t, other in enumerate(teacher) if other <= end]
+        t = max(behind, default=-1)
+        spoken = end - (teacher[t] if behind else end)
+        following = teacher[t + 1] if behind and t + 1 < len(teacher) else None
+        mine = student[row + 1] if row + 1 < len(student) else None
+        within = following is not None and mine is not None and end < mine <= following
+        found.append((t, spoken, within and mine == following and spoken == 0, within))
+    return found
+
+
+ends_lists = st.lists(st.integers(0, 4), max_size=9).map(lambda steps: np.cumsum(steps).tolist())
+
+
+@settings(max_examples=300, deadline=None)
+@given(teacher=ends_lists, student=ends_lists, begun=st.tuples(st.integers(0, 2), st.integers(0, 2)))
+def test_the_walk_is_what_it_says(teacher: list[int], student: list[int], begun: tuple[int, int]) -> None:
+    teacher, student = [0] * begun[0] + teacher, [0] * begun[1] + student
+    found = align(np.asarray(teacher, np.int64), np.asarray(student, np.int64))
+    rows = zip(found.teacher.tolist(), found.spoken.tolist(), found.one_to_one.tolist(), found.within.tolist(), strict=True)
+    assert list(rows) == slow_align(teacher, student)
+    pairs = {
+        (max(t for t, e in enumerate(teacher) if e == end), max(s for s, e in enumerate(student) if e == end))
+        for end in {*teacher} & {*student}
+    }
+    assert (
+        set(
+            zip(*(side.tolist() for side in common_ends(np.asarray(teacher, np.int64), np.asarray(student, np.int64))), strict=True)
+        )
+        == pairs
+    )
+
+
+def test_the_same_tokenizer_is_one_to_one() -> None:
+    mine, other = both("byte level", "byte level")
+    ids = told(TOKENIZERS["byte level"], "".join(PIECES))
+    spelled, ends = mine.spelled(ids)
+    again = retokenise(spelled, other, "here")
+    assert again.input_ids.tolist() == ids.tolist()
+    found = align(ends, again.ends)
+    assert found.one_to_one[:-1].all()
+    assert found.teacher.tolist() == list(range(len(ids)))
+
+
+def test_marks_are_the_same_by_role_and_by_name() -> None:
+    mine, other = both("byte level", "another byte level")
+    ends = [one.symbols[one.tokenizer.eos_token_id] for one in (mine, other)]
+    assert ends[0] == ends[1]
+    assert mine.symbols[mine.tokenizer.convert_tokens_to_ids("<|user|>")] not in other.marks
+    with pytest.raises(MismatchError, match=r"special token that the student's tokenizer lacks.*place 2"):
+        retokenise("ab" + mine.symbols[mine.tokenizer.convert_tokens_to_ids("<|user|>")], other, "here")
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused_where_it_does() -> None:
+    lower = make_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    _, other = spellings(make_tokenizer(), lower)
+    with pytest.raises(MismatchError, match=r"changes the text; expected b'C'; found b'c'; in here, byte 2"):
+        retokenise("abC", other, "here")
+
+
+def test_a_tokenizer_without_bytes_is_refused() -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.decoder = decoders.WordPiece()
+    other = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    with pytest.raises(InputError, match=r"do not say which bytes they are.*found WordPiece.*the student's"):
+        spellings(make_tokenizer(), other)
+
+
+def test_the_vocabularies_beside_each_other() -> None:
+    mine, other = both("byte level", "byte fallback")
+    vocabularies = Vocabularies(mine, other, len(other.symbols) + 3)
+    outcomes = vocabularies.common()
+    for token, outcome in enumerate(outcomes.teacher.tolist()):
+        same = [n for n, symbols in enumerate(other.symbols) if symbols and symbols == mine.symbols[token]]
+        assert (outcome < outcomes.common) == bool(same)
+        assert all(outcomes.student[n] == outcome for n in same)
+    assert (outcomes.student[-3:] == outcomes.common + 1).all()
+    for spoken in (0, 1, 2):
+        for token, found in enumerate(vocabularies.beginning(spoken).tolist()):
+            rest = mine.symbols[token][spoken:]
+            longest = max((s for s in other.symbols if s and rest.startswith(s)), key=len, default="")
+            assert (other.symbols[found] if found < vocabularies.rows else "") == longest
+            assert found not in other.fallback or longest not in {s for n, s in enumerate(other.symbols) if n not in other.fallback}
+    places = vocabularies.sorted_places()
+    for start in ("", " ", "t", "th", "zzz", symbols("学")[:2]):
+        first, last = vocabularies.places_that_begin(start)
+        assert {n for n, place in enumerate(places.tolist()) if first <= place < last} == {
+            n for n, spelled in enumerate(mine.symbols) if spelled.startswith(start)
+        }
