@@ -6,7 +6,7 @@ import typer
 from run_kit.command_line import add_commands, run_app
 from student_train import commands
 
-ORDER = ("run", "explain", "sweep", "plan", "fidelity", "generate", "show_weights", "plot_shares", "report", "doctor")
+ORDER = ("run", "explain", "sweep", "plan", "fidelity", "generate", "align", "show_weights", "plot_shares", "report", "doctor")
 """In which help shows them; others follow, by name."""
 HELP = "Train students from a sealed cache, with no teacher in memory; measure and show what they have kept."
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=HELP, pretty_exceptions_enable=False)

@@ -9,6 +9,7 @@ from pydantic_core import InitErrorDetails
 
 from run_kit.recipe_file import LocalPath
 from signal_store.format.section import Section, Seed
+from student_train.align.sections import AlignSection
 from student_train.data.sections import StreamSection
 from student_train.evaluate.sections import ValidationSection
 from student_train.losses.aliases import by_own_names
@@ -70,6 +71,8 @@ class RunRecipe(Section):
     """Measure each term's share of the gradient every so many steps, at the cost of a step for each term."""
     optimizer: OptimizerSection = OptimizerSection()
     stream: StreamSection = StreamSection()
+    align: AlignSection | None = None
+    """For a student with another tokenizer."""
     validation: ValidationSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     export: Literal["best", "last"] = "last"

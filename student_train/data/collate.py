@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from signal_store.signals.distribution import SCALARS
-from student_train.data.align.identity import IdentityAligner
+from student_train.data.aligner import IDENTITY, Aligner
 from student_train.data.batch import CodedBatch, LaneCursor
 from student_train.data.part import Part
 from student_train.data.placement import Placed, Placement, place
@@ -19,7 +19,6 @@ from student_train.importance.token_weights import TokenWeights
 
 WIDTH_STEP = 64
 """Rows of one segment are as wide as the longest, rounded up to this: few shapes to compile for."""
-IDENTITY = IdentityAligner()
 
 
 def collate(
@@ -30,29 +29,30 @@ def collate(
     packed: bool,
     cursor: dict[int, LaneCursor],
     token_weights: TokenWeights | None = None,
-    aligner: IdentityAligner = IDENTITY,
+    aligner: Aligner = IDENTITY,
 ) -> CodedBatch:
     """A micro-batch of these rows, each filled up to `width` tokens, or, where rows hold one segment, as long as the longest; a row
     may be empty."""
     placed = place(rows, aligner)
-    longest = max((p.tokens.stop - p.tokens.start for p in placed), default=1)
+    longest = max((len(p.tokens) for p in placed), default=1)
     if not packed:
         width = min(width, -(-longest // WIDTH_STEP) * WIDTH_STEP)
     placement = Placement(placed, width, aligner)
     ids, positions, real = _text(placed, (len(rows), width), longest)
-    places = [p.kept_places for p in placed]
+    flat, labels = placement.counted()
     parts = [signal.gather(placement) for signal in request] if placed else []
-    signals = {type(part): part for part in parts}
+    aligned = aligner.rows([(p.unit, p.segment) for p in placed])
+    signals = {type(part): part for part in (*parts, *(() if aligned is None else (aligned,)))}
     return CodedBatch(
         input_ids=ids,
         position_ids=positions,
         real=real,
-        flat=placement.flat(places),
-        labels=placement.labels(places),
+        flat=flat,
+        labels=labels,
         importance=None if token_weights is None else _importance(token_weights, placement, signals),
         segments=tuple(p.unit.first_segment + p.segment for p in placed),
         sources=tuple(p.of("source") for p in placed),
-        segment_rows=tuple(len(mine) for mine in places),
+        segment_rows=tuple(len(p.tokens.counted) for p in placed),
         context_only=tuple(p.of("context_only") for p in placed),
         packed=packed,
         cursor=cursor,
@@ -67,9 +67,9 @@ def _text(placed: Sequence[Placed], shape: tuple[int, int], longest: int) -> tup
     used = np.zeros(rows, np.int64)
     counting = np.arange(width)
     for p in placed:
-        length = p.tokens.stop - p.tokens.start
+        length = len(p.tokens)
         columns = slice(p.column, p.column + length)
-        ids[p.row, columns], positions[p.row, columns] = p.text.input_ids[p.tokens], counting[:length]
+        ids[p.row, columns], positions[p.row, columns] = p.tokens.input_ids, counting[:length]
         used[p.row] = columns.stop
     for row, start in enumerate(used):
         real[row, :start] = True

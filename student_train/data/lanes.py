@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from model_taps.packing import best_fit
 from signal_store.cache import Cache
 from signal_store.errors import InputError
+from student_train.data.aligner import Aligner
 from student_train.data.batch import LaneCursor
 from student_train.data.mixing import Mixing
 from student_train.data.order import key_of, permuted, shuffled
@@ -35,9 +36,9 @@ class RowLayout:
     bucket_rows: int
 
 
-def cut_rows(segments: Sequence[tuple[UnitReader, int]], cut: RowLayout, key: int) -> list[Row]:
+def cut_rows(segments: Sequence[tuple[UnitReader, int]], cut: RowLayout, key: int, aligner: Aligner) -> list[Row]:
     """Segments in rows of at most `sequence_length`, shuffled by key: best fit, or one a row in shuffled buckets of like length."""
-    lengths = [int(unit.segments["length"][segment]) for unit, segment in segments]
+    lengths = [int(aligner.lengths(unit)[segment]) for unit, segment in segments]
     if cut.packed:
         numbers = best_fit(lengths, cut.sequence_length)
         return [[segments[i] for i in numbers[row]] for row in shuffled(len(numbers), key)]
@@ -59,6 +60,7 @@ class Lane:
     count: int
     seed: int
     window_units: int
+    aligner: Aligner
     at: LaneCursor
     _rows: list[Row] = field(default_factory=list)
     _window: tuple[int, int] | None = None
@@ -112,7 +114,7 @@ class Lane:
             for segment in range(len(unit.segments["length"]))
             for _ in range(self.mixing.copies(unit, segment, key_of(self.seed, epoch)))
         ]
-        return cut_rows(segments, self.cut, key_of(self.seed, epoch, window, self.number))
+        return cut_rows(segments, self.cut, key_of(self.seed, epoch, window, self.number), self.aligner)
 
     def _read_ahead(self, ahead: ThreadPoolExecutor) -> None:
         if self._next is None:

@@ -8,35 +8,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from student_train.data.align.identity import IdentityAligner
-from student_train.data.unit import UnitReader, UnitText
+from student_train.data.aligner import Aligner, Rows, SegmentTokens
+from student_train.data.unit import UnitReader
 
 Row = list[tuple[UnitReader, int]]
 """Segments of a row, end to end: the unit and the segment's number in it."""
-Rows = NDArray[np.int64] | slice
-"""Numbers of rows of a unit's array."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A segment and where it goes: row `row` of the batch, from column `column`. `text`: the student's tokens of its unit;
-    `tokens`: which of them are the segment's."""
+    """A segment and where it goes: row `row` of the batch, from column `column`. `tokens`: as the student reads it."""
 
     unit: UnitReader
     segment: int
     row: int
     column: int
-    text: UnitText
-    tokens: slice
+    tokens: SegmentTokens
 
     def of(self, name: str) -> int:
         """A column of the segment table."""
         return int(self.unit.segments[name][self.segment])
-
-    @property
-    def kept(self) -> Rows:
-        """Its rows of arrays with one row a token that count."""
-        return self.unit.text.kept[self.segment]
 
     def rows(self, signal: str) -> NDArray[np.int64]:
         """Its rows of a signal's arrays: those that were sampled, or, where every token has one, its tokens that are more than
@@ -51,22 +42,15 @@ class Placed:
         found: NDArray[np.int64] = positions - self.of("token_start")
         return found
 
-    @property
-    def kept_places(self) -> NDArray[np.int64]:
-        """Which tokens of the segment these are, as the cache counts them."""
-        rows = np.arange(self.kept.start, self.kept.stop) if isinstance(self.kept, slice) else self.kept
-        return rows - self.of("token_start")
 
-
-def place(rows: Sequence[Sequence[tuple[UnitReader, int]]], aligner: IdentityAligner) -> tuple[Placed, ...]:
+def place(rows: Sequence[Sequence[tuple[UnitReader, int]]], aligner: Aligner) -> tuple[Placed, ...]:
     """Segments end to end in their rows."""
     placed = []
     for number, row in enumerate(rows):
         column = 0
         for unit, segment in row:
-            tokens = aligner.segment_tokens(unit, segment)
-            placed.append(Placed(unit, segment, number, column, aligner.text(unit), tokens))
-            column += tokens.stop - tokens.start
+            placed.append(Placed(unit, segment, number, column, aligner.tokens(unit, segment)))
+            column += len(placed[-1].tokens)
     return tuple(placed)
 
 
@@ -77,11 +61,14 @@ class Placement:
 
     segments: tuple[Placed, ...]
     width: int
-    aligner: IdentityAligner
+    aligner: Aligner
 
     def rows(self, signal: str) -> list[NDArray[np.int64]]:
-        """Rows of a signal's arrays with one row a token, or a sampled one."""
-        return [p.rows(signal) for p in self.segments]
+        """Rows of a signal's arrays with one row a token, or a sampled one; those of tokens that end where one of the student's
+        does."""
+        found = [p.rows(signal) for p in self.segments]
+        aligned = self.aligned([p.places(signal, mine) for p, mine in zip(self.segments, found, strict=True)])
+        return [rows[places >= 0] for rows, places in zip(found, aligned, strict=True)]
 
     def places(self, signal: str, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         """Places of the tokens that these rows of a signal are of."""
@@ -99,7 +86,12 @@ class Placement:
     def labels(self, places: Sequence[NDArray[np.int64]]) -> Tensor:
         """int64: what the student is to predict at these tokens, IGNORE where nothing is stored or it does not count."""
         pairs = zip(self.segments, self.aligned(places), strict=True)
-        return joined([p.text.labels[p.tokens.start + mine] for p, mine in pairs])
+        return joined([p.tokens.labels[mine] for p, mine in pairs])
+
+    def counted(self) -> tuple[Tensor, Tensor]:
+        """int64 [N] each: where the rows that count stand in the batch, and their labels."""
+        flat = joined([p.row * self.width + p.column + p.tokens.counted for p in self.segments])
+        return flat, joined([p.tokens.labels[p.tokens.counted] for p in self.segments])
 
     def gathered(self, path: str, rows: Sequence[Rows]) -> Tensor:
         """Rows of an array; unsigned ones as int32, since torch computes with that."""

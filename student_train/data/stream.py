@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from signal_store.cache import Cache
 from signal_store.errors import InputError
 from signal_store.manifest import Split
+from student_train.align.aligned_cache import longest_segment
+from student_train.data.aligner import Aligner, aligner_of
 from student_train.data.batch import CodedBatch, LaneCursor
 from student_train.data.collate import collate
 from student_train.data.lanes import Lane, RowLayout, cut_rows
@@ -43,7 +45,7 @@ class Stream:
     """Gives the rows' importance, where the objective wants it."""
 
     def __post_init__(self) -> None:
-        longest = self.cache.manifest.plan.context
+        longest = longest_segment(self.cache)
         if longest > self.config.sequence_length:
             raise InputError(
                 "a segment may be longer than a row",
@@ -60,6 +62,11 @@ class Stream:
             )
         if len(self.cache.units("train")):
             _ = self._mixing  # refuses names of sources that there are not
+
+    @cached_property
+    def aligner(self) -> Aligner:
+        """Between the cache's tokens and the student's."""
+        return aligner_of(self.cache)
 
     @property
     def rows_per_rank(self) -> int:
@@ -113,6 +120,7 @@ class Stream:
             self.lanes,
             self.config.seed,
             self.config.window_units,
+            self.aligner,
             at,
         )
 
@@ -143,6 +151,7 @@ class Stream:
                     packed=self.packed,
                     cursor=after,
                     token_weights=self.token_weights,
+                    aligner=self.aligner,
                 )
                 micro += workers
 
@@ -163,12 +172,13 @@ class Stream:
         tokens = 0
         for unit in self.cache.units(split):
             (loaded,) = request.load(self.cache, [int(unit)])
-            for row in cut_rows([(loaded, segment) for segment in range(len(loaded.segments["length"]))], cut, key=0):
+            lengths = self.aligner.lengths(loaded)
+            for row in cut_rows([(loaded, segment) for segment in range(len(lengths))], cut, 0, self.aligner):
                 if max_tokens is not None and tokens >= max_tokens:
                     return
                 yield row
-                tokens += sum(int(loaded.segments["length"][segment]) for _, segment in row)
+                tokens += sum(int(lengths[segment]) for _, segment in row)
 
     def _dealt(self, rows: Sequence[Row], request: SignalRequest) -> CodedBatch:
         mine = rows[self.rank :: self.world_size]
-        return collate(mine, self.config.sequence_length, request, packed=self.packed, cursor={})
+        return collate(mine, self.config.sequence_length, request, packed=self.packed, cursor={}, aligner=self.aligner)

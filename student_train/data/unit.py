@@ -89,6 +89,8 @@ class UnitReader:
     reads: Mapping[str, Read]
     segments: dict[str, NDArray[np.int64]]
     sampled: dict[str, RowRanges]
+    told: Any = None
+    """What an aligner keeps of it."""
     _rows: dict[str, NDArray[Any]] = field(default_factory=dict)
     _text: UnitText | None = None
 

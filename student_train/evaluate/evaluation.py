@@ -8,7 +8,7 @@ from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
 from student_train.model.parallel import ParallelModel
 
-NATS, SHARE, LABELS = "nats", "", "labels"
+NATS, BITS, SHARE, LABELS = "nats", "bits", "", "labels"
 """Units; a share of something, such as an agreement, has none."""
 
 

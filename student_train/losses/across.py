@@ -6,45 +6,31 @@ Legend: B rows, V the teacher's vocabulary, W the student's.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from student_train.data.aligned_rows import AlignedRows
 from student_train.losses.divergence import Parts, Softened
 
 NOTHING = -1e4
 """log of the mass of an outcome that a distribution cannot have; finite, so that 0 · log 0 is 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class AlignedRows:
-    """How the student's rows stand to the teacher's.
-
-    `same_text` bool [B]: both know the same; `one_to_one` bool [B]: and their next tokens spell the same; `within` bool [B]: the
-    student's next token ends no later than the teacher's. `spoken` int64 [B]: symbols of the teacher's next token that the
-    student's row knows already; `first`, `last` int64 [B]: where the teacher's tokens that begin with these lie among all, sorted
-    by what they spell.
-    """
-
-    same_text: Tensor
-    one_to_one: Tensor
-    within: Tensor
-    spoken: Tensor
-    first: Tensor
-    last: Tensor
-
-    def __getitem__(self, rows: slice | Tensor) -> Self:
-        return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))
+RowsKind = Literal["one_to_one", "same_text", "within"]
 
 
 class AcrossDivergence(nn.Module, ABC):
     """Of the student's q over W tokens from the teacher's p over V others. Its tables are buffers: they go where it goes."""
 
-    @abstractmethod
+    of_rows: RowsKind
+    """Which rows it says something of."""
+
     def counts(self, rows: AlignedRows) -> Tensor:
-        """bool [B]: rows that it says something of."""
+        """bool [B]: the same."""
+        found: Tensor = getattr(rows, self.of_rows)
+        return found
 
     @abstractmethod
     def closed_form(self, teacher: Softened, student: Softened, rows: AlignedRows) -> Parts:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from model_taps.head import OutputHead
 from signal_store.codecs.distribution import PADDED_LOGIT, KnownMasses
+from student_train.data.aligned_rows import AlignedRows
 from student_train.data.unit import IGNORE
-from student_train.losses.divergence import Softened
+from student_train.losses.across import AcrossDivergence
+from student_train.losses.divergence import Divergence, Parts, Softened
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
@@ -37,13 +39,15 @@ class _Block:
     tail: Tensor | None
     weights: Tensor | None
     vocab_size: int
-    """Of the cache; the student's may be padded."""
+    """Of the cache; the student's may be padded, or another."""
+    aligned: AlignedRows | None
 
     def part(self, rows: slice) -> "_Block":
         """Some of the rows."""
         known = {temperature: known[rows] for temperature, known in self.known.items()}
         tail, weights = (None if whole is None else whole[rows] for whole in (self.tail, self.weights))
-        return _Block(self.labels[rows], known, tail, weights, self.vocab_size)
+        aligned = None if self.aligned is None else self.aligned[rows]
+        return _Block(self.labels[rows], known, tail, weights, self.vocab_size, aligned)
 
 
 def _block_losses(
@@ -76,7 +80,7 @@ def _block_losses(
         else:
             if temperature not in teachers:
                 teachers[temperature] = _teacher(block, temperature, student)
-            divergence_B, found_BV = term.divergence.closed_form(teachers[temperature], student)
+            divergence_B, found_BV = _compared(term.divergence, teachers[temperature], student, block)
             losses.append(temperature**2 * divergence_B)
         if term.weighted and block.weights is not None:
             losses[-1] = losses[-1] * block.weights
@@ -98,9 +102,19 @@ def _teacher(block: _Block, temperature: float, student: Softened) -> Softened:
         tail_BV = block.tail if temperature == 1 else block.tail / temperature
     log_BV, p_BV = (found.to(student.p.dtype) for found in block.known[temperature].softened(tail_BV))
     padding = student.p.shape[1] - tail_BV.shape[1]
-    if padding:
+    if padding and block.aligned is None:
         log_BV, p_BV = F.pad(log_BV, (0, padding), value=PADDED_LOGIT), F.pad(p_BV, (0, padding))
     return Softened(p_BV, log_BV, log_BV.new_zeros(len(log_BV), 1))
+
+
+def _compared(divergence: Divergence | AcrossDivergence, teacher: Softened, student: Softened, block: _Block) -> Parts:
+    """Rows and gradient; across vocabularies, 0 of rows that do not count."""
+    if not isinstance(divergence, AcrossDivergence):
+        return divergence.closed_form(teacher, student)
+    assert block.aligned is not None
+    counts_B = divergence.counts(block.aligned)
+    rows_B, gradient_BV = divergence.closed_form(teacher, student, block.aligned)
+    return rows_B.where(counts_B, 0), gradient_BV.mul_(counts_B[:, None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +133,15 @@ def _do_chunk(logits_CV: Tensor, rows: slice, job: _Job, losses_KC: Tensor, prec
     gradient's factor."""
     head, targets, codec = job.head, job.targets, job.targets.codec
     temperatures = {term.temperature for term in job.terms if term.divergence is not None}
-    chunk = _Block(targets.labels[rows], {}, None, None if targets.weights is None else targets.weights[rows], 0)
+    chunk = _Block(targets.labels[rows], {}, None, None if targets.weights is None else targets.weights[rows], 0, None)
     if temperatures:
         assert codec is not None
         assert targets.codes is not None
         codes = targets.codes[rows]
         known = {temperature: codec.known(codes, temperature) for temperature in temperatures}
         chunk = replace(chunk, known=known, tail=codec.tail_logits(codes) if codec.rank else None, vocab_size=codec.vocab_size)
+    if targets.aligned is not None:
+        chunk = replace(chunk, aligned=targets.aligned[rows])
     size = max(1, BLOCK_BYTES.get(logits_CV.device.type, 2**30) // (4 * logits_CV.shape[1]))
     slopes = [term.scale * term.temperature for term in job.terms]
     plain = tuple(replace(term, scale=0.0) for term in job.terms)  # what torch.compile specialises on must not change with the step

@@ -12,6 +12,7 @@ from torch import Tensor
 from model_taps.head import OutputHead
 from signal_store.codecs.distribution import PADDED_LOGIT, apply_softcap
 from student_train.data.unit import IGNORE
+from student_train.losses.across import AcrossDivergence
 from student_train.losses.divergence import Divergence
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 
@@ -27,12 +28,26 @@ def dense_output_loss(
     for term in terms:
         if term.divergence is None:
             rows = F.cross_entropy(logits, targets.labels, ignore_index=IGNORE, reduction="none")
+        elif isinstance(term.divergence, AcrossDivergence):
+            rows = _across(term.divergence, logits, targets, term.temperature)
         else:
             known = teacher_logprobs(logits, targets, term.temperature)
             rows = dense_divergence(term.divergence, known, logits, term.temperature)
         losses.append(weights * rows if term.weighted else rows)
     total = sum((term.scale * rows.sum() for term, rows in zip(terms, losses, strict=True)), logits.new_zeros(()))
     return total, torch.stack(losses)
+
+
+def _across(divergence: AcrossDivergence, logits_NW: Tensor, targets: OutputTargets, temperature: float) -> Tensor:
+    """T² · D of the rows that count, 0 of the others."""
+    codec, codes, aligned = targets.codec, targets.codes, targets.aligned
+    assert codec is not None
+    assert codes is not None
+    assert aligned is not None
+    counts = divergence.counts(aligned)
+    log_p_BV = codec.logprobs(codes[counts], temperature, None).to(logits_NW.dtype)
+    rows = divergence.dense(log_p_BV, (logits_NW[counts] / temperature).log_softmax(1), aligned[counts])
+    return torch.zeros_like(logits_NW[:, 0]).index_put((counts.nonzero()[:, 0],), temperature**2 * rows)
 
 
 def teacher_logprobs(logits_NV: Tensor, targets: OutputTargets, temperature: float) -> Tensor:

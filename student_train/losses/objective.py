@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError, SignalStoreError
+from student_train.data.aligned_rows import AlignedRows
 from student_train.data.batch import CodedBatch
 from student_train.data.request import SignalRequest
 from student_train.data.signals.distribution import DistributionRequest
@@ -19,6 +20,8 @@ from student_train.data.signals.tags import TagsRequest
 from student_train.importance.rules import load_rules
 from student_train.importance.token_weights import TokenWeights
 from student_train.losses import registry
+from student_train.losses.across import AcrossDivergence
+from student_train.losses.across_check import across_of, check_tokens
 from student_train.losses.checks import check_distribution, check_tags, check_tail_rank, check_temperatures
 from student_train.losses.gate import Gate
 from student_train.losses.head_terms import OutputTerm
@@ -28,7 +31,7 @@ from student_train.losses.router_balance import RouterBalance, RouterBalanceSect
 from student_train.losses.row_queries import RowsOf
 from student_train.losses.section import Losses
 from student_train.losses.temporal import TemporalLoss
-from student_train.losses.term import GateTerm, LogitsTerm, RegularisationTerm, StateLoss, TermSection
+from student_train.losses.term import AcrossTerm, GateTerm, LogitsTerm, RegularisationTerm, StateLoss, TermSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Objective:
     token_weights: TokenWeights | None = None
     """Gives the weights of the divergences' tokens, where they have any."""
     gate: Gate | None = None
+    across: Mapping[str, AcrossDivergence] = field(default_factory=dict)
+    """By name, what compares a student whose tokens are others."""
     balance: RouterBalance | None = None
     """Of the student's experts, where `losses.router_balance` is on."""
 
@@ -84,6 +89,9 @@ class Objective:
                     found[name] = int((batch.labels >= 0).sum())
                 case LogitsTerm():
                     found[name] = self._weighed_rows(batch)
+                case AcrossTerm():
+                    aligned = batch.part(AlignedRows)
+                    found[name] = 0 if aligned is None else int(self.across[name].counts(aligned).sum())
                 case GateTerm():
                     levels = () if self.gate is None else self.gate.levels
                     found[name] = sum(self.states[level].count(batch) for level in levels)
@@ -105,6 +113,8 @@ class Objective:
         terms, measured = dict[str, OutputTerm](), dict[str, OutputTerm]()
         for name, spec in registry.terms().items():
             section = getattr(self.losses, name)
+            if isinstance(spec, AcrossTerm) and section is not None:
+                terms[name] = OutputTerm(self.across[name], scales[name], section.temperature, weighted=False)
             if not isinstance(spec, LogitsTerm):
                 continue
             if section is None and spec.divergence is None:
@@ -139,7 +149,8 @@ def resolve(losses: Losses, cache: Cache, student: PreTrainedModel, tail_rank: i
         token_weights = TokenWeights.of(load_rules(losses.importance.rules), cache.manifest.tokenizer.vocab_size)
     states = _states(losses, cache, student)
     check_temperatures(losses, cache)  # after what is not there at all
-    return Objective(losses, states, token_weights, _gate(losses, states, cache), balance)
+    across = across_of(losses, states, cache, student, tail_rank)
+    return Objective(losses, states, token_weights, _gate(losses, states, cache), across, balance)
 
 
 def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
@@ -147,12 +158,13 @@ def refusals(cache: Cache, student: PreTrainedModel) -> dict[str, str]:
     found = {}
     for name in registry.kinds():
         spec = registry.terms()[name]
-        divergence = isinstance(spec, LogitsTerm) and spec.divergence is not None
+        divergence = isinstance(spec, AcrossTerm) or (isinstance(spec, LogitsTerm) and spec.divergence is not None)
         losses = Losses.of({name: {"temperature": 1.0} if divergence else {}})  # the temperature that every cache serves
         try:
             check_distribution(losses, cache)
-            _states(losses, cache, student)
+            states = _states(losses, cache, student)
             check_temperatures(losses, cache)
+            check_tokens(losses, states, cache, None)
         except SignalStoreError as error:
             found[name] = error.what + (f": expected {error.expected}" if error.expected else "")
     return found

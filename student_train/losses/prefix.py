@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from signal_store.codecs.distribution import PADDED_LOGIT
-from student_train.data.align.vocabularies import Vocabularies
-from student_train.losses.across import AcrossDivergence, AlignedRows
+from student_train.align.vocabularies import Vocabularies
+from student_train.data.aligned_rows import AlignedRows
+from student_train.losses.across import AcrossDivergence, RowsKind
 from student_train.losses.divergence import Divergence, Parts, Softened
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
@@ -41,6 +42,7 @@ class Prefix(AcrossDivergence):
     Source: byte-prefix marginals, arXiv 2607.22334; the weight s is ours.
     """
 
+    of_rows: RowsKind = "within"
     place: Tensor
     begins: Tensor
 
@@ -54,7 +56,7 @@ class Prefix(AcrossDivergence):
 
     def counts(self, rows: AlignedRows) -> Tensor:
         """See the base."""
-        return rows.within & (rows.spoken < len(self.begins))
+        return super().counts(rows) & (rows.spoken < len(self.begins))
 
     def target(self, p_BV: Tensor, rows: AlignedRows) -> Tensor:
         """t [B, W + 1]: what goes to each of the student's tokens, and what goes to none."""

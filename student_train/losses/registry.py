@@ -10,11 +10,12 @@ from functools import cache
 from types import MappingProxyType
 
 from student_train.losses.kinds import Kind
-from student_train.losses.term import KnowledgeTerm, LogitsTerm, StateTerm, Term, TermSection
+from student_train.losses.term import AcrossTerm, KnowledgeTerm, LogitsTerm, StateTerm, Term, TermSection
 
 PACKAGE = "student_train.losses"
 ORDER = (
-    "cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "lhsm", "apc", "asr", "attention_direction",
+    "cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "strict", "prefix", "uld",
+    "lhsm", "apc", "asr", "attention_direction",
     "normalised_direction", "activation_mmd", "input_reconstruction", "residual_cka", "attention_statistics", "smoothness",
     "attention_evolution", "replay", "gate", "evidence", "coverage", "parameter_anchor", "router_balance", "importance",
 )  # fmt: skip
@@ -40,7 +41,8 @@ def _checked(name: str, term: object) -> Term:
         raise TypeError(f"{PACKAGE}.{name}: every setting must have a default, {', '.join(needed)} has none")
     if isinstance(term, KnowledgeTerm) and not issubclass(term.section, TermSection):
         raise TypeError(f"{PACKAGE}.{name}: the section must be a TermSection, found {term.section.__name__}")
-    if isinstance(term, LogitsTerm) and term.divergence is not None and "temperature" not in term.section.model_fields:
+    compares = isinstance(term, AcrossTerm) or (isinstance(term, LogitsTerm) and term.divergence is not None)
+    if compares and "temperature" not in term.section.model_fields:
         raise TypeError(f"{PACKAGE}.{name}: the section of a divergence must have a temperature")
     return term
 

@@ -9,7 +9,7 @@ from pydantic import create_model
 from signal_store.format.section import Section
 from student_train.losses import registry
 from student_train.losses.kinds import Kind
-from student_train.losses.term import LogitsTerm, StateTerm, TermSection, TokenWeightsTerm
+from student_train.losses.term import AcrossTerm, LogitsTerm, StateTerm, TermSection, TokenWeightsTerm
 
 if TYPE_CHECKING:
     from student_train.importance.section import ImportanceSection
@@ -60,7 +60,7 @@ class Losses(Section):
         found = {}
         for name, term in self.knowledge.items():
             spec = known[name]
-            if isinstance(spec, LogitsTerm) and spec.divergence is not None:
+            if isinstance(spec, AcrossTerm) or (isinstance(spec, LogitsTerm) and spec.divergence is not None):
                 found[name] = term
         return found
 
@@ -76,5 +76,5 @@ class Losses(Section):
         """Kinds of knowledge that no term carries."""
         known = registry.terms()
         carrying = [known[name] for name in self.knowledge]
-        held = {term.kind for term in carrying if isinstance(term, LogitsTerm | StateTerm)}
+        held = {term.kind for term in carrying if isinstance(term, LogitsTerm | AcrossTerm | StateTerm)}
         return tuple(kind for kind in Kind if kind not in held)

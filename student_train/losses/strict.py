@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from student_train.data.align.vocabularies import Outcomes, Vocabularies
-from student_train.losses.across import AcrossDivergence, AlignedRows, log_of_sums
+from student_train.align.vocabularies import Outcomes, Vocabularies
+from student_train.data.aligned_rows import AlignedRows
+from student_train.losses.across import AcrossDivergence, RowsKind, log_of_sums
 from student_train.losses.divergence import Divergence, Parts, Softened
 from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.jsd import JensenShannon
@@ -49,21 +50,17 @@ class Strict(AcrossDivergence):
     Source: the comparison on one-to-one positions, arXiv 2610.08448; the rest as an outcome, so that q̄ sums to 1, is ours.
     """
 
-    def __init__(self, inner: Divergence, outcomes: Outcomes, *, one_to_one: bool) -> None:
+    def __init__(self, inner: Divergence, outcomes: Outcomes, of_rows: RowsKind) -> None:
         super().__init__()
         count = outcomes.common + 2
-        self.inner, self.one_to_one = inner, one_to_one
+        self.inner, self.of_rows = inner, of_rows
         self.teacher = Partition(torch.from_numpy(outcomes.teacher), count)
         self.student = Partition(torch.from_numpy(outcomes.student), count)
 
     @classmethod
     def of(cls, section: StrictSection, vocabularies: Vocabularies) -> "Strict":
         """Of two vocabularies."""
-        return cls(DIVERGENCES[section.divergence], vocabularies.common(), one_to_one=section.rows == "one_to_one")
-
-    def counts(self, rows: AlignedRows) -> Tensor:
-        """See the base."""
-        return rows.one_to_one if self.one_to_one else rows.same_text
+        return cls(DIVERGENCES[section.divergence], vocabularies.common(), section.rows)
 
     def closed_form(self, teacher: Softened, student: Softened, _rows: AlignedRows) -> Parts:
         """See the base."""

@@ -22,7 +22,7 @@ from model_taps.slices import State
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
 from signal_store.format.section import Section
-from student_train.data.align.vocabularies import Vocabularies
+from student_train.align.vocabularies import Vocabularies
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.request import TOKENS_ONLY, SignalRequest

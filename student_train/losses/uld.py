@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from student_train.losses.across import AcrossDivergence, AlignedRows
+from student_train.data.aligned_rows import AlignedRows
+from student_train.losses.across import AcrossDivergence, RowsKind
 from student_train.losses.divergence import Parts, Softened
 from student_train.losses.kinds import Kind
 from student_train.losses.schedule import WeightField, constant
@@ -24,9 +25,7 @@ class Uld(AcrossDivergence):
     Source: Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss", equation 5.
     """
 
-    def counts(self, rows: AlignedRows) -> Tensor:
-        """See the base."""
-        return rows.same_text
+    of_rows: RowsKind = "same_text"
 
     def closed_form(self, teacher: Softened, student: Softened, _rows: AlignedRows) -> Parts:
         """See the base."""

@@ -16,6 +16,7 @@ from model_taps.attention import captured_layers, enable_row_capture, refuse_sil
 from model_taps.blocks import model_body
 from model_taps.head import final_hidden, output_head
 from model_taps.slices import refuse_silent_taps, tap_states
+from student_train.data.aligned_rows import AlignedRows
 from student_train.data.batch import CodedBatch
 from student_train.data.codecs import Codecs
 from student_train.data.signals.attention import AttentionPart
@@ -46,6 +47,7 @@ class Distiller(nn.Module):
         self.impl: Impl = impl
         self.terms = nn.ModuleDict(objective.states)
         self.gate = objective.gate
+        self.across = nn.ModuleDict(objective.across)
         self.codecs = Codecs(None)
         self.head_pairs: HeadPairs = {}
         self._open_taps = contextlib.ExitStack()
@@ -100,7 +102,8 @@ class Distiller(nn.Module):
         queries = {rows_of: rows_of(batch) for rows_of in wanted}
         taken = self._open_taps.enter_context(tap_attention_rows(joined_queries(wanted, queries)))
         (final, balance), head = self._hidden_and_balance(batch), output_head(self.student)
-        targets = OutputTargets(batch.labels, DistributionPart.codes_of(batch), self.codecs.distribution, batch.importance)
+        codes, aligned = DistributionPart.codes_of(batch), batch.part(AlignedRows)
+        targets = OutputTargets(batch.labels, codes, self.codecs.distribution, batch.importance, aligned)
         terms = objective.output_terms(scales)
         total, losses_KN = output_loss(final[batch.flat], head, targets, list(terms.values()), impl=self.impl)
         sums = {name: losses_N.sum() for name, losses_N in zip(terms, losses_KN, strict=True) if name in scales}

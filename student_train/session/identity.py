@@ -17,7 +17,7 @@ ROLES: dict[str, Role] = {
     "student.checkpoint": "is",
     "student.config": "is",
     "student.seed": "is",
-    "student.tokenizer": "kept",  # a place; its digest must be the cache's
+    "student.tokenizer": "kept",  # a place; its digest is compared
     "student.attn_implementation": "computed",
     "student.trust_remote_code": "kept",  # a permission
     "student.lora": "is",
@@ -42,6 +42,7 @@ ROLES: dict[str, Role] = {
     "stream.mix": "is",
     "stream.workers": "computed",
     "stream.seed": "is",
+    "align": "kept",  # a place and a floor; the view is the cache's and the tokenizer's
     "validation": "watched",  # unless it decides the result, see `identity`
     "checkpoint": "kept",
     "export": "is",

@@ -18,6 +18,7 @@ from signal_store.canonical import digest
 from signal_store.errors import MismatchError
 from signal_store.format.renamed import untold
 from signal_store.io.local import LocalObjects
+from student_train.align.aligned_cache import student_tokenizer_digest
 from student_train.model.precision import Precision
 from student_train.recipe import RunRecipe, flat
 from student_train.session.identity import differences, identity, role_of, rules_digest
@@ -78,6 +79,12 @@ class Begun:
         known = {name: self.about[name] for name in ("cache_id", "rules_digest") if name in self.about}
         return differences(identity(held) | known, asked)
 
+    def refuse_another_tokenizer(self, cache: Cache, where: Path) -> None:
+        """MismatchError where the run began with another tokenizer of the student's; an older record does not say."""
+        held, found = self.about.get("tokenizer"), student_tokenizer_digest(cache)
+        if held not in (None, found):
+            raise MismatchError("the run began with another tokenizer", expected=held, found=found, where=where)
+
     def run_id(self, recipe: RunRecipe, cache_id: str) -> str:
         """The digest that names the run: the one that it began with, or a new one."""
         if self.about and not self.differs(recipe, cache_id):
@@ -117,6 +124,7 @@ def write_record(
         "recipe_digest": run_id,
         "rules_digest": rules_digest(recipe),
         "cache_id": cache.manifest.cache_id,
+        "tokenizer": student_tokenizer_digest(cache),
         "generation": cache.seal.generation,
         "command": sys.argv,
         "processes": accelerator.num_processes,

@@ -19,12 +19,14 @@ from signal_store.errors import InputError
 from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import refuse_inside_a_cache
 from student_train.evaluate.validation import check_splits
+from student_train.losses.across_check import refuse_few_rows
 from student_train.losses.objective import resolve
 from student_train.model.distiller import Distiller
 from student_train.model.parallel import accelerator_of, refuse_lone_shard
 from student_train.model.precision import Precision, choose_precision, emulated, training_device
 from student_train.recipe import RunRecipe
 from student_train.session.claim import Claim, refuse_strangers
+from student_train.session.reading import FOLDER, reading_cache
 from student_train.session.run_record import Begun, refuse_another_run, write_record
 from student_train.student.build import build_student
 from student_train.train import checkpoint
@@ -63,7 +65,7 @@ class _Start:
         """Look; MismatchError where another run is there, InputError where something else is."""
         cache, begun = open_cache(recipe.cache), Begun.of(recipe.out)
         if not begun.about and checkpoint.newest(recipe.out / "checkpoints") is None:
-            refuse_strangers(recipe.out)
+            refuse_strangers(recipe.out, own=(FOLDER,))
         if begun.about.get("cache_id") == cache.manifest.cache_id:  # a run goes on with the generation that it began with
             cache = open_cache(recipe.cache, generation=int(begun.about["generation"]))
         if not recipe.checkpoint.accept_other_cache:
@@ -75,18 +77,20 @@ class _Start:
 
 
 def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
-    cache = start.cache
     refuse_lone_shard(recipe.parallel)
-    check_splits(cache, validates=recipe.validation is not None)
+    check_splits(start.cache, validates=recipe.validation is not None)
+    cache = reading_cache(recipe, start.cache)
+    start.begun.refuse_another_tokenizer(cache, recipe.out)
     student, tokenizer = build_student(recipe.student, cache)
     torch.manual_seed(recipe.seed)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
+    refuse_few_rows(objective.across, cache, recipe.align)
     distiller = Distiller(student, objective, impl="compiled" if recipe.compile else "torch")
     accelerator, precision = _accelerator(recipe, start.begun)
     try:
         packed = None if recipe.checkpoint.accept_other_cache else start.begun.packed
         begun = start_run(recipe.training, accelerator, cache, distiller, start.run_id, packed)
-        _begin(recipe, start, claim, accelerator, precision, step=begun.progress.step, packed=begun.stream.packed)
+        _begin(recipe, start, cache, claim, accelerator, precision, step=begun.progress.step, packed=begun.stream.packed)
         progress = train(begun)
         if accelerator.is_main_process:
             parameters = sum(p.numel() for p in student.parameters())
@@ -123,14 +127,22 @@ def _long_warmup_notice(recipe: RunRecipe) -> str | None:
 
 
 def _begin(
-    recipe: RunRecipe, start: _Start, claim: Claim, accelerator: Accelerator, precision: Precision, *, step: int, packed: bool
+    recipe: RunRecipe,
+    start: _Start,
+    cache: Cache,
+    claim: Claim,
+    accelerator: Accelerator,
+    precision: Precision,
+    *,
+    step: int,
+    packed: bool,
 ) -> None:
     """Claim the folder and write the run's record: nothing of the recipe is wrong. Every rank must call this."""
     if accelerator.is_main_process:
         claim.take()
         if Begun.of(recipe.out) != start.begun:
             raise InputError("another process began here meanwhile", where=recipe.out, remedy="Run the same command again.")
-        write_record(start.begun, recipe, start.run_id, start.cache, accelerator, precision, step=step, packed=packed)
+        write_record(start.begun, recipe, start.run_id, cache, accelerator, precision, step=step, packed=packed)
     accelerator.wait_for_everyone()
 
 

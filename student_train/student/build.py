@@ -1,6 +1,5 @@
 """The student: built from a config or a checkpoint, and checked against the cache it will learn from."""
 
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
 from signal_store.nearest import nearest
+from student_train.align.aligned_cache import longest_segment, student_tokenizer, student_tokenizer_digest, student_vocabulary
 from student_train.student.sections import StudentSection
 from student_train.student.transforms.lora import Lora
 from student_train.student.transforms.transform import Origin, Transform
@@ -84,7 +84,7 @@ def _config(section: StudentSection, cache: Cache, tokenizer: PreTrainedTokenize
         raise InputError("the student's config names no model_type", expected="such as llama or qwen3", where="student.config")
     if dtypes := sorted({"dtype", "torch_dtype"} & fields.keys()):
         raise InputError("a student's weights are float32", expected="precision: bfloat16", found=dtypes[0], where="student.config")
-    fields.setdefault("vocab_size", cache.manifest.tokenizer.vocab_size)
+    fields.setdefault("vocab_size", student_vocabulary(cache))
     for name in ("bos_token_id", "eos_token_id"):  # a family's defaults are another tokenizer's; a padding id would freeze its row
         fields.setdefault(name, getattr(tokenizer, name))
     config: PretrainedConfig = AutoConfig.for_model(kind, **fields)
@@ -108,44 +108,42 @@ def _refuse_no_size(model: PreTrainedModel) -> None:
         raise InputError("the student's config gives weights no size", expected="1 or more", found=shown, where="student.config")
 
 
+def own_tokenizer(section: StudentSection) -> str | None:
+    """Where the student's own tokenizer is; None where it has none, and the cache's will do."""
+    if section.tokenizer is not None or section.checkpoint is None:
+        return section.tokenizer
+    bare = Path(section.checkpoint).is_dir() and not has_tokenizer(section.checkpoint)
+    return None if bare else section.checkpoint
+
+
 def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
-    own = section.tokenizer or section.checkpoint
-    if section.tokenizer is None and own is not None and Path(own).is_dir() and not has_tokenizer(own):
-        own = None  # the cache's will do
-    tokenizer = load_tokenizer(own) if own is not None else cached_tokenizer(cache)
-    expected, found = cache.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
+    own = own_tokenizer(section)
+    tokenizer = load_tokenizer(own) if own is not None else student_tokenizer(cache)
+    expected, found = student_tokenizer_digest(cache), tokenizer_digest(tokenizer)
     if expected != found:
         raise MismatchError(
-            "teacher and student have different tokenizers",
+            "the student reads with another tokenizer than this cache is read with",
             expected=expected,
             found=f"{found} ({own or 'the copy in the cache'})",
             where=cache.uri,
-            remedy="Train a student that uses the teacher's tokenizer.",
+            remedy="Open the cache with a view for this tokenizer: student-train align.",
         )
     return tokenizer
 
 
-def cached_tokenizer(cache: Cache) -> PreTrainedTokenizerFast:
-    """The copy that the cache keeps, which may lie in a bucket."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in cache.tokenizer_files().items():
-            (Path(folder) / name).write_bytes(data)
-        return load_tokenizer(folder)
-
-
 def _check(model: PreTrainedModel, cache: Cache) -> None:
     refuse_no_blocks(model.config)
-    vocab_size = cache.manifest.tokenizer.vocab_size
+    vocab_size = student_vocabulary(cache)
     rows = len(model.get_output_embeddings().weight)
     if rows < vocab_size:
         raise MismatchError(
-            "the student's vocabulary is smaller than the cache's", expected=f"at least {vocab_size} rows", found=rows
+            "the student's vocabulary is smaller than its texts'", expected=f"at least {vocab_size} rows", found=rows
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < cache.manifest.plan.context:
+    if positions is not None and positions < (longest := longest_segment(cache)):
         raise MismatchError(
             "the student's context is shorter than the cache's segments",
-            expected=f"at least {cache.manifest.plan.context} positions",
+            expected=f"at least {longest} positions",
             found=positions,
             where="student.config.max_position_embeddings",
         )

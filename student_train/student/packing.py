@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from model_taps.neighbours import probe
 from signal_store.cache import Cache
 from signal_store.errors import InputError
+from student_train.align.aligned_cache import longest_segment, student_vocabulary
 
 
 def packs_rows(student: PreTrainedModel, cache: Cache, sequence_length: int, micro_batch_rows: int) -> bool:
@@ -21,8 +22,8 @@ def packs_rows(student: PreTrainedModel, cache: Cache, sequence_length: int, mic
     """
     found = probe(
         student,
-        cache.manifest.tokenizer.vocab_size,
-        min(cache.manifest.plan.context, sequence_length),  # the stream refuses what is longer
+        student_vocabulary(cache),
+        min(longest_segment(cache), sequence_length),  # the stream refuses what is longer
         what="student",
         width=sequence_length,
         most_tokens=sequence_length * micro_batch_rows,
@@ -32,7 +33,7 @@ def packs_rows(student: PreTrainedModel, cache: Cache, sequence_length: int, mic
         raise InputError(
             "the student's states depend on the longest segment of a batch",
             expected=f"segments of at most {found.split_length} tokens, or a student without such a rule",
-            found=f"segments of up to {cache.manifest.plan.context} tokens",
+            found=f"segments of up to {longest_segment(cache)} tokens",
             where=f"{student.config.model_type}, its rope_parameters",
             remedy="Give the student's config other rope_parameters, or build the cache with a shorter context.",
         )

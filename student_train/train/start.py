@@ -21,6 +21,7 @@ from model_taps.causality import refuse_look_ahead
 from model_taps.head import refuse_another_head
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
+from student_train.align.aligned_cache import student_vocabulary
 from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
 from student_train.data.stream import Stream
@@ -122,7 +123,7 @@ def _probe(settings: TrainSettings, accelerator: Accelerator, cache: Cache, dist
 
     Probes run in float32, where rounding is far below what they look for; FlashAttention has none.
     """
-    student, vocab_size = distiller.student, cache.manifest.tokenizer.vocab_size
+    student, vocab_size = distiller.student, student_vocabulary(cache)
     with accelerator.autocast() if "flash" in own_kernel(student) else contextlib.nullcontext():
         refuse_look_ahead(student, vocab_size, "student")
         refuse_another_head(student, vocab_size, "student")

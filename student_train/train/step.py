@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from signal_store.errors import SignalStoreError
+from student_train.align.tokenizers import cached_tokenizer
 from student_train.data.order import key_of
 from student_train.data.packed_batch import PackedBatch
 from student_train.engine.controller import Measured
-from student_train.student.build import cached_tokenizer
 from student_train.train.optimizer import learning_rate_factor, set_learning_rate
 from student_train.train.start import Run
 

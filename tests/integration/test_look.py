@@ -33,13 +33,13 @@ from signal_view.signals import view_of, views_of
 from signal_view.signals.base import SignalView
 from signal_view.summary import html_of, printable, signal_bytes, summarise, text_of
 from signal_view.tokens import TokenTexts, token_texts
+from student_train.align.tokenizers import cached_tokenizer
 from student_train.cli import app as student_app
 from student_train.commands.doctor import spikes
 from student_train.commands.run import run
 from student_train.importance.rules import load_rules
 from student_train.importance.show import plot_weights, token_weights, weights_html
 from student_train.recipe import RunRecipe
-from student_train.student.build import cached_tokenizer
 from student_train.train.metrics import METRICS, read_metrics
 from student_train.view.plots import layerwise_cka, plot_against_teacher, plot_cka
 from student_train.view.report import report

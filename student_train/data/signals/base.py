@@ -6,7 +6,7 @@ A signal is a file of this folder with one `Request` and its `Part`, of the same
 
 from abc import ABC, abstractmethod
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -19,6 +19,8 @@ class Request(ABC):
     """What is read of one signal: a frozen dataclass of tuples and flags. `a | b` reads what either does."""
 
     __slots__ = ()
+    aligns: ClassVar[bool] = False
+    """Whether its part means the same where the student's tokens are not the cache's: of tokens that end together alone."""
 
     @classmethod
     def signal(cls) -> str:

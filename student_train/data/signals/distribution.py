@@ -41,7 +41,7 @@ class DistributionRequest(Request):
 
     def gather(self, placement: Placement) -> DistributionPart:
         """See the base; what the cache does not hold (a tail of rank 0, a head of no ids) has no columns."""
-        rows, unit = [p.kept for p in placement.segments], placement.segments[0].unit
+        rows, unit = [p.tokens.rows for p in placement.segments], placement.segments[0].unit
         scalars = placement.gathered("distribution/scalars", rows)
 
         def of(name: str, dtype: torch.dtype) -> Tensor:

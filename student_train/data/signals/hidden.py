@@ -1,6 +1,7 @@
 """Hidden states, of the tokens that were sampled."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class HiddenPart(Part):
 @dataclass(frozen=True, slots=True)
 class HiddenRequest(Request):
     """`states` by (tap, teacher layer)."""
+
+    aligns: ClassVar[bool] = True
 
     states: tuple[State, ...]
 

@@ -40,7 +40,7 @@ def next_roles(placement: Placement) -> NDArray[np.uint8]:
 
 
 def _next_roles(p: Placed) -> NDArray[np.uint8]:
-    following, length, start = p.kept_places + 1, p.of("length"), p.of("token_start")
+    following, length, start = p.tokens.counted + 1, p.of("length"), p.of("token_start")
     found: NDArray[np.uint8] = p.unit.rows("tags/roles")[start + np.minimum(following, length - 1)]
     found[following == length] = 0
     return found

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from student_train.data.align.spelling import Spelling
-from student_train.data.align.walk import Ints
+from student_train.align.spelling import Spelling
+from student_train.align.walk import Ints
 
 LAST = chr(0x10FFFF)
 """Behind every symbol."""

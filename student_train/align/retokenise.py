@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from signal_store.errors import InputError, MismatchError
-from student_train.data.align.spelling import FIRST_MARK, Spelling, same_symbols
-from student_train.data.align.walk import Ints
+from student_train.align.spelling import FIRST_MARK, Spelling, same_symbols
+from student_train.align.walk import Ints
 
 CONTINUATION = range(0x80, 0xC0)
 """Bytes that are inside a character of UTF-8."""

@@ -1,0 +1,151 @@
+"""A unit of a cache as a student with another tokenizer reads it: its tokens, and how each of their rows stands to the teacher's.
+
+Everything is a function of the cache's own text and of the two tokenizers. The text comes from the cache: what its tokens spell,
+held against where the cache says that they end.
+"""
+
+import io
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from signal_store.cache import Cache
+from signal_store.errors import MismatchError
+from student_train.align.retokenise import CONTINUATION, retokenise
+from student_train.align.spelling import FIRST_MARK, Spelling
+from student_train.align.vocabularies import Vocabularies
+from student_train.align.walk import Ints, align
+
+COUNTS = 1
+"""Of `tokens/loss_mask`: the row's label and its distribution count."""
+
+
+@dataclass(frozen=True)
+class UnitView:
+    """`length` uint32 [segments].
+
+    Of the student's m tokens: `input_ids` uint32; `counts` bool, whether the row's label counts; `teacher` int32, the teacher's row,
+    by its place in the segment, -1 for none; `spoken` uint16, `one_to_one` and `within` bool, as `Alignment` has them; `first` and
+    `last` uint32, as `AlignedRows` has them; `text_bytes` uint16, how many of the text the token is.
+    """
+
+    length: NDArray[np.uint32]
+    input_ids: NDArray[np.uint32]
+    counts: NDArray[np.bool_]
+    teacher: NDArray[np.int32]
+    spoken: NDArray[np.uint16]
+    one_to_one: NDArray[np.bool_]
+    within: NDArray[np.bool_]
+    first: NDArray[np.uint32]
+    last: NDArray[np.uint32]
+    text_bytes: NDArray[np.uint16]
+
+    @cached_property
+    def token_start(self) -> Ints:
+        """int64 [segments + 1]: the first token of each segment, and the end of the last."""
+        return np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
+
+    def to_bytes(self) -> bytes:
+        """As it is stored."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{field.name: getattr(self, field.name) for field in fields(self)})
+        return bytes(Zstd(level=3).encode(buffer.getvalue()))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` wrote."""
+        with np.load(io.BytesIO(Zstd().decode(data)), allow_pickle=False) as found:
+            return cls(**{field.name: found[field.name] for field in fields(cls)})
+
+
+def view_unit(cache: Cache, unit: int, vocabularies: Vocabularies) -> UnitView:
+    """Tell a unit's segments again in the student's tokens.
+
+    Raises:
+        MismatchError: where the teacher's tokens do not spell the text that they were made of, or the student's do not; with the
+            first place that differs.
+    """
+    columns = cache.segment_columns(unit, "token_start", "length")
+    starts = columns["token_start"].astype(np.int64) - unit * cache.manifest.plan.unit_tokens
+    lengths = columns["length"].astype(np.int64)
+    rows = int(starts[-1] + lengths[-1])
+    read = cache.read_unit(unit, dict.fromkeys(("tokens/input_ids", "tokens/loss_mask", "tokens/byte_end"), rows))
+    parts: list[dict[str, NDArray[np.generic]]] = []
+    for number, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        own = slice(start, start + length)
+        where = f"{cache.uri}, segment {cache.first_segment(unit) + number}"
+        ids, mask, byte_end = (read[f"tokens/{name}"][own].astype(np.int64) for name in ("input_ids", "loss_mask", "byte_end"))
+        parts.append(_segment(ids, mask, byte_end, vocabularies, where))
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return UnitView(np.asarray([len(part["input_ids"]) for part in parts], np.uint32), **joined)
+
+
+def _segment(ids: Ints, mask: Ints, byte_end: Ints, both: Vocabularies, where: str) -> dict[str, NDArray[np.generic]]:
+    text, ends = segment_text(ids, byte_end, both.teacher, where)
+    told = retokenise(text, both.student, where)
+    found = align(ends, told.ends)
+    ranges = np.zeros((len(told.ends), 2), np.int64)
+    ranges[:, 1] = len(both.teacher.symbols)
+    for row in np.flatnonzero(found.spoken > 0).tolist():
+        if found.teacher[row] >= 0:
+            end = int(told.ends[row])
+            ranges[row] = both.places_that_begin(text[end - int(found.spoken[row]) : end])
+    begins = np.append(0, told.ends[:-1])
+    return {
+        "input_ids": told.input_ids.astype(np.uint32),
+        "counts": _counts(mask, ends, told.ends),
+        "teacher": found.teacher.astype(np.int32),
+        "spoken": found.spoken.clip(0, np.iinfo(np.uint16).max).astype(np.uint16),
+        "one_to_one": found.one_to_one,
+        "within": found.within,
+        "first": ranges[:, 0].astype(np.uint32),
+        "last": ranges[:, 1].astype(np.uint32),
+        "text_bytes": np.where(np.isin(told.input_ids, list(both.student.marks.values())), 0, told.ends - begins).astype(np.uint16),
+    }
+
+
+def segment_text(ids: Ints, byte_end: Ints, teacher: Spelling, where: str) -> tuple[str, Ints]:
+    """(what a segment's tokens spell; where each ends in it). MismatchError where that is not what the cache says of their ends."""
+    text, ends = teacher.spelled(ids)
+    leading = teacher.leading(ids)
+    is_mark = np.asarray([len(s) == 1 and ord(s) >= FIRST_MARK for s in (teacher.symbols[n] for n in ids.tolist())], bool)
+    widths = np.where(is_mark, np.diff(byte_end, prepend=byte_end[:1]), np.diff(ends, prepend=0))  # a mark's name may be text
+    apart = byte_end - widths.cumsum()
+    inside = np.asarray([ord(text[end]) in CONTINUATION if end < len(text) else False for end in ends.tolist()], bool)
+    inside[-1] |= byte_end[-1] > byte_end[0] + widths[1:].sum()  # cut off inside a character
+    known = np.flatnonzero(~inside & ~is_mark & (np.arange(len(ids)) >= leading))
+    if not len(known):
+        return text, ends
+    if apart[known[0]] == -1 and text.startswith(" "):  # SentencePiece puts a space before a text
+        text, ends = text[1:], (ends - 1).clip(0)
+        apart = apart + 1
+    off = known[apart[known] != apart[known[0]]]
+    if len(off) or apart[known[0]] < 0:
+        place = int(off[0]) if len(off) else int(known[0])
+        raise MismatchError(
+            "the teacher's tokens do not spell the text that they were made of",
+            expected=f"token {place} to end at byte {int(byte_end[place])} of its document",
+            found=int(apart[known[0]] + widths[: place + 1].sum()),
+            where=where,
+            remedy="Its tokenizer changes texts (case, normalisation): a student needs that tokenizer too.",
+        )
+    return text, ends
+
+
+def _counts(mask: Ints, teacher_ends: Ints, student_ends: Ints) -> NDArray[np.bool_]:
+    """Whether the token that a row of the student predicts is of text all of which counts."""
+    bad = np.append(1, mask[:-1] != COUNTS)  # by the teacher's token: whether predicting it does not count
+    before = np.concatenate([[0], np.cumsum(bad)])
+    stops = np.append(student_ends[1:], 0)
+    first = np.searchsorted(teacher_ends, student_ends, side="right")
+    last = np.searchsorted(teacher_ends, stops, side="left")
+    spells = stops > student_ends
+    inside = spells & (last < len(teacher_ends))
+    last = last.clip(0, len(teacher_ends) - 1)
+    first = np.minimum(first, last)
+    counts: NDArray[np.bool_] = inside & (before[last + 1] - before[first] == 0)
+    return counts

@@ -1,0 +1,262 @@
+"""A view of a cache: its segments told again in a student's tokens, made once, by any number of processes, with no teacher.
+
+A folder of its own, or a bucket: `begun.json` says of which cache and which tokenizer, `units/` has one object a unit whose key
+holds its digest, and `view.json`, written when all are there, lists them. Every read is compared with that. A view can always be
+made again from the cache and the tokenizer, so nothing repairs it: what is damaged is deleted, and `align` fills the gap.
+"""
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from model_taps.loading import load_tokenizer, tokenizer_digest
+from run_kit.progress import progress_bar
+from signal_store.cache import Cache, open_cache
+from signal_store.canonical import sha256
+from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
+from signal_store.io.objects import Objects, objects_at
+from student_train.align.spelling import spellings
+from student_train.align.tokenizers import cached_tokenizer
+from student_train.align.unit_view import UnitView, view_unit
+from student_train.align.vocabularies import Vocabularies
+
+FORMAT = 1
+BEGUN, VIEW, UNITS, TOKENIZER = "begun.json", "view.json", "units", "tokenizer"
+KEY = re.compile(rf"{UNITS}/([0-9]{{7}})-([0-9a-f]{{64}})")
+
+
+@dataclass(frozen=True)
+class View:
+    """A finished one.
+
+    `about`: of what it is, as `begun.json` says; `units`: digests; `longest`: tokens of its longest segment; `rows`: how many of its
+    rows count (`counted`), how many of those are `one_to_one`, know the `same_text`, or are `within`, and the `text_bytes` that they
+    predict.
+    """
+
+    uri: str
+    about: dict[str, Any]
+    units: tuple[str, ...]
+    longest: int
+    rows: dict[str, int]
+
+    @classmethod
+    def open(cls, uri: str) -> "View":
+        """NotFoundError where there is none, IncompleteError where it is not finished."""
+        objects = objects_at(uri)
+        if not objects.exists(VIEW):
+            begun = objects.exists(BEGUN)
+            kind = IncompleteError if begun else NotFoundError
+            what = "the view is not finished" if begun else "no view here"
+            raise kind(what, expected="one made by student-train align", where=uri, remedy="Run student-train align.")
+        return cls._of(objects.uri, _json(objects, VIEW))
+
+    @classmethod
+    def _of(cls, uri: str, body: dict[str, Any]) -> "View":
+        return cls(uri, body["about"], tuple(body["units"]), body["longest"], body["rows"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it anew."""
+        return View.open, (self.uri,)
+
+    @cached_property
+    def objects(self) -> Objects:
+        """Where it lies."""
+        return objects_at(self.uri)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The student's."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.about["tokenizer_files"]:
+                (Path(folder) / name).write_bytes(self.objects.read(f"{TOKENIZER}/{name}"))
+            found = load_tokenizer(folder)
+        if tokenizer_digest(found) != self.about["student_tokenizer"]:
+            raise CorruptError("the view's tokenizer was altered", where=f"{self.uri}/{TOKENIZER}", remedy="Make the view again.")
+        return found
+
+    def of_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> "View":
+        """The same; MismatchError where it is in another tokenizer's tokens."""
+        if (found := tokenizer_digest(tokenizer)) != self.about["student_tokenizer"]:
+            raise MismatchError(
+                "the view is in the tokens of another tokenizer",
+                expected=found,
+                found=self.about["student_tokenizer"],
+                where=self.uri,
+                remedy="Give align.view another place.",
+            )
+        self.__dict__["tokenizer"] = tokenizer
+        return self
+
+    def unit(self, number: int) -> UnitView:
+        """CorruptError where it is not what was written."""
+        digest = self.units[number]
+        key = f"{UNITS}/{number:07d}-{digest}"
+        data = self.objects.read(key)
+        if sha256(data) != f"sha256:{digest}":
+            raise CorruptError(
+                "a unit of the view was altered",
+                expected=digest,
+                found=sha256(data),
+                where=f"{self.uri}/{key}",
+                remedy="Delete it and view.json, and run student-train align again.",
+            )
+        return UnitView.from_bytes(data)
+
+    def refuse_another(self, cache: Cache) -> None:
+        """MismatchError where it is of another cache."""
+        expected = {"cache_id": cache.manifest.cache_id, "units": cache.seal.num_units}
+        found = {name: self.about[name] for name in expected}
+        if found != expected:
+            raise MismatchError(
+                "the view is of another cache, or of an older generation",
+                expected=expected,
+                found=found,
+                where=self.uri,
+                remedy="Run student-train align into another folder.",
+            )
+
+
+def make_view(
+    cache: Cache, tokenizer: PreTrainedTokenizerFast, uri: str, *, processes: int = 1, first_units: int | None = None
+) -> View | None:
+    """Tell every unit again that is not there yet, or only of the first so many, to look at; any number of processes may do so at a
+    time. None where others still work.
+
+    Raises:
+        MismatchError: if another view lies there; or where a text cannot be told in the student's tokens.
+    """
+    objects = objects_at(uri)
+    about = _begin(cache, tokenizer, objects)
+    numbers = range(cache.seal.num_units if first_units is None else min(first_units, cache.seal.num_units))
+    with progress_bar() as progress:
+        bar = progress.add_task("align", total=len(numbers), unit="units")
+        there = set(_there(objects))
+        progress.advance(bar, len(there))
+        for _ in _told(cache, tokenizer, uri, [n for n in numbers if n not in there], processes):
+            progress.advance(bar)
+    return _finish(objects, about, len(numbers))
+
+
+def _begin(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects) -> dict[str, Any]:
+    """Claim the place, or find it claimed for the same."""
+    spellings(cached_tokenizer(cache), tokenizer)  # refuses tokenizers whose tokens do not say their bytes
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    about = {
+        "format": FORMAT,
+        "cache_id": cache.manifest.cache_id,
+        "units": cache.seal.num_units,
+        "teacher_tokenizer": cache.manifest.tokenizer.digest,
+        "student_tokenizer": tokenizer_digest(tokenizer),
+        "tokenizer_files": list(files),
+    }
+    for name, data in files.items():
+        objects.create(f"{TOKENIZER}/{name}", data)
+    if not objects.create(BEGUN, _bytes(about)) and (standing := _json(objects, BEGUN)) != about:
+        differ = [name for name in about if standing.get(name) != about[name]]
+        raise MismatchError(
+            f"another view lies here ({', '.join(differ)} differ)",
+            expected={name: about[name] for name in differ},
+            found={name: standing.get(name) for name in differ},
+            where=objects.uri,
+            remedy="Give another place.",
+        )
+    return about
+
+
+def _there(objects: Objects) -> dict[int, str]:
+    """By number, the digests of units that are there."""
+    found = (KEY.fullmatch(key) for key in objects.list(UNITS))
+    return {int(match[1]): match[2] for match in found if match}
+
+
+def _told(cache: Cache, tokenizer: PreTrainedTokenizerFast, uri: str, units: list[int], processes: int) -> Iterator[int]:
+    if processes == 1 or len(units) < 2:
+        worker = _Worker(cache, tokenizer, uri)
+        yield from map(worker.tell, units)
+        return
+    places = [(part.uri, part.seal.generation) for part in cache.parts]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        arguments = ([uri for uri, _ in places], places[0][1], folder, uri)
+        with ProcessPoolExecutor(min(processes, len(units)), get_context("spawn"), _begin_process, arguments) as pool:
+            yield from pool.map(_tell, units)
+
+
+class _Worker:
+    """Of one process."""
+
+    here: "_Worker"
+
+    def __init__(self, cache: Cache, tokenizer: PreTrainedTokenizerFast, uri: str) -> None:
+        teacher, student = spellings(cached_tokenizer(cache), tokenizer)
+        self.cache, self.objects = cache, objects_at(uri)
+        self.vocabularies = Vocabularies(teacher, student, len(student.symbols))
+
+    def tell(self, unit: int) -> int:
+        """Write a unit."""
+        data = view_unit(self.cache, unit, self.vocabularies).to_bytes()
+        self.objects.put(f"{UNITS}/{unit:07d}-{sha256(data).removeprefix('sha256:')}", data)
+        return unit
+
+
+def _begin_process(cache: list[str], generation: int, tokenizer: str, uri: str) -> None:
+    opened = open_cache(cache, generation=generation if len(cache) == 1 else None)
+    _Worker.here = _Worker(opened, load_tokenizer(tokenizer), uri)
+
+
+def _tell(unit: int) -> int:
+    return _Worker.here.tell(unit)
+
+
+def _finish(objects: Objects, about: dict[str, Any], num_units: int) -> View | None:
+    """Read all of it once more, and write down what it is."""
+    there = _there(objects)
+    if len(there) < num_units:
+        return None
+    longest, rows = 0, Counter[str]()
+    for number in range(num_units):
+        data = objects.read(f"{UNITS}/{number:07d}-{there[number]}")
+        if sha256(data) != f"sha256:{there[number]}":
+            where = f"{objects.uri}/{UNITS}/{number:07d}-{there[number]}"
+            raise CorruptError(
+                "a unit of the view was altered", where=where, remedy="Delete it, and run student-train align again."
+            )
+        unit = UnitView.from_bytes(data)
+        longest = max(longest, int(unit.length.max()))
+        counts = unit.counts
+        rows["counted"] += int(counts.sum())
+        rows["one_to_one"] += int((counts & unit.one_to_one).sum())
+        rows["same_text"] += int((counts & (unit.teacher >= 0) & (unit.spoken == 0)).sum())
+        rows["within"] += int((counts & unit.within).sum())
+        rows["text_bytes"] += int(unit.text_bytes[1:][counts[:-1]].sum())
+    digests = [there[number] for number in range(num_units)]
+    body = {"about": about, "units": digests, "longest": longest, "rows": dict(rows)}
+    objects.create(VIEW, _bytes(body))
+    return View._of(objects.uri, _json(objects, VIEW))  # noqa: SLF001  (its own module)
+
+
+def _bytes(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def _json(objects: Objects, key: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(objects.read(key))
+    except ValueError as error:
+        raise CorruptError(
+            "not what align wrote", found=error, where=f"{objects.uri}/{key}", remedy="Make the view again."
+        ) from error
+    return found
