@@ -28,9 +28,9 @@ COUNTS = 1
 class UnitView:
     """`length` uint32 [segments].
 
-    Of the student's m tokens: `input_ids` uint32; `counts` bool, whether the row's label counts; `teacher` int32, the teacher's row,
-    by its place in the segment, -1 for none; `spoken` uint16, `one_to_one` and `within` bool, as `Alignment` has them; `first` and
-    `last` uint32, as `AlignedRows` has them; `text_bytes` uint16, how many of the text the token is.
+    Of the student's m tokens: `input_ids` uint32; `counts` bool, whether the row's label counts; `teacher` int32, the teacher's
+    row, by its place in the segment, -1 for none; `spoken` uint16, `one_to_one` and `within` bool, as `Alignment` has them; `first`
+    and `last` uint32, as `AlignedRows` has them; `text_bytes` uint16, how many of the text the token is.
     """
 
     length: NDArray[np.uint32]

@@ -8,7 +8,8 @@ made again from the cache and the tokenizer, so nothing repairs it: what is dama
 import json
 import re
 import tempfile
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from student_train.align.unit_view import UnitView, view_unit
 from student_train.align.vocabularies import Vocabularies
 
 FORMAT = 1
+ALONE_SECONDS = 10.0
+"""Work of this process before others are started: about what starting them costs."""
 BEGUN, VIEW, UNITS, TOKENIZER = "begun.json", "view.json", "units", "tokenizer"
 KEY = re.compile(rf"{UNITS}/([0-9]{{7}})-([0-9a-f]{{64}})")
 
@@ -39,9 +42,9 @@ KEY = re.compile(rf"{UNITS}/([0-9]{{7}})-([0-9a-f]{{64}})")
 class View:
     """A finished one.
 
-    `about`: of what it is, as `begun.json` says; `units`: digests; `longest`: tokens of its longest segment; `rows`: how many of its
-    rows count (`counted`), how many of those are `one_to_one`, know the `same_text`, or are `within`, and the `text_bytes` that they
-    predict.
+    `about`: of what it is, as `begun.json` says; `units`: digests; `longest`: tokens of its longest segment; `rows`: how many of
+    its rows count (`counted`), how many of those are `one_to_one`, know the `same_text`, or are `within`, and the `text_bytes` that
+    they predict.
     """
 
     uri: str
@@ -183,16 +186,18 @@ def _there(objects: Objects) -> dict[int, str]:
 
 
 def _told(cache: Cache, tokenizer: PreTrainedTokenizerFast, uri: str, units: list[int], processes: int) -> Iterator[int]:
-    if processes == 1 or len(units) < 2:
-        worker = _Worker(cache, tokenizer, uri)
-        yield from map(worker.tell, units)
+    worker, started = _Worker(cache, tokenizer, uri), time.perf_counter()
+    waiting = deque(units)
+    while waiting and (processes == 1 or time.perf_counter() - started < ALONE_SECONDS):
+        yield worker.tell(waiting.popleft())
+    if not waiting:
         return
     places = [(part.uri, part.seal.generation) for part in cache.parts]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         arguments = ([uri for uri, _ in places], places[0][1], folder, uri)
-        with ProcessPoolExecutor(min(processes, len(units)), get_context("spawn"), _begin_process, arguments) as pool:
-            yield from pool.map(_tell, units)
+        with ProcessPoolExecutor(min(processes, len(waiting)), get_context("spawn"), _begin_process, arguments) as pool:
+            yield from pool.map(_tell, waiting)
 
 
 class _Worker:

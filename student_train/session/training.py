@@ -164,7 +164,9 @@ def _result(recipe: RunRecipe, progress: Progress, parameters: int, processes: i
     validations = [line["validation_loss"] for line in lines if "validation_loss" in line]
     last: dict[str, Any] = next((line for line in reversed(lines) if "validation_loss" in line), {})
     fidelity: dict[str, Any] = {
-        name: last[name] for name in ("agreement", "overlap", "kl", "entropy_gap", "calibration_error") if name in last
+        name: last[name]
+        for name in ("bits_per_byte", "agreement", "overlap", "kl", "entropy_gap", "calibration_error")
+        if name in last
     }
     return {
         "student": str(recipe.out / "student"),

@@ -1,0 +1,207 @@
+"""A student that does not share its teacher's tokenizer: told again, compared across, trained; the same tokenizer is the plain case."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from model_taps.head import OutputHead
+from signal_store.cache import Cache
+from signal_store.errors import CorruptError, InputError, MismatchError
+from student_train.align.aligned_cache import AlignedCache, longest_segment
+from student_train.align.view import VIEW, View, make_view
+from student_train.cli import app
+from student_train.commands.explain import explain
+from student_train.commands.run import run
+from student_train.data.aligned_rows import AlignedRows
+from student_train.data.codecs import Codecs
+from student_train.data.request import SignalRequest
+from student_train.data.sections import StreamSection
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.signals.hidden import HiddenPart, HiddenRequest
+from student_train.data.stream import Stream
+from student_train.data.unit import IGNORE
+from student_train.losses.forward_kl import ForwardKl
+from student_train.losses.head_terms import OutputTargets, OutputTerm
+from student_train.losses.objective import resolve
+from student_train.losses.output_head import output_loss
+from student_train.losses.section import Losses
+from student_train.recipe import RunRecipe
+from tests.tiny import COMMON, make_model, make_other_tokenizer, make_tokenizer
+
+LONG = 128
+"""Tokens of a student's row: its tokens are shorter than the teacher's."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other") / "tokenizer"
+    make_other_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def aligned(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> AlignedCache:
+    view = make_view(cache, make_other_tokenizer(), str(tmp_path_factory.mktemp("view") / "view"))
+    assert view is not None
+    return AlignedCache(cache.parts, view)
+
+
+def recipe_of(cache: Cache, out: Path, tokenizer: Path, **changes: Any) -> RunRecipe:
+    return RunRecipe.model_validate(
+        {
+            "cache": cache.uri,
+            "out": out,
+            "student": {
+                "config": {"model_type": "llama", **COMMON, "max_position_embeddings": LONG},
+                "tokenizer": str(tokenizer),
+            },
+            "losses": {"strict": {}, "cross_entropy": {"weight": 0.1}},
+            "steps": 3,
+            "optimizer": {"learning_rate": 0.01, "warmup_steps": 1},
+            "stream": {"sequence_length": LONG, "global_batch_rows": 4, "workers": 0},
+            "validation": {"every": 2},
+            "checkpoint": {"every": 2},
+            **changes,
+        }
+    )
+
+
+def test_every_segment_is_told_again(cache: Cache, aligned: AlignedCache) -> None:
+    other = aligned.view.tokenizer
+    for number in range(len(cache)):
+        unit, place = cache.place_of(number)
+        told = aligned.view.unit(unit)
+        own = told.input_ids[told.token_start[place] : told.token_start[place + 1]].tolist()
+        theirs = cache[number].input_ids.tolist()
+        mine = make_tokenizer().decode(theirs, skip_special_tokens=True).strip("\ufffd")
+        assert other.decode(own, skip_special_tokens=True) in mine
+        assert len(mine) - len(other.decode(own, skip_special_tokens=True)) < 4
+    rows = aligned.view.rows
+    assert rows["one_to_one"] <= rows["same_text"] <= rows["counted"]
+    assert rows["one_to_one"] <= rows["within"] <= rows["counted"]
+    assert rows["one_to_one"] > 0.2 * rows["counted"]
+
+
+def test_a_batch_holds_the_students_tokens_beside_the_teachers_rows(cache: Cache, aligned: AlignedCache) -> None:
+    request = SignalRequest.of(DistributionRequest(), HiddenRequest((("block_output", 2),)))
+    stream = Stream(aligned, request, StreamSection(sequence_length=LONG, global_batch_rows=8), packed=True)
+    batch = next(stream.micro_batches({}, 0))
+    rows = batch.part(AlignedRows)
+    assert rows is not None
+    ids = batch.input_ids.flatten()
+    assert (batch.labels == ids[batch.flat + 1]).all()
+    assert (batch.labels != IGNORE).all()
+    both = aligned.vocabularies
+    start = 0
+    for number, count in zip(batch.segments, batch.segment_rows, strict=True):
+        segment = cache[number]
+        unit, place = cache.place_of(number)
+        told = aligned.view.unit(unit)
+        own = slice(int(told.token_start[place]), int(told.token_start[place + 1]))
+        counted = np.flatnonzero(told.counts[own])
+        assert len(counted) == count
+        for row, at in enumerate(counted.tolist(), start=start):
+            if rows.one_to_one[row]:
+                t = int(told.teacher[own][at])
+                label = int(batch.labels[row])
+                assert both.student.symbols[label] == both.teacher.symbols[int(segment.input_ids[t + 1])]
+                assert rows.same_text[row]
+        start += count
+    hidden = batch.part(HiddenPart)
+    assert hidden is not None
+    assert 0 < len(hidden.flat) < sum(len(cache[number]) for number in batch.segments)
+    assert batch.real.flatten()[hidden.flat].all()
+
+
+def test_the_same_tokenizer_compared_across_is_forward_kl(cache: Cache, tmp_path: Path) -> None:
+    """Loss and gradient, over the head's whole pass."""
+    view = make_view(cache, make_tokenizer(), str(tmp_path / "view"))
+    assert view is not None
+    assert view.rows["one_to_one"] == view.rows["counted"]
+    aligned = AlignedCache(cache.parts, view)
+    student = make_model("llama", cache.manifest.tokenizer.vocab_size, seed=3)
+    objective = resolve(Losses.of({"strict": {}, "prefix": {}}), aligned, student)
+    stream = Stream(aligned, objective.needs, StreamSection(sequence_length=64, global_batch_rows=8), packed=True)
+    batch = next(stream.micro_batches({}, 0))
+    codec = Codecs.of(aligned, objective.needs, torch.device("cpu")).distribution
+    targets = OutputTargets(batch.labels, DistributionPart.codes_of(batch), codec, None, batch.part(AlignedRows))
+    found = []
+    for divergence in (ForwardKl(), *objective.across.values()):
+        hidden = torch.randn(len(batch.labels), 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        weight = torch.randn(cache.manifest.tokenizer.vocab_size, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        total, _ = output_loss(hidden, OutputHead(weight, None, 1.0, None), targets, [OutputTerm(divergence, 1 / len(hidden), 2.0)])
+        total.backward()
+        found.append((total.detach(), hidden.grad, weight.grad))
+    for across in found[1:]:
+        torch.testing.assert_close(across, found[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_in_another_tokenizers_tokens(cache: Cache, tokenizer_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(cache, tmp_path / "run", tokenizer_folder)
+    told = explain(recipe)
+    assert told["alignment"]["of_terms"]["strict"] == told["alignment"]["one_to_one"]
+    assert not (tmp_path / "run").exists()
+    result = run(recipe)
+    assert result["steps"] == 3
+    assert result["bits_per_byte"] > 0
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    assert about["tokenizer"] == View.open(str(tmp_path / "run/view")).about["student_tokenizer"]
+    again = recipe_of(cache, tmp_path / "again", tokenizer_folder, steps=3)
+    (tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "run/view", tmp_path / "again/view")
+    assert run(again)["validation_loss"] == result["validation_loss"]
+    assert json.loads((tmp_path / "run/student/config.json").read_text())["vocab_size"] == len(make_other_tokenizer())
+
+
+@pytest.mark.parametrize("losses", [{"prefix": {"divergence": "jsd"}}, {"uld": {}}, {"strict": {"rows": "same_text"}, "lhsm": {}}])
+def test_other_terms_train(cache: Cache, tokenizer_folder: Path, tmp_path: Path, losses: dict[str, Any]) -> None:
+    result = run(recipe_of(cache, tmp_path / "run", tokenizer_folder, losses=losses, steps=2))
+    assert result["steps"] == 2
+
+
+def test_what_cannot_be_had_across_is_refused_by_name(cache: Cache, tokenizer_folder: Path, tmp_path: Path) -> None:
+    for name in ("forward_kl", "apc"):
+        with pytest.raises(MismatchError, match=rf"{name} compares token by token.*strict, prefix"):
+            run(recipe_of(cache, tmp_path / "run", tokenizer_folder, losses={name: {}}))
+    with pytest.raises(MismatchError, match="strict is for a student with another tokenizer"):
+        plain = recipe_of(cache, tmp_path / "plain", tokenizer_folder).model_dump()
+        run(RunRecipe.model_validate(plain | {"student": {"config": {"model_type": "llama", **COMMON}}}))
+    with pytest.raises(MismatchError, match=r"strict says something of too few.*expected at least 100%"):
+        run(recipe_of(cache, tmp_path / "run", tokenizer_folder, align={"least_share": 1.0}))
+    with pytest.raises(InputError, match=r"a segment may be longer than a row.*found 16"):
+        stream = {"sequence_length": 16, "global_batch_rows": 4, "workers": 0}
+        run(recipe_of(cache, tmp_path / "run", tokenizer_folder, stream=stream))
+
+
+def test_a_view_is_made_once_and_checked_whenever_it_is_read(
+    cache: Cache, aligned: AlignedCache, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    said = CliRunner().invoke(
+        app, ["align", cache.uri, "--student", str(tokenizer_folder), "--out", str(tmp_path / "v"), "--processes", "2", "--json"]
+    )
+    assert json.loads(said.stdout)["longest"] == longest_segment(aligned)
+    view = View.open(str(tmp_path / "v"))
+    assert view.units == aligned.view.units  # whoever makes it, the same bytes
+    assert pickle.loads(pickle.dumps(view)).units == view.units
+    both = pickle.loads(pickle.dumps(AlignedCache(cache.parts, view)))
+    assert both.view.units == view.units
+    (tmp_path / "v" / VIEW).unlink()
+    first = tmp_path / "v/units" / f"0000000-{view.units[0]}"
+    first.unlink()
+    again = make_view(cache, make_other_tokenizer(), str(tmp_path / "v"))
+    assert again is not None
+    assert again.units == view.units
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    with pytest.raises(CorruptError, match="a unit of the view was altered"):
+        view.unit(0)
+    with pytest.raises(MismatchError, match=r"another view lies here \(student_tokenizer"):
+        make_view(cache, make_other_tokenizer(290), str(tmp_path / "v"))
