@@ -14,7 +14,7 @@ from student_train.losses.across import AcrossDivergence
 from student_train.losses.section import Losses
 from student_train.losses.term import AcrossTerm, LogitsTerm, StateLoss
 
-INSTEAD = "Take a term for another tokenizer: strict, prefix, uld."
+INSTEAD = "Take a term for another tokenizer: strict, prefix, likelihood, uld."
 
 
 def across_of(

@@ -14,7 +14,7 @@ from student_train.losses.term import AcrossTerm, KnowledgeTerm, LogitsTerm, Sta
 
 PACKAGE = "student_train.losses"
 ORDER = (
-    "cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "strict", "prefix", "uld",
+    "cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "strict", "prefix", "likelihood", "uld",
     "lhsm", "apc", "asr", "attention_direction",
     "normalised_direction", "activation_mmd", "input_reconstruction", "residual_cka", "attention_statistics", "smoothness",
     "attention_evolution", "replay", "gate", "evidence", "coverage", "parameter_anchor", "router_balance", "importance",

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from typer.testing import CliRunner
 from model_taps.head import OutputHead
 from signal_store.cache import Cache
 from signal_store.errors import CorruptError, InputError, MismatchError
+from signal_store.signals.distribution import SCALARS
 from student_train.align.aligned_cache import AlignedCache, longest_segment
 from student_train.align.view import VIEW, View, make_view
 from student_train.cli import app
 from student_train.commands.explain import explain
 from student_train.commands.run import run
 from student_train.data.aligned_rows import AlignedRows
+from student_train.data.chunks import ChunksPart, ChunksRequest
 from student_train.data.codecs import Codecs
 from student_train.data.request import SignalRequest
 from student_train.data.sections import StreamSection
@@ -27,6 +31,8 @@ from student_train.data.signals.distribution import DistributionPart, Distributi
 from student_train.data.signals.hidden import HiddenPart, HiddenRequest
 from student_train.data.stream import Stream
 from student_train.data.unit import IGNORE
+from student_train.losses.across import AcrossDivergence
+from student_train.losses.divergence import Divergence
 from student_train.losses.forward_kl import ForwardKl
 from student_train.losses.head_terms import OutputTargets, OutputTerm
 from student_train.losses.objective import resolve
@@ -80,9 +86,9 @@ def test_every_segment_is_told_again(cache: Cache, aligned: AlignedCache) -> Non
         told = aligned.view.unit(unit)
         own = told.input_ids[told.token_start[place] : told.token_start[place + 1]].tolist()
         theirs = cache[number].input_ids.tolist()
-        mine = make_tokenizer().decode(theirs, skip_special_tokens=True).strip("\ufffd")
-        assert other.decode(own, skip_special_tokens=True) in mine
-        assert len(mine) - len(other.decode(own, skip_special_tokens=True)) < 4
+        mine, told_again = (str(t.decode(n, skip_special_tokens=True)) for t, n in ((make_tokenizer(), theirs), (other, own)))
+        assert told_again in mine
+        assert len(mine.strip("\ufffd")) - len(told_again) < 4
     rows = aligned.view.rows
     assert rows["one_to_one"] <= rows["same_text"] <= rows["counted"]
     assert rows["one_to_one"] <= rows["within"] <= rows["counted"]
@@ -120,6 +126,36 @@ def test_a_batch_holds_the_students_tokens_beside_the_teachers_rows(cache: Cache
     assert batch.real.flatten()[hidden.flat].all()
 
 
+def test_chunks_are_told_token_by_token(cache: Cache, aligned: AlignedCache) -> None:
+    """By hand: every stretch of text between common ends, with the teacher's tokens in it and the student's."""
+    column = SCALARS.index("label_logprob")
+    stream = Stream(
+        aligned, SignalRequest.of(ChunksRequest()), StreamSection(sequence_length=LONG, global_batch_rows=2), packed=True
+    )
+    batch = next(stream.micro_batches({}, 0))
+    part = batch.part(ChunksPart)
+    assert part is not None
+    found, expected = Counter[tuple[float, tuple[int, ...]]](), Counter[tuple[float, tuple[int, ...]]]()
+    for number, surprise in enumerate(part.teacher.tolist()):
+        found[round(surprise, 3), tuple(part.labels[part.chunk == number].tolist())] += 1
+    for segment in (cache[number] for number in batch.segments):
+        rows = slice(segment.token_start, segment.token_start + len(segment))
+        logprobs = cache.read("distribution/scalars", rows.start, rows.stop)[:, column].astype(float)
+        mask = cache.read("tokens/loss_mask", rows.start, rows.stop)
+        _, ends = aligned.vocabularies.teacher.spelled(segment.input_ids.astype(np.int64))
+        unit, place = cache.place_of(segment.index)
+        told = aligned.view.unit(unit)
+        ids = told.input_ids[told.token_start[place] : told.token_start[place + 1]].astype(np.int64)
+        _, own_ends = aligned.vocabularies.student.spelled(ids)
+        common = sorted({*ends.tolist()} & {*own_ends.tolist()})
+        for start, stop in pairwise(common):
+            theirs = [t for t, end in enumerate(ends.tolist()) if start < end <= stop]
+            mine = tuple(int(ids[s]) for s, end in enumerate(own_ends.tolist()) if start < end <= stop)
+            if all(mask[t - 1] == 1 for t in theirs):
+                expected[round(-sum(logprobs[t - 1] for t in theirs), 3), mine] += 1
+    assert found == expected
+
+
 def test_the_same_tokenizer_compared_across_is_forward_kl(cache: Cache, tmp_path: Path) -> None:
     """Loss and gradient, over the head's whole pass."""
     view = make_view(cache, make_tokenizer(), str(tmp_path / "view"))
@@ -133,7 +169,8 @@ def test_the_same_tokenizer_compared_across_is_forward_kl(cache: Cache, tmp_path
     codec = Codecs.of(aligned, objective.needs, torch.device("cpu")).distribution
     targets = OutputTargets(batch.labels, DistributionPart.codes_of(batch), codec, None, batch.part(AlignedRows))
     found = []
-    for divergence in (ForwardKl(), *objective.across.values()):
+    divergences: list[Divergence | AcrossDivergence] = [ForwardKl(), *objective.across.values()]
+    for divergence in divergences:
         hidden = torch.randn(len(batch.labels), 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         weight = torch.randn(cache.manifest.tokenizer.vocab_size, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
         total, _ = output_loss(hidden, OutputHead(weight, None, 1.0, None), targets, [OutputTerm(divergence, 1 / len(hidden), 2.0)])
@@ -160,7 +197,9 @@ def test_a_run_in_another_tokenizers_tokens(cache: Cache, tokenizer_folder: Path
     assert json.loads((tmp_path / "run/student/config.json").read_text())["vocab_size"] == len(make_other_tokenizer())
 
 
-@pytest.mark.parametrize("losses", [{"prefix": {"divergence": "jsd"}}, {"uld": {}}, {"strict": {"rows": "same_text"}, "lhsm": {}}])
+@pytest.mark.parametrize(
+    "losses", [{"prefix": {"divergence": "jsd"}}, {"likelihood": {}}, {"uld": {}}, {"strict": {"rows": "same_text"}, "lhsm": {}}]
+)
 def test_other_terms_train(cache: Cache, tokenizer_folder: Path, tmp_path: Path, losses: dict[str, Any]) -> None:
     result = run(recipe_of(cache, tmp_path / "run", tokenizer_folder, losses=losses, steps=2))
     assert result["steps"] == 2

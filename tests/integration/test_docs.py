@@ -34,7 +34,17 @@ DOCS = ROOT / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 APPS = {"teacher-cache": teacher_app, "student-train": student_app}
 MODULES = {"teacher-cache": "teacher_cache.cli", "student-train": "student_train.cli"}
-ON_A_CACHE = ("many-students", "looking", "choosing", "losses", "troubleshooting", "format", "extending", "comparison")
+ON_A_CACHE = (
+    "many-students",
+    "another-tokenizer",
+    "looking",
+    "choosing",
+    "losses",
+    "troubleshooting",
+    "format",
+    "extending",
+    "comparison",
+)
 ON_A_COPY = {"extending"}
 PACKAGES = ("teacher_cache", "student_train", "shared")
 SHIM = '#!/bin/sh\nexec "{python}" -m {module} "$@"\n'

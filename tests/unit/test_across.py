@@ -14,6 +14,7 @@ from student_train.align.vocabularies import Vocabularies
 from student_train.data.aligned_rows import AlignedRows
 from student_train.losses.across import AcrossDivergence
 from student_train.losses.divergence import Softened
+from student_train.losses.likelihood import surprise_gap
 from student_train.losses.prefix import Prefix
 from student_train.losses.strict import DIVERGENCES, Strict
 from student_train.losses.uld import Uld
@@ -129,3 +130,16 @@ def test_a_student_is_not_pushed_from_tokens_that_its_teacher_lacks() -> None:
     losses, gradient = made.closed_form(Softened.of(p.log()), Softened.of(q.log()), rows_of(vocabularies, [""]))
     assert losses.abs().max() < 1e-12
     assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("teacher", [0.0, 0.3, 7.0])
+def test_the_gap_of_surprises_is_the_limit_of_a_binary_cross_entropy(teacher: float) -> None:
+    a, b = torch.tensor([teacher], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    gap = surprise_gap(a, b)
+    temperature = 1e6
+    p, q = torch.exp(-a / temperature), torch.exp(-b / temperature)
+    whole = -(p * q.log() + (1 - p) * (1 - q).log()) + (torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+    torch.testing.assert_close(gap, temperature * whole, rtol=1e-4, atol=1e-4)
+    assert torch.autograd.gradcheck(lambda b: surprise_gap(a, b), (b,))
+    torch.testing.assert_close(torch.autograd.grad(surprise_gap(a, b), b)[0], 1 - a / b.detach())
+    assert float(surprise_gap(b.detach(), b.detach())) == pytest.approx(0, abs=1e-12)
