@@ -53,7 +53,7 @@ def hidden(segment: SegmentText, tap: str, layer: int) -> Any:
     if (tap, layer) not in layouts:
         held = ", ".join(f"{t} of {n}" for t, n in layouts) or "no hidden states"
         raise MismatchError("the cache does not hold this state", expected=held, found=f"{tap} of {layer}", where=cache.uri)
-    layout = layouts[tap, layer]  # type: ignore[index]
+    layout = layouts[tap, layer]
     if "hidden/rows/position" in cache.capacity_rows:
         rows = sampled_rows(segment, "hidden")
         places = sampled_places(segment, "hidden", rows)
