@@ -1,6 +1,6 @@
 """A cache as a student with another tokenizer sees it, beside its view; and what any cache says of the student's side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,15 @@ def _reopened(parts: list[tuple[str, int, DiskCacheOptions | None]], view: View)
 def longest_segment(cache: Cache) -> int:
     """Tokens of the student's that a segment may have."""
     return cache.view.longest if isinstance(cache, AlignedCache) else cache.manifest.plan.context
+
+
+def segment_lengths(cache: Cache, numbers: Iterable[int]) -> list[int]:
+    """Tokens of the student's that these segments have."""
+    if not isinstance(cache, AlignedCache):
+        return [len(cache[number]) for number in numbers]
+    places = [cache.place_of(number) for number in numbers]
+    units = {unit: cache.view.unit(unit).length for unit in dict(places)}
+    return [int(units[unit][place]) for unit, place in places]
 
 
 def student_tokenizer(cache: Cache) -> PreTrainedTokenizerFast:

@@ -10,6 +10,8 @@ from typing import Any
 
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import MismatchError
+from student_train.align.aligned_cache import AlignedCache, longest_segment
+from student_train.align.view import View
 from student_train.data.codecs import Codecs
 from student_train.data.sections import StreamSection
 from student_train.data.stream import Stream
@@ -37,9 +39,12 @@ def facts_of(found: Mapping[str, Mapping[str, Quantity]]) -> dict[str, Any]:
     return {**kept, "cka": numbers(found.get("cka", {}))}
 
 
-def evaluated(student: Path, cache: str | tuple[str, ...], max_tokens: int | None, *, bf16: bool) -> dict[str, dict[str, Quantity]]:
-    """By evaluation, its numbers with their units."""
+def evaluated(
+    student: Path, cache: str | tuple[str, ...], max_tokens: int | None, *, bf16: bool, view: str | None = None
+) -> dict[str, dict[str, Quantity]]:
+    """By evaluation, its numbers with their units. `view`: of the cache, for a student with another tokenizer."""
     opened = open_cache(cache)
+    opened = opened if view is None else AlignedCache(opened.parts, View.open(view))
     if opened.manifest.signals.distribution is None:
         raise MismatchError("the cache holds no distribution to compare with", expected="signals.distribution", where=opened.uri)
     if not len(opened.units("validation")):
@@ -47,7 +52,7 @@ def evaluated(student: Path, cache: str | tuple[str, ...], max_tokens: int | Non
     parallel = _parallel_student(student, opened, bf16=bf16)
     validation = Validation(opened)
     parallel.distiller.codecs = Codecs.of(opened, validation.needs, parallel.accelerator.device)
-    rows = StreamSection(sequence_length=opened.manifest.plan.context, global_batch_rows=ROWS)
+    rows = StreamSection(sequence_length=longest_segment(opened), global_batch_rows=ROWS)
     with parallel.accelerator.autocast():
         packed = packs_rows(parallel.distiller.student, opened, rows.sequence_length, rows.forward_rows)
     stream = Stream(opened, validation.needs, rows, packed=packed)

@@ -40,6 +40,12 @@ def reading_cache(recipe: RunRecipe, cache: Cache) -> Cache:
     return AlignedCache(cache.parts, View.open(uri).of_tokenizer(tokenizer))
 
 
+def finished_cache(recipe: RunRecipe, cache: Cache) -> Cache:
+    """For what a run has done: NotFoundError where it read through a view that is not there any more."""
+    tokenizer = _another_tokenizer(recipe, cache)
+    return cache if tokenizer is None else AlignedCache(cache.parts, View.open(view_uri(recipe)).of_tokenizer(tokenizer))
+
+
 def looked_at_cache(recipe: RunRecipe, cache: Cache) -> Cache:
     """For looking at a recipe: where the view is not there, one of the first units stands in its place, and nothing is kept."""
     tokenizer = _another_tokenizer(recipe, cache)

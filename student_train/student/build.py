@@ -10,7 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from model_taps.adapters import adapter_of
 from model_taps.attention_interface import refuse_unknown_kernel
 from model_taps.blocks import refuse_no_blocks
-from model_taps.loading import LOADING_ERRORS, has_tokenizer, load_config, load_model, load_tokenizer, quiet, tokenizer_digest
+from model_taps.loading import (
+    LOADING_ERRORS,
+    has_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet,
+    tokenizer_digest,
+    vocabulary_size,
+)
 from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, SignalStoreError
 from signal_store.nearest import nearest
@@ -20,9 +29,13 @@ from student_train.student.transforms.lora import Lora
 from student_train.student.transforms.transform import Origin, Transform
 
 
-def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def build_student(
+    section: StudentSection, cache: Cache, *, reads_text: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Build the student that a section asks for, with its transforms.
 
+    Args:
+        reads_text: it is not given the cache's tokens but text, and its tokenizer may be any.
     Returns:
         (the model in float32 and in training mode, its tokenizer).
     Raises:
@@ -32,9 +45,9 @@ def build_student(section: StudentSection, cache: Cache) -> tuple[PreTrainedMode
     quiet()
     if section.attn_implementation is not None and not section.trust_remote_code:  # whose code may bring its own
         refuse_unknown_kernel(section.attn_implementation, "student.attn_implementation")
-    tokenizer = _tokenizer(section, cache)
+    tokenizer = _tokenizer(section, cache, reads_text=reads_text)
     model, origin = _drawn(section, cache, tokenizer) if section.checkpoint is None else _loaded(section, section.checkpoint)
-    _check(model, cache)
+    _check(model, cache, tokenizer, reads_text=reads_text)
     for transform in transforms_of(section):
         model = transform(model, origin)
     return model.train(), tokenizer
@@ -116,11 +129,11 @@ def own_tokenizer(section: StudentSection) -> str | None:
     return None if bare else section.checkpoint
 
 
-def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast:
+def _tokenizer(section: StudentSection, cache: Cache, *, reads_text: bool) -> PreTrainedTokenizerFast:
     own = own_tokenizer(section)
     tokenizer = load_tokenizer(own) if own is not None else student_tokenizer(cache)
     expected, found = student_tokenizer_digest(cache), tokenizer_digest(tokenizer)
-    if expected != found:
+    if expected != found and not reads_text:
         raise MismatchError(
             "the student reads with another tokenizer than this cache is read with",
             expected=expected,
@@ -131,16 +144,16 @@ def _tokenizer(section: StudentSection, cache: Cache) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-def _check(model: PreTrainedModel, cache: Cache) -> None:
+def _check(model: PreTrainedModel, cache: Cache, tokenizer: PreTrainedTokenizerFast, *, reads_text: bool) -> None:
     refuse_no_blocks(model.config)
-    vocab_size = student_vocabulary(cache)
+    vocab_size = vocabulary_size(tokenizer) if reads_text else student_vocabulary(cache)
     rows = len(model.get_output_embeddings().weight)
     if rows < vocab_size:
         raise MismatchError(
             "the student's vocabulary is smaller than its texts'", expected=f"at least {vocab_size} rows", found=rows
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < (longest := longest_segment(cache)):
+    if positions is not None and not reads_text and positions < (longest := longest_segment(cache)):
         raise MismatchError(
             "the student's context is shorter than the cache's segments",
             expected=f"at least {longest} positions",

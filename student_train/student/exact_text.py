@@ -84,6 +84,14 @@ class ExactText:
         text = "".join(piece.text for piece in kept)
         return Beginning([*ids[:own], *ids[first:last]], own, text, (first, last) != (first_wanted, wanted))
 
+    def of_text(self, text: str, shifted: bool) -> Beginning | None:
+        """A text in this tokenizer's tokens, behind what it puts before every text; None where these do not spell it."""
+        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        spelled = self._texts.decode(ids)
+        if spelled not in (text, f" {text}"):  # SentencePiece puts a space before a text
+            return None
+        return Beginning([*self._put_before, *ids], len(self._put_before), text, shifted)
+
     def written(self, beginning: Beginning, ids: Sequence[int]) -> tuple[str, bool]:
         """(the text of `ids` behind a beginning, up to the first place that is no character; whether that cut something off)."""
         prompt = beginning.ids[beginning.own :]

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model_taps.loading import tokenizer_digest
 from run_kit.command_line import check_target
 from run_kit.progress import progress_bar
 from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError
 from signal_store.io.local import LocalObjects
+from student_train.align.tokenizers import cached_tokenizer
 from student_train.student.build import build_student
 from student_train.student.exact_text import Beginning, ExactText
 from student_train.student.sections import StudentSection
@@ -39,7 +41,7 @@ def write_texts(student: Path, cache: str | tuple[str, ...], out: Path, sampling
     if out.exists():
         raise InputError("there is something at this place", expected="a new file", found=out, where="--out")
     opened = open_cache(cache)
-    model, tokenizer = build_student(StudentSection(checkpoint=str(student)), opened)
+    model, tokenizer = build_student(StudentSection(checkpoint=str(student)), opened, reads_text=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]
     model.eval()
@@ -47,7 +49,11 @@ def write_texts(student: Path, cache: str | tuple[str, ...], out: Path, sampling
     if eos is None:
         raise InputError("the tokenizer has no end-of-text token", expected="one, to know where a text ends", where=student)
     texts = ExactText(tokenizer)
-    prompts, counts = _prompts(opened, texts, sampling, model.config.get_text_config())
+    same = tokenizer_digest(tokenizer) == opened.manifest.tokenizer.digest
+    spoken = texts if same else ExactText(cached_tokenizer(opened))
+    prompts, counts = _prompts(opened, spoken, sampling, model.config.get_text_config())
+    if not same:
+        prompts = _told_again(prompts, texts, _room(opened, sampling, model.config.get_text_config()), counts)
     torch.manual_seed(sampling.seed)
     lines: list[str] = []
     with progress_bar() as progress:
@@ -59,7 +65,7 @@ def write_texts(student: Path, cache: str | tuple[str, ...], out: Path, sampling
                 counts["unfinished"] += not finished
                 if finished or sampling.unfinished:
                     ids = written[:-1] if finished else written
-                    lines += _line(texts, prompt, ids, counts, unfinished=sampling.unfinished)
+                    lines += _line(texts, spoken, prompt, ids, counts, unfinished=sampling.unfinished)
             progress.advance(bar, len(some))
     if not lines:
         raise _nothing_written(counts, sampling.new_tokens, student)
@@ -77,25 +83,24 @@ def _nothing_written(counts: dict[str, int], new_tokens: int, student: Path) -> 
     )
 
 
-def _line(texts: ExactText, prompt: Beginning, ids: list[int], counts: dict[str, int], *, unfinished: bool) -> list[str]:
-    """The line of what was written behind a prompt; none where it is no text."""
+def _line(
+    texts: ExactText, spoken: ExactText, prompt: Beginning, ids: list[int], counts: dict[str, int], *, unfinished: bool
+) -> list[str]:
+    """The line of what was written behind a prompt; none where it is no text. `spoken`: of the cache's tokenizer, which will read
+    it."""
     text, cut_off = texts.written(prompt, ids)
     if (cut_off and not unfinished) or not text:
         counts["refused"] += 1
         return []
     counts["shifted"] += prompt.shifted or cut_off
-    counts["special"] += texts.spells_special(prompt.text + text)
+    counts["special"] += spoken.spells_special(prompt.text + text)
     return [json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False) + "\n"]
 
 
 def _prompts(cache: Cache, texts: ExactText, sampling: Sampling, config: object) -> tuple[list[Beginning], dict[str, int]]:
     """The beginnings, and the counts of `write_texts` with what could not be one."""
-    samples, new_tokens = sampling.samples, sampling.new_tokens
-    room = min(getattr(config, "max_position_embeddings", None) or 2**31, cache.manifest.plan.context) - new_tokens
-    if room < LEAST_TOKENS:
-        raise InputError(
-            "no room for a prompt", expected=f"new_tokens of at most {room + new_tokens - LEAST_TOKENS}", found=new_tokens
-        )
+    samples = sampling.samples
+    room = _room(cache, sampling, config)
     units = cache.units("train")
     upto = np.cumsum(cache.segments_per_unit[units])
     if not len(upto):
@@ -122,6 +127,25 @@ def _prompts(cache: Cache, texts: ExactText, sampling: Sampling, config: object)
         refused += beginning is None
         found += [] if beginning is None else [beginning]
     return found, {"unfinished": 0, "shifted": 0, "refused": refused, "special": 0}
+
+
+def _room(cache: Cache, sampling: Sampling, config: object) -> int:
+    """Tokens that a prompt may have."""
+    whole = min(getattr(config, "max_position_embeddings", None) or 2**31, cache.manifest.plan.context)
+    if whole - sampling.new_tokens < LEAST_TOKENS:
+        raise InputError(
+            "no room for a prompt", expected=f"new_tokens of at most {whole - LEAST_TOKENS}", found=sampling.new_tokens
+        )
+    return whole - sampling.new_tokens
+
+
+def _told_again(prompts: list[Beginning], texts: ExactText, room: int, counts: dict[str, int]) -> list[Beginning]:
+    """The same texts in the student's tokens; those that take more than there is room for are refused, and counted."""
+    found = [
+        beginning for prompt in prompts if (beginning := texts.of_text(prompt.text, prompt.shifted)) and len(beginning.ids) <= room
+    ]
+    counts["refused"] += len(prompts) - len(found)
+    return found
 
 
 @torch.no_grad()

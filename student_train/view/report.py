@@ -1,5 +1,6 @@
 """report: runs beside each other on one page: results, what their recipes differ in, curves, terms, gradient shares."""
 
+import html as html_module
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -100,7 +101,9 @@ def _beside_teacher(runs: list[Run]) -> str:
     CKA."""
     parts = []
     opened = {run.name: cache_of(run.folder) for run in runs}
-    for uri in dict.fromkeys(cache.uri for cache in opened.values()):
+    others = [run for run in runs if run.about.get("tokenizer") not in (None, opened[run.name].manifest.tokenizer.digest)]
+    runs = [run for run in runs if run not in others]
+    for uri in dict.fromkeys(opened[run.name].uri for run in runs):
         mine = [run for run in runs if opened[run.name].uri == uri]
         cache = opened[mine[0].name]
         split: Split | None = "validation" if len(cache.units("validation")) else None
@@ -119,6 +122,9 @@ def _beside_teacher(runs: list[Run]) -> str:
         if axes is not None:
             parts.append(picture(axes, f"segment {segment.index} of {segment.source}"))
         parts += below
+    parts += [
+        _nothing(f"{html_module.escape(run.name)} reads with another tokenizer: token by token it has no teacher") for run in others
+    ]
     return "".join(parts) or _nothing("no run has exported its student yet")
 
 

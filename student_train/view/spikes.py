@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from signal_store.cache import Cache
 from signal_store.errors import InputError, MismatchError, NotFoundError
 from signal_view import CacheView
 from signal_view.coloured import surprise_and_entropy
 from signal_view.summary import printable
+from student_train.align.aligned_cache import segment_lengths
 from student_train.data.request import TOKENS_ONLY
 from student_train.data.stream import Stream
 from student_train.recipe import RunRecipe
+from student_train.session.reading import finished_cache
 from student_train.session.run_record import Begun
 from student_train.student.build import build_student
 from student_train.student.packing import packs_rows
@@ -85,9 +88,10 @@ def find_spikes(run: Path, most: int, suspects: int) -> list[Spike]:
     if not found:
         return []
     cache, packed = cache_of(run), Begun.of(run).packed
-    segments = segments_of(recipe, cache, {step for step, _, _ in found}, packed)
+    read = finished_cache(recipe, cache)
+    segments = segments_of(recipe, read, {step for step, _, _ in found}, packed)
     for step, numbers in segments.items():
-        made, logged = sum(len(cache[number]) for number in numbers), int(records[step].get("tokens", -1))
+        made, logged = sum(segment_lengths(read, numbers)), int(records[step].get("tokens", -1))
         if made != logged:
             raise _other_rows(run, step, made, logged, packed)
     return [Spike(step, loss, usual, tuple(_ranked(cache, set(segments[step]))[:suspects])) for step, loss, usual in sorted(found)]
@@ -105,7 +109,7 @@ def _other_rows(run: Path, step: int, found: int, logged: int, packed: bool | No
     )
 
 
-def segments_of(recipe: RunRecipe, cache: CacheView, steps: set[int], packed: bool | None = None) -> dict[int, list[int]]:
+def segments_of(recipe: RunRecipe, cache: Cache, steps: set[int], packed: bool | None = None) -> dict[int, list[int]]:
     """By step (from 1), the segments of its rows, one that stands in it twice, in a small cache, twice; the stream is walked from
     its beginning. `packed`: whether its rows hold several segments; None asks the student, as records of before did not say."""
     stream = recipe.stream

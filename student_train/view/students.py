@@ -13,6 +13,7 @@ from signal_store.cache import Cache
 from signal_store.errors import CorruptError, MismatchError, NotFoundError
 from signal_view import CacheView, SegmentView, open_cache
 from student_train.recipe import RunRecipe
+from student_train.session.reading import finished_cache
 from student_train.student.build import build_student
 from student_train.student.sections import StudentSection
 from student_train.train.metrics import read_json
@@ -57,19 +58,21 @@ def cache_of(run: Path | str) -> CacheView:
 
 def student_before(run: Path | str, cache: Cache) -> PreTrainedModel:
     """The student as the run made it."""
-    student, _ = build_student(recipe_of(run).student, cache)
+    recipe = recipe_of(run)
+    student, _ = build_student(recipe.student, finished_cache(recipe, cache))
     return student
 
 
 def student_after(run: Path | str, cache: Cache) -> PreTrainedModel:
     """The student as the run exported it; NotFoundError where it has not."""
-    finished, asked = Path(run) / "student", recipe_of(run).student
+    recipe = recipe_of(run)
+    finished, asked = Path(run) / "student", recipe.student
     if not finished.is_dir():
         raise NotFoundError("the run has not exported its student", expected="a finished run", where=finished)
     section = StudentSection(
         checkpoint=str(finished), attn_implementation=asked.attn_implementation, trust_remote_code=asked.trust_remote_code
     )
-    student, _ = build_student(section, cache)
+    student, _ = build_student(section, finished_cache(recipe, cache))
     return student
 
 
@@ -80,7 +83,7 @@ def before_and_after(run: Path | str, cache: Cache) -> Mapping[str, PreTrainedMo
 
 @torch.no_grad()
 def student_logprobs(student: PreTrainedModel, segment: SegmentView) -> Tensor:
-    """float32 [n, V], nats, T = 1, over the cache's vocabulary: row t predicts token t + 1."""
+    """float32 [n, V], nats, T = 1, over the cache's vocabulary: row t predicts token t + 1. The student reads its tokens."""
     student.eval()
     device = next(student.parameters()).device
     ids = torch.from_numpy(segment.input_ids.astype("int64"))[None].to(device)

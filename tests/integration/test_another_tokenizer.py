@@ -20,7 +20,11 @@ from signal_store.signals.distribution import SCALARS
 from student_train.align.aligned_cache import AlignedCache, longest_segment
 from student_train.align.view import VIEW, View, make_view
 from student_train.cli import app
+from student_train.commands.doctor import spikes
 from student_train.commands.explain import explain
+from student_train.commands.fidelity import fidelity_report
+from student_train.commands.generate import generate
+from student_train.commands.report import report
 from student_train.commands.run import run
 from student_train.data.aligned_rows import AlignedRows
 from student_train.data.chunks import ChunksPart, ChunksRequest
@@ -39,6 +43,7 @@ from student_train.losses.objective import resolve
 from student_train.losses.output_head import output_loss
 from student_train.losses.section import Losses
 from student_train.recipe import RunRecipe
+from student_train.train.metrics import METRICS
 from tests.tiny import COMMON, make_model, make_other_tokenizer, make_tokenizer
 
 LONG = 128
@@ -195,6 +200,31 @@ def test_a_run_in_another_tokenizers_tokens(cache: Cache, tokenizer_folder: Path
     shutil.copytree(tmp_path / "run/view", tmp_path / "again/view")
     assert run(again)["validation_loss"] == result["validation_loss"]
     assert json.loads((tmp_path / "run/student/config.json").read_text())["vocab_size"] == len(make_other_tokenizer())
+
+
+def test_a_finished_student_is_looked_at_and_writes(cache: Cache, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Fidelity through the view, spikes by the rows that it really had, a report, texts for the next round."""
+    out = tmp_path / "run"
+    result = run(recipe_of(cache, out, tokenizer_folder, losses={"strict": {}, "cross_entropy": {}, "lhsm": {}}, steps=20))
+    with pytest.raises(MismatchError, match=r"another tokenizer than this cache is read with.*student-train align"):
+        fidelity_report(out / "student", cache.uri)
+    kept = fidelity_report(out / "student", cache.uri, view=str(out / "view"))
+    assert kept["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-4)
+    assert "agreement" not in kept
+    assert kept["cka"]
+    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    for record in records:
+        record["loss"] = record.get("loss", 1.0) * (100 if record["step"] == 15 else 1)
+    (out / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (spike,) = spikes(out, suspects=2)
+    assert spike.step == 15
+    report([out], tmp_path / "page.html", students=True)
+    assert "reads with another tokenizer" in (tmp_path / "page.html").read_text()
+    found = generate(out / "student", cache.uri, tmp_path / "texts.jsonl", samples=4, new_tokens=6, unfinished=True)
+    lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert found["written"] == len(lines) > 0
+    texts = [make_tokenizer().decode(segment.input_ids.tolist()) for segment in cache]
+    assert all(any(line["prompt"] in str(text) for text in texts) for line in lines)
 
 
 @pytest.mark.parametrize(
