@@ -2,18 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache
+from signal_store.codecs.cached import distribution_codec
 from signal_store.errors import MismatchError
 from student_train.align.aligned_cache import AlignedCache
 from student_train.align.sections import AlignSection
+from student_train.data.aligned_rows import AlignedRows
+from student_train.data.request import SignalRequest
+from student_train.data.sections import StreamSection
+from student_train.data.signals.distribution import DistributionPart, DistributionRequest
+from student_train.data.stream import Stream
 from student_train.losses import registry
 from student_train.losses.across import AcrossDivergence
 from student_train.losses.section import Losses
 from student_train.losses.term import AcrossTerm, LogitsTerm, StateLoss
 
+MASS_ROWS = 256
 INSTEAD = "Take a term for another tokenizer: strict, prefix, likelihood, uld."
 
 
@@ -36,6 +45,37 @@ def shares_of(divergences: Mapping[str, AcrossDivergence], cache: Cache) -> dict
         return {}
     rows = cache.view.rows
     return {name: rows[divergence.of_rows] / max(1, rows["counted"]) for name, divergence in divergences.items()}
+
+
+@torch.no_grad()
+def common_mass(cache: AlignedCache) -> float | None:
+    """The teacher's mean mass, at T = 1 or the lowest cached temperature, on tokens that the student has too, over the first rows
+    of the train split that know the same text; None without a whole distribution."""
+    signal = cache.manifest.signals.distribution
+    if signal is None or not cache.manifest.calibration.tail_rank:
+        return None
+    request = SignalRequest.of(DistributionRequest())
+    config = StreamSection(sequence_length=cache.view.longest, global_batch_rows=1)
+    temperature, outcomes = min(signal.temperatures), cache.vocabularies.common()
+    shared_V = torch.from_numpy(outcomes.teacher < outcomes.common)
+    for batch in Stream(cache, request, config, packed=False).once("train", request):
+        codes, rows = DistributionPart.codes_of(batch), batch.part(AlignedRows)
+        if codes is not None and rows is not None and rows.same_text.any():
+            known_NV = distribution_codec(cache).logprobs(codes[rows.same_text][:MASS_ROWS], temperature).exp()
+            return float(known_NV[:, shared_V].sum(1).mean())
+    return None
+
+
+def alignment_of(divergences: Mapping[str, AcrossDivergence], cache: Cache) -> dict[str, Any]:
+    """How the student's rows stand to the teacher's, for people; empty where the tokens are the same."""
+    if not isinstance(cache, AlignedCache):
+        return {}
+    rows = cache.view.rows
+    shares = {name: rows[name] / max(1, rows["counted"]) for name in ("one_to_one", "same_text", "within")}
+    mass = common_mass(cache)
+    masses = {} if mass is None else {"teacher_mass_on_common_tokens": mass, "teacher_mass_on_the_rest": 1 - mass}
+    told = {"units": f"{len(cache.view.units)} of {cache.seal.num_units}", "rows": rows["counted"]}
+    return {**told, **shares, **masses, "of_terms": shares_of(divergences, cache)}
 
 
 def refuse_few_rows(divergences: Mapping[str, AcrossDivergence], cache: Cache, align: AlignSection | None) -> None:

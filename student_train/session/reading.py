@@ -1,8 +1,10 @@
 """The cache as a recipe's student reads it: as it is, or through a view in the student's own tokens, made if it is not there."""
 
+import contextlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -46,18 +48,17 @@ def finished_cache(recipe: RunRecipe, cache: Cache) -> Cache:
     return cache if tokenizer is None else AlignedCache(cache.parts, View.open(view_uri(recipe)).of_tokenizer(tokenizer))
 
 
-def looked_at_cache(recipe: RunRecipe, cache: Cache) -> Cache:
+@contextlib.contextmanager
+def looked_at_cache(recipe: RunRecipe, cache: Cache) -> Iterator[Cache]:
     """For looking at a recipe: where the view is not there, one of the first units stands in its place, and nothing is kept."""
     tokenizer = _another_tokenizer(recipe, cache)
-    if tokenizer is None:
-        return cache
-    uri = view_uri(recipe)
-    if objects_at(uri).exists(VIEW):
-        return AlignedCache(cache.parts, View.open(uri).of_tokenizer(tokenizer))
+    if tokenizer is None or objects_at(view_uri(recipe)).exists(VIEW):
+        yield finished_cache(recipe, cache)
+        return
     with tempfile.TemporaryDirectory() as folder:
         view = make_view(cache, tokenizer, folder, first_units=SAMPLED_UNITS)
         assert view is not None
-        return AlignedCache(cache.parts, view.of_tokenizer(tokenizer))
+        yield AlignedCache(cache.parts, view.of_tokenizer(tokenizer))
 
 
 def view_uri(recipe: RunRecipe) -> str:

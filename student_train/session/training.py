@@ -19,7 +19,7 @@ from signal_store.errors import InputError
 from signal_store.io.local import LocalObjects
 from signal_store.ledger.documents import refuse_inside_a_cache
 from student_train.evaluate.validation import check_splits
-from student_train.losses.across_check import refuse_few_rows
+from student_train.losses.across_check import alignment_of, refuse_few_rows
 from student_train.losses.objective import resolve
 from student_train.model.distiller import Distiller
 from student_train.model.parallel import accelerator_of, refuse_lone_shard
@@ -85,8 +85,11 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     refuse_few_rows(objective.across, cache, recipe.align)
+    alignment = alignment_of(objective.across, cache)
     distiller = Distiller(student, objective, impl="compiled" if recipe.compile else "torch")
     accelerator, precision = _accelerator(recipe, start.begun)
+    if alignment and accelerator.is_main_process:
+        tell(f"rows across tokenizers: {', '.join(f'{name} {_told(value)}' for name, value in alignment.items())}")
     try:
         packed = None if recipe.checkpoint.accept_other_cache else start.begun.packed
         begun = start_run(recipe.training, accelerator, cache, distiller, start.run_id, packed)
@@ -102,6 +105,12 @@ def _train(recipe: RunRecipe, start: _Start, claim: Claim) -> dict[str, Any]:
         if accelerator.num_processes > 1:
             accelerator.end_training()
     return read_json(recipe.out / RESULT)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(one)}" for name, one in value.items())
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _accelerator(recipe: RunRecipe, begun: Begun) -> tuple[Accelerator, Precision]:

@@ -5,12 +5,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache, open_cache
-from student_train.align.aligned_cache import AlignedCache, student_vocabulary
+from student_train.align.aligned_cache import student_vocabulary
 from student_train.data.stream import Stream
 from student_train.evaluate.validation import check_splits
 from student_train.importance.rules import load_rules
 from student_train.losses import registry
-from student_train.losses.across_check import shares_of
+from student_train.losses.across_check import alignment_of
 from student_train.losses.kinds import Kind
 from student_train.losses.objective import Objective, refusals, resolve
 from student_train.losses.presets import find_preset
@@ -23,7 +23,11 @@ from student_train.student.build import build_student
 
 def explanation(recipe: RunRecipe) -> dict[str, Any]:
     """Resolve a recipe's objective against its cache and its student, and say it. See `student_train.commands.explain`."""
-    cache = looked_at_cache(recipe, open_cache(recipe.cache))
+    with looked_at_cache(recipe, open_cache(recipe.cache)) as cache:
+        return _explained(recipe, cache)
+
+
+def _explained(recipe: RunRecipe, cache: Cache) -> dict[str, Any]:
     student, _ = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
     refuse_lost_losses(student, student_vocabulary(cache), objective.balance)
@@ -62,22 +66,12 @@ def explanation(recipe: RunRecipe) -> dict[str, Any]:
         "off": _off(recipe, objective, cache, student),
         "kinds": kinds,
         "weights_of_tokens": weights_of_tokens,
-        **_alignment(objective, cache),
+        **({"alignment": found} if (found := alignment_of(objective.across, cache)) else {}),
         "weights_at_progress": {str(p): objective.weights(p) for p in (0.0, 0.2, 0.6, 1.0)},
         "tokens_per_step": per_step,
         "train_tokens": tokens,
         "epochs": recipe.steps * per_step / max(1, tokens),
     }
-
-
-def _alignment(objective: Objective, cache: Cache) -> dict[str, Any]:
-    """How the student's rows stand to the teacher's, where its tokens are others."""
-    if not isinstance(cache, AlignedCache):
-        return {}
-    rows = cache.view.rows
-    shares = {name: rows[name] / max(1, rows["counted"]) for name in ("one_to_one", "same_text", "within")}
-    told = {"units": f"{len(cache.view.units)} of {cache.seal.num_units}", "rows": rows["counted"]}
-    return {"alignment": {**told, **shares, "of_terms": shares_of(objective.across, cache)}}
 
 
 def _kind(name: str) -> str:

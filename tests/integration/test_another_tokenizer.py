@@ -189,6 +189,7 @@ def test_a_run_in_another_tokenizers_tokens(cache: Cache, tokenizer_folder: Path
     recipe = recipe_of(cache, tmp_path / "run", tokenizer_folder)
     told = explain(recipe)
     assert told["alignment"]["of_terms"]["strict"] == told["alignment"]["one_to_one"]
+    assert 0 < told["alignment"]["teacher_mass_on_common_tokens"] < 1
     assert not (tmp_path / "run").exists()
     result = run(recipe)
     assert result["steps"] == 3
