@@ -22,14 +22,15 @@ class Retokenised:
     ends: Ints
 
 
-def retokenise(text: str, student: Spelling, where: str) -> Retokenised:
-    """The student's tokens of a string of symbols.
+def retokenise(text: str, student: Spelling, where: str, *, begins: bool = True) -> Retokenised:
+    """The student's tokens of a string of symbols, `begins`: behind what its tokenizer puts before every text.
 
     Raises:
         MismatchError: if the student's tokens spell another text, naming where it begins to differ; or if the student has no token
             for a mark.
     """
-    ids, ends = list(student.put_before), [0] * len(student.put_before)
+    ids = list(student.put_before) if begins else []
+    ends = [0] * len(ids)
     for start, run in student.runs(text):
         if ord(run[0]) >= FIRST_MARK:
             if run not in student.marks:
@@ -38,7 +39,7 @@ def retokenise(text: str, student: Spelling, where: str) -> Retokenised:
             ends.append(start + 1)
             continue
         first = start + _cut_at_beginning(run) if start == 0 else start
-        last = start + len(run) - (_cut_at_end(run) if start + len(run) == len(text) else 0)
+        last = start + len(run) - (cut_at_end(run) if start + len(run) == len(text) else 0)
         own, own_ends = _tokens(text[first:last], student, where, first)
         ids += own
         ends += (own_ends + first).tolist()
@@ -93,7 +94,7 @@ def _cut_at_beginning(run: str) -> int:
     return next((place for place, byte in enumerate(run) if ord(byte) not in CONTINUATION), len(run))
 
 
-def _cut_at_end(run: str) -> int:
+def cut_at_end(run: str) -> int:
     """Bytes of a character whose end is not there."""
     for back in range(1, min(LONGEST_CHARACTER_BYTES, len(run)) + 1):
         byte = ord(run[-back])

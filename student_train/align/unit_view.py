@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from signal_store.cache import Cache
 from signal_store.errors import MismatchError
-from student_train.align.retokenise import CONTINUATION, retokenise
+from student_train.align.retokenise import CONTINUATION, Retokenised, cut_at_end, retokenise
 from student_train.align.spelling import FIRST_MARK, Spelling
+from student_train.align.turns import TurnPair, tell_chat
 from student_train.align.vocabularies import Vocabularies
 from student_train.align.walk import Ints, align
 
@@ -62,14 +63,15 @@ class UnitView:
             return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
-def view_unit(cache: Cache, unit: int, vocabularies: Vocabularies) -> UnitView:
-    """Tell a unit's segments again in the student's tokens.
+def view_unit(cache: Cache, unit: int, vocabularies: Vocabularies, turns: TurnPair | None = None) -> UnitView:
+    """Tell a unit's segments again in the student's tokens; chats in its template, where that is another (`turns`). A chat that
+    cannot be told, such as a window that begins inside a turn, has no tokens.
 
     Raises:
         MismatchError: where the teacher's tokens do not spell the text that they were made of, or the student's do not; with the
             first place that differs.
     """
-    columns = cache.segment_columns(unit, "token_start", "length")
+    columns = cache.segment_columns(unit, "token_start", "length", "context_only", "source")
     starts = columns["token_start"].astype(np.int64) - unit * cache.manifest.plan.unit_tokens
     lengths = columns["length"].astype(np.int64)
     rows = int(starts[-1] + lengths[-1])
@@ -79,14 +81,23 @@ def view_unit(cache: Cache, unit: int, vocabularies: Vocabularies) -> UnitView:
         own = slice(start, start + length)
         where = f"{cache.uri}, segment {cache.first_segment(unit) + number}"
         ids, mask, byte_end = (read[f"tokens/{name}"][own].astype(np.int64) for name in ("input_ids", "loss_mask", "byte_end"))
-        parts.append(_segment(ids, mask, byte_end, vocabularies, where))
+        is_chat = cache.sources[int(columns["source"][number])].chats is not None
+        told = segment_text(ids, byte_end, int(columns["context_only"][number]), vocabularies.teacher, where)
+        parts.append(_segment(*told, mask, vocabularies, turns if is_chat else None, where))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return UnitView(np.asarray([len(part["input_ids"]) for part in parts], np.uint32), **joined)
 
 
-def _segment(ids: Ints, mask: Ints, byte_end: Ints, both: Vocabularies, where: str) -> dict[str, NDArray[np.generic]]:
-    text, ends = segment_text(ids, byte_end, both.teacher, where)
-    told = retokenise(text, both.student, where)
+def _segment(
+    text: str, ends: Ints, mask: Ints, both: Vocabularies, turns: TurnPair | None, where: str
+) -> dict[str, NDArray[np.generic]]:
+    if turns is None:
+        told = retokenise(text, both.student, where)
+    elif (chat := tell_chat(text, turns)) is not None:
+        own = retokenise(chat.student, both.student, where, begins=turns.student.begins)
+        text, ends, told = chat.common, chat.teacher_places[ends], Retokenised(own.input_ids, chat.student_places[own.ends])
+    else:
+        told = Retokenised(np.zeros(0, np.int64), np.zeros(0, np.int64))
     found = align(ends, told.ends)
     ranges = np.zeros((len(told.ends), 2), np.int64)
     ranges[:, 1] = len(both.teacher.symbols)
@@ -94,7 +105,7 @@ def _segment(ids: Ints, mask: Ints, byte_end: Ints, both: Vocabularies, where: s
         if found.teacher[row] >= 0:
             end = int(told.ends[row])
             ranges[row] = both.places_that_begin(text[end - int(found.spoken[row]) : end])
-    begins = np.append(0, told.ends[:-1])
+    begins = np.append(0, told.ends)[: len(told.ends)]
     return {
         "input_ids": told.input_ids.astype(np.uint32),
         "counts": _counts(mask, ends, told.ends),
@@ -108,28 +119,37 @@ def _segment(ids: Ints, mask: Ints, byte_end: Ints, both: Vocabularies, where: s
     }
 
 
-def segment_text(ids: Ints, byte_end: Ints, teacher: Spelling, where: str) -> tuple[str, Ints]:
-    """(what a segment's tokens spell; where each ends in it). MismatchError where that is not what the cache says of their ends."""
+def segment_text(ids: Ints, byte_end: Ints, context_only: int, teacher: Spelling, where: str) -> tuple[str, Ints]:
+    """(what a segment's tokens spell; where each ends in it), held against where the cache says that they end in their document. Of
+    the tokens that are context only some may stand at another place of it, as the turn that is put before each window of a chat.
+
+    Raises:
+        MismatchError: where that differs.
+    """
     text, ends = teacher.spelled(ids)
     leading = teacher.leading(ids)
     is_mark = np.asarray([len(s) == 1 and ord(s) >= FIRST_MARK for s in (teacher.symbols[n] for n in ids.tolist())], bool)
     widths = np.where(is_mark, np.diff(byte_end, prepend=byte_end[:1]), np.diff(ends, prepend=0))  # a mark's name may be text
     apart = byte_end - widths.cumsum()
     inside = np.asarray([ord(text[end]) in CONTINUATION if end < len(text) else False for end in ends.tolist()], bool)
-    inside[-1] |= byte_end[-1] > byte_end[0] + widths[1:].sum()  # cut off inside a character
+    inside[-1] |= cut_at_end(text) > 0
     known = np.flatnonzero(~inside & ~is_mark & (np.arange(len(ids)) >= leading))
     if not len(known):
         return text, ends
-    if apart[known[0]] == -1 and text.startswith(" "):  # SentencePiece puts a space before a text
-        text, ends = text[1:], (ends - 1).clip(0)
-        apart = apart + 1
-    off = known[apart[known] != apart[known[0]]]
-    if len(off) or apart[known[0]] < 0:
-        place = int(off[0]) if len(off) else int(known[0])
+    if apart[known].min() == -1 and text.startswith(" "):  # SentencePiece puts a space before a text
+        text, ends, apart = text[1:], (ends - 1).clip(0), apart + 1
+        known = known[ends[known] > 0]
+        if not len(known):
+            return text, ends
+    steps = np.diff(apart[known], prepend=max(0, apart[known[0]]))
+    moved = np.flatnonzero(steps)
+    at_seam = len(moved) == 1 and steps[moved[0]] > 0 and known[moved[0]] <= context_only
+    if len(moved) and not at_seam:
+        place = int(known[moved[0]])
         raise MismatchError(
             "the teacher's tokens do not spell the text that they were made of",
             expected=f"token {place} to end at byte {int(byte_end[place])} of its document",
-            found=int(apart[known[0]] + widths[: place + 1].sum()),
+            found=int(byte_end[place] - steps[moved[0]]),
             where=where,
             remedy="Its tokenizer changes texts (case, normalisation): a student needs that tokenizer too.",
         )
@@ -140,7 +160,7 @@ def _counts(mask: Ints, teacher_ends: Ints, student_ends: Ints) -> NDArray[np.bo
     """Whether the token that a row of the student predicts is of text all of which counts."""
     bad = np.append(1, mask[:-1] != COUNTS)  # by the teacher's token: whether predicting it does not count
     before = np.concatenate([[0], np.cumsum(bad)])
-    stops = np.append(student_ends[1:], 0)
+    stops = np.append(student_ends, 0)[1:]
     first = np.searchsorted(teacher_ends, student_ends, side="right")
     last = np.searchsorted(teacher_ends, stops, side="left")
     spells = stops > student_ends

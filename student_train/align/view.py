@@ -28,6 +28,7 @@ from signal_store.errors import CorruptError, IncompleteError, MismatchError, No
 from signal_store.io.objects import Objects, objects_at
 from student_train.align.spelling import spellings
 from student_train.align.tokenizers import cached_tokenizer
+from student_train.align.turns import TurnPair
 from student_train.align.unit_view import UnitView, view_unit
 from student_train.align.vocabularies import Vocabularies
 
@@ -42,9 +43,9 @@ KEY = re.compile(rf"{UNITS}/([0-9]{{7}})-([0-9a-f]{{64}})")
 class View:
     """A finished one.
 
-    `about`: of what it is, as `begun.json` says; `units`: digests; `longest`: tokens of its longest segment; `rows`: how many of
-    its rows count (`counted`), how many of those are `one_to_one`, know the `same_text`, or are `within`, and the `text_bytes` that
-    they predict.
+    `about`: of what it is, as `begun.json` says; `units`: digests; `longest`: tokens of its longest segment; `rows`: how many
+    segments could not be told (`untold_segments`), how many of its rows count (`counted`), how many of those are `one_to_one`, know
+    the `same_text`, or are `within`, and the `text_bytes` that they predict.
     """
 
     uri: str
@@ -209,10 +210,11 @@ class _Worker:
         teacher, student = spellings(cached_tokenizer(cache), tokenizer)
         self.cache, self.objects = cache, objects_at(uri)
         self.vocabularies = Vocabularies(teacher, student, len(student.symbols))
+        self.turns = TurnPair.of(teacher, student) if any(source.chats is not None for source in cache.sources) else None
 
     def tell(self, unit: int) -> int:
         """Write a unit."""
-        data = view_unit(self.cache, unit, self.vocabularies).to_bytes()
+        data = view_unit(self.cache, unit, self.vocabularies, self.turns).to_bytes()
         self.objects.put(f"{UNITS}/{unit:07d}-{sha256(data).removeprefix('sha256:')}", data)
         return unit
 
@@ -242,11 +244,19 @@ def _finish(objects: Objects, about: dict[str, Any], num_units: int) -> View | N
         unit = UnitView.from_bytes(data)
         longest = max(longest, int(unit.length.max()))
         counts = unit.counts
+        rows["untold_segments"] += int((unit.length == 0).sum())
         rows["counted"] += int(counts.sum())
         rows["one_to_one"] += int((counts & unit.one_to_one).sum())
         rows["same_text"] += int((counts & (unit.teacher >= 0) & (unit.spoken == 0)).sum())
         rows["within"] += int((counts & unit.within).sum())
         rows["text_bytes"] += int(unit.text_bytes[1:][counts[:-1]].sum())
+    if not rows["counted"]:
+        raise MismatchError(
+            "no segment can be told in the student's tokens",
+            expected="texts, or chats that both templates render",
+            found=f"{rows['untold_segments']} segments that cannot",
+            where=objects.uri,
+        )
     digests = [there[number] for number in range(num_units)]
     body = {"about": about, "units": digests, "longest": longest, "rows": dict(rows)}
     objects.create(VIEW, _bytes(body))

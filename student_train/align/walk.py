@@ -35,7 +35,7 @@ def align(teacher_ends: Ints, student_ends: Ints) -> Alignment:
     spoken = student_ends - known
     far = np.iinfo(np.int64).max
     next_of_teacher = np.append(teacher_ends[1:], -1)[teacher] if len(teacher_ends) else np.full(len(student_ends), -1)
-    next_of_student = np.append(student_ends[1:], far)
+    next_of_student = np.append(student_ends, far)[1:]
     has_next = (teacher >= 0) & (next_of_teacher >= 0)
     within = has_next & (next_of_student <= next_of_teacher) & (next_of_student > student_ends)
     return Alignment(teacher, spoken, has_next & (spoken == 0) & (next_of_student == next_of_teacher), within)

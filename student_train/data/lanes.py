@@ -111,7 +111,7 @@ class Lane:
         segments = [
             (unit, segment)
             for unit in loaded
-            for segment in range(len(unit.segments["length"]))
+            for segment in np.flatnonzero(self.aligner.lengths(unit)).tolist()
             for _ in range(self.mixing.copies(unit, segment, key_of(self.seed, epoch)))
         ]
         return cut_rows(segments, self.cut, key_of(self.seed, epoch, window, self.number), self.aligner)

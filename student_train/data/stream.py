@@ -173,7 +173,7 @@ class Stream:
         for unit in self.cache.units(split):
             (loaded,) = request.load(self.cache, [int(unit)])
             lengths = self.aligner.lengths(loaded)
-            for row in cut_rows([(loaded, segment) for segment in range(len(lengths))], cut, 0, self.aligner):
+            for row in cut_rows([(loaded, segment) for segment in np.flatnonzero(lengths).tolist()], cut, 0, self.aligner):
                 if max_tokens is not None and tokens >= max_tokens:
                     return
                 yield row

@@ -75,6 +75,7 @@ def alignment_of(divergences: Mapping[str, AcrossDivergence], cache: Cache) -> d
     mass = common_mass(cache)
     masses = {} if mass is None else {"teacher_mass_on_common_tokens": mass, "teacher_mass_on_the_rest": 1 - mass}
     told = {"units": f"{len(cache.view.units)} of {cache.seal.num_units}", "rows": rows["counted"]}
+    told |= {"untold_segments": rows["untold_segments"]} if rows["untold_segments"] else {}
     return {**told, **shares, **masses, "of_terms": shares_of(divergences, cache)}
 
 

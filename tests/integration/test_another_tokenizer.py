@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from model_taps.head import OutputHead
-from signal_store.cache import Cache
+from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, InputError, MismatchError
 from signal_store.signals.distribution import SCALARS
 from student_train.align.aligned_cache import AlignedCache, longest_segment
@@ -44,7 +44,11 @@ from student_train.losses.output_head import output_loss
 from student_train.losses.section import Losses
 from student_train.recipe import RunRecipe
 from student_train.train.metrics import METRICS
+from teacher_cache.commands.build import build
+from tests.conftest import RecipeMaker
 from tests.tiny import COMMON, make_model, make_other_tokenizer, make_tokenizer
+from tests.unit.test_align import HEADED
+from tests.unit.test_chats import assistant, user
 
 LONG = 128
 """Tokens of a student's row: its tokens are shorter than the teacher's."""
@@ -234,6 +238,40 @@ def test_a_finished_student_is_looked_at_and_writes(cache: Cache, tokenizer_fold
 def test_other_terms_train(cache: Cache, tokenizer_folder: Path, tmp_path: Path, losses: dict[str, Any]) -> None:
     result = run(recipe_of(cache, tmp_path / "run", tokenizer_folder, losses=losses, steps=2))
     assert result["steps"] == 2
+
+
+def test_chats_are_told_in_the_students_template(recipe_for: RecipeMaker, tmp_path: Path) -> None:
+    """Answers count, whatever stands around them; windows that begin inside a turn are counted and left out."""
+    chats = [[user(f"{n}?"), assistant(f"{n}, 学 {'yes' * (n % 3)}")] for n in range(40)]
+    chats += [[{"role": "system", "content": "Be brief."}, user("a"), assistant("long " * 60)]]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    sources = [{"name": split, "split": split, "jsonl": path, "messages": "messages"} for split in ("train", "validation")]
+    build(recipe_for(tmp_path / "cache.zarr", sources=sources, signals={"distribution": {"rank": 8}}))
+    cache = open_cache(str(tmp_path / "cache.zarr"))
+    tokenizer = make_other_tokenizer()
+    tokenizer.chat_template = HEADED
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    view = make_view(cache, tokenizer, str(tmp_path / "view"))
+    assert view is not None
+    assert 0 < view.rows["untold_segments"] < len(cache) / 4
+    answers = {str(chat[-1]["content"]) for chat in chats}
+    for number in range(len(cache)):
+        unit, place = cache.place_of(number)
+        told = view.unit(unit)
+        own = slice(int(told.token_start[place]), int(told.token_start[place + 1]))
+        if own.start == own.stop:
+            continue
+        ids, counts = told.input_ids[own].astype(np.int64), told.counts[own]
+        assert str(tokenizer.decode(ids)).startswith(("### user:\n", "### system:\n"))
+        learnt = str(tokenizer.decode(ids[1:][counts[:-1]], skip_special_tokens=True))
+        assert any(learnt.strip() in answer for answer in answers)
+        if cache[number].finished:
+            assert ids[1:][counts[:-1]][-1] == tokenizer.eos_token_id
+            last = np.flatnonzero(counts)[-1]
+            assert told.one_to_one[own][last]  # the end of a turn is the same, whatever it is called
+    result = run(recipe_of(cache, tmp_path / "run", tmp_path / "tokenizer", align={"view": str(tmp_path / "view")}))
+    assert result["steps"] == 3
 
 
 def test_what_cannot_be_had_across_is_refused_by_name(cache: Cache, tokenizer_folder: Path, tmp_path: Path) -> None:

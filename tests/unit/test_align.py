@@ -13,8 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from signal_store.errors import InputError, MismatchError
 from student_train.align.retokenise import retokenise
 from student_train.align.spelling import FIRST_MARK, Spelling, spellings
+from student_train.align.turns import TURN, TurnPair, tell_chat
+from student_train.align.unit_view import segment_text
 from student_train.align.vocabularies import Vocabularies
 from student_train.align.walk import align, common_ends
+from teacher_cache.corpus.document import Document
+from teacher_cache.corpus.tokens import tokenize
 from tests.tiny import byte_fallback_tokenizer, make_other_tokenizer, make_tokenizer
 
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -87,6 +91,28 @@ def test_a_window_that_cuts_characters_is_told_without_their_parts(text: str, fi
     for token, (first, stop) in zip(own.tolist(), pairwise([start, *ends.tolist()]), strict=True):
         assert other.symbols[token] in (spelled[first:stop], " " + spelled[first:stop])
     assert len(spelled) - ends[-1] < 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=texts.filter(lambda text: "<" not in text), first=st.integers(0, 20), count=st.integers(1, 20), kind=kinds)
+def test_the_text_of_a_window_is_held_against_where_its_tokens_end(text: str, first: int, count: int, kind: str) -> None:
+    """Windows that begin and end anywhere, inside characters too; and one whose cache says otherwise."""
+    document = Document(text=text, counted=None, lexer=None)
+    (found,) = tokenize([document], TOKENIZERS[kind], append_eos=True, keywords=frozenset())
+    mine, _ = both(kind, kind)
+    ids, byte_end = found.input_ids.astype(np.int64), found.byte_end.astype(np.int64)
+    whole, _ = segment_text(ids, byte_end, 0, mine, "here")
+    assert whole[:-1] == symbols(text)
+    window = slice(first, first + count)
+    if not len(ids[window]):
+        return
+    part, ends = segment_text(ids[window], byte_end[window], 0, mine, "here")
+    alone = kind == "byte fallback" and first == 0 and len(ids[window]) == 1  # the space that it puts before a text
+    assert part in whole or alone
+    assert ends[-1] == len(part)
+    if text.isascii() and len(ids) > 4:
+        with pytest.raises(MismatchError, match="do not spell the text that they were made of"):
+            segment_text(ids, np.where(np.arange(len(ids)) >= len(ids) - 2, byte_end + 1, byte_end), 0, mine, "here")
 
 
 def slow_align(teacher: list[int], student: list[int]) -> list[tuple[int, int, bool, bool]]:
@@ -185,3 +211,66 @@ def test_the_vocabularies_beside_each_other() -> None:
         assert {n for n, place in enumerate(places.tolist()) if first <= place < last} == {
             n for n, spelled in enumerate(mine.symbols) if spelled.startswith(start)
         }
+
+
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+HEADED = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '' }}\n\n{% endfor %}"
+words = st.text(st.sampled_from("ab \n学🙂1[]#"), min_size=1, max_size=8).map(str.strip).filter(bool)
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = make_other_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    contents=st.lists(words, min_size=2, max_size=6).filter(lambda found: len(found) % 2 == 0),
+    system=st.none() | words,
+    template=st.sampled_from([INST, HEADED]),
+    cut=st.integers(0, 12),
+)
+def test_a_chat_is_told_again_in_the_students_template(contents: list[str], system: str | None, template: str, cut: int) -> None:
+    """What the student's own template renders, tokenised as transformers does; and the words at the same places on both sides."""
+    teacher, student = make_tokenizer(), with_template(template)
+    mine, other = spellings(teacher, student)
+    pair = TurnPair.of(mine, other)
+    assert pair is not None
+    messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    messages = messages if system is None else [{"role": "system", "content": system}, *messages]
+    text = str(teacher.apply_chat_template(messages, tokenize=False))
+    ids = np.asarray(teacher.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    spelled, _ = mine.spelled(ids)
+    chat = tell_chat(spelled, pair)
+    if template == INST and system is not None:
+        assert chat is None  # a role that the student's template lacks
+        return
+    assert chat is not None
+    again = retokenise(chat.student, other, "here", begins=pair.student.begins)
+    rendered = str(student.apply_chat_template(messages, tokenize=False))
+    assert again.input_ids.tolist() == student.backend_tokenizer.encode(rendered, add_special_tokens=False).ids
+    assert len(chat.teacher_places) == len(spelled) + 1
+    assert len(chat.student_places) == len(chat.student) + 1
+    assert chat.teacher_places[-1] == chat.student_places[-1] == len(chat.common)
+    for content in contents:
+        assert symbols(content) in chat.common
+    cut_off, _ = mine.spelled(ids[: max(1, len(ids) - cut)])
+    part = tell_chat(cut_off, pair)
+    if part is not None:
+        assert chat.common.startswith(part.common.rstrip(TURN)[:-1])
+
+
+def test_templates_that_cannot_be_taken_apart_are_refused() -> None:
+    numbered = "{% for m in messages %}{{ loop.index }} {{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    mine, other = spellings(make_tokenizer(), with_template(numbered))
+    with pytest.raises(InputError, match=r"puts other things around some turns.*the student's chat template"):
+        TurnPair.of(mine, other)
+    none = with_template(numbered)
+    none.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        TurnPair.of(*spellings(make_tokenizer(), none))
+    assert TurnPair.of(mine, mine) is None
