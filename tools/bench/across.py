@@ -3,11 +3,12 @@
 The teacher is the demo's, or any folder (`--teacher`, `--corpus`); its cache is built once. The students are of one size and differ
 in tokenizer and objective: with the teacher's own tokenizer, the text alone and forward KL (through a view, where `strict` is that),
 which is the line to reach; and with another, of `--vocabulary` tokens, trained here on the cache's text, the text alone and each term
-beside it. Every run reads the same number of bytes. Left in `runs/across`, and goes on where it was stopped.
+beside it. Every run takes the same number of steps, each of as much text. Left in `runs/across`, and goes on where it was stopped.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 from pathlib import Path
@@ -30,16 +31,18 @@ from teacher_cache.commands.build import build
 from teacher_cache.recipe import CacheRecipe
 
 TOOLS = Path(__file__).parent.parent
-TEXT: dict[str, Any] = {"cross_entropy": {}}
-SAME: dict[str, dict[str, Any]] = {"text alone": TEXT, "forward KL": {"strict": {}}, "forward KL and text": {"strict": {}, **TEXT}}
+ALONE: dict[str, Any] = {"cross_entropy": {}}
+BESIDE: dict[str, Any] = {"cross_entropy": {"weight": 0.3}}
+"""Of a term that says nothing of some rows."""
+SAME: dict[str, dict[str, Any]] = {"text alone": ALONE, "forward KL": {"strict": {}, **BESIDE}}
 OTHER: dict[str, dict[str, Any]] = {
-    "text alone": TEXT,
-    "strict": {"strict": {}, **TEXT},
-    "strict, same text": {"strict": {"rows": "same_text"}, **TEXT},
-    "prefix": {"prefix": {}, **TEXT},
-    "likelihood": {"likelihood": {}, **TEXT},
-    "strict and likelihood": {"strict": {}, "likelihood": {}, **TEXT},
-    "uld": {"uld": {}, **TEXT},
+    "text alone": ALONE,
+    "strict": {"strict": {}, **BESIDE},
+    "strict, same text": {"strict": {"rows": "same_text"}, **BESIDE},
+    "prefix": {"prefix": {}, **BESIDE},
+    "likelihood": {"likelihood": {}, **BESIDE},
+    "strict and likelihood": {"strict": {}, "likelihood": {}, **BESIDE},
+    "uld": {"uld": {}, **BESIDE},
 }
 
 
@@ -96,10 +99,21 @@ def view_of(cache: Cache, tokenizer: str, place: Path) -> View:
     return found
 
 
-def recipe_of(args: argparse.Namespace, view: View, tokenizer: str, losses: dict[str, Any], seed: int, out: Path) -> RunRecipe:
-    """As many steps as read the bytes: a step is `--rows` rows, each as long as the longest segment."""
-    bytes_per_token = view.rows["text_bytes"] / view.rows["counted"]
-    steps = round(args.megabytes * 2**20 / (args.rows * view.longest * bytes_per_token))
+def row_tokens(views: dict[str, View]) -> dict[str, int]:
+    """By tokenizer, as long as hold equally many bytes, and any segment."""
+    needed = max(view.longest * bytes_per_token(view) for view in views.values())
+    return {name: math.ceil(needed / bytes_per_token(view)) for name, view in views.items()}
+
+
+def bytes_per_token(view: View) -> float:
+    return view.rows["text_bytes"] / view.rows["counted"]
+
+
+def recipe_of(
+    args: argparse.Namespace, view: View, length: int, tokenizer: str, losses: dict[str, Any], seed: int, out: Path
+) -> RunRecipe:
+    """As many steps as read the bytes: a step is `--rows` rows."""
+    steps = round(args.megabytes * 2**20 / (args.rows * length * bytes_per_token(view)))
     return RunRecipe.model_validate(
         {
             "cache": str(args.out / "cache.zarr"),
@@ -111,7 +125,7 @@ def recipe_of(args: argparse.Namespace, view: View, tokenizer: str, losses: dict
             "seed": seed,
             "precision": args.precision,
             "optimizer": {"learning_rate": 1.5e-3, "betas": [0.9, 0.95], "warmup_steps": max(1, steps // 20), "min_factor": 0.02},
-            "stream": {"sequence_length": view.longest, "global_batch_rows": args.rows, "workers": 0},
+            "stream": {"sequence_length": length, "global_batch_rows": args.rows, "workers": 0},
             "validation": {"every": steps},
             "checkpoint": {"every": steps, "keep": 1},
         }
@@ -144,13 +158,14 @@ def main() -> None:
         "alignment": {name: view.rows for name, view in views.items()},
         "rows": [],
     }
+    lengths = row_tokens(views)
     ways = [("the teacher's", way, losses) for way, losses in SAME.items()] + [
         ("another", way, losses) for way, losses in OTHER.items()
     ]
     for seed in range(args.seeds):
         for tokenizer, way, losses in ways:
             out = args.out / "runs" / f"{tokenizer.replace(' ', '-')}-{way.replace(' ', '-').replace(',', '')}-{seed}"
-            result = run(recipe_of(args, views[tokenizer], tokenizers[tokenizer], losses, seed, out))
+            result = run(recipe_of(args, views[tokenizer], lengths[tokenizer], tokenizers[tokenizer], losses, seed, out))
             own = {
                 "tokenizer": tokenizer,
                 "way": way,
