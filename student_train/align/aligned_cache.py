@@ -46,6 +46,14 @@ def longest_segment(cache: Cache) -> int:
     return cache.view.longest if isinstance(cache, AlignedCache) else cache.manifest.plan.context
 
 
+def student_tokens(cache: Cache, tokens: int) -> int:
+    """So many of the cache's tokens in the student's, by the ratio of all that the view tells."""
+    if not isinstance(cache, AlignedCache):
+        return tokens
+    theirs = sum(int(cache.segment_columns(unit, "length")["length"].sum()) for unit in range(len(cache.view.units)))
+    return round(tokens * cache.view.rows["tokens"] / theirs)
+
+
 def segment_lengths(cache: Cache, numbers: Iterable[int]) -> list[int]:
     """Tokens of the student's that these segments have."""
     if not isinstance(cache, AlignedCache):

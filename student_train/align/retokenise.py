@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from signal_store.errors import InputError, MismatchError
-from student_train.align.spelling import FIRST_MARK, Spelling, same_symbols
+from student_train.align.spelling import FIRST_MARK, Spelling, runs_of, same_symbols
 from student_train.align.walk import Ints
 
 CONTINUATION = range(0x80, 0xC0)
@@ -15,11 +16,12 @@ LONGEST_CHARACTER_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Retokenised:
-    """Ids int64 [m], and where each ends among the segment's symbols, int64 [m]. What is cut in the middle of a character at either
-    end of the segment is not among them."""
+    """Ids int64 [m], and where each ends among the segment's symbols, int64 [m]; `bare` bool [m]: the token spells a space that the
+    text has not, which its tokenizer puts before every text. What is cut in the middle of a character is not among them."""
 
     input_ids: Ints
     ends: Ints
+    bare: NDArray[np.bool_]
 
 
 def retokenise(text: str, student: Spelling, where: str, *, begins: bool = True) -> Retokenised:
@@ -30,26 +32,27 @@ def retokenise(text: str, student: Spelling, where: str, *, begins: bool = True)
             for a mark.
     """
     ids = list(student.put_before) if begins else []
-    ends = [0] * len(ids)
-    for start, run in student.runs(text):
+    ends, bare = [0] * len(ids), [False] * len(ids)
+    for start, run in runs_of(text):
         if ord(run[0]) >= FIRST_MARK:
             if run not in student.marks:
                 raise _no_mark(where, start)
             ids.append(student.marks[run])
             ends.append(start + 1)
+            bare.append(False)
             continue
-        first = start + _cut_at_beginning(run) if start == 0 else start
-        last = start + len(run) - (cut_at_end(run) if start + len(run) == len(text) else 0)
-        own, own_ends = _tokens(text[first:last], student, where, first)
+        first, last = start + _cut_at_beginning(run), start + len(run) - cut_at_end(run)
+        own, own_ends, has_space = _tokens(text[first:last], student, where, first)
         ids += own
         ends += (own_ends + first).tolist()
-    return Retokenised(np.asarray(ids, np.int64), np.asarray(ends, np.int64))
+        bare += [has_space and number == 0 for number in range(len(own))]
+    return Retokenised(np.asarray(ids, np.int64), np.asarray(ends, np.int64), np.asarray(bare, bool))
 
 
-def _tokens(run: str, student: Spelling, where: str, first: int) -> tuple[list[int], Ints]:
-    """Of a run of bytes: ids, and where each ends."""
+def _tokens(run: str, student: Spelling, where: str, first: int) -> tuple[list[int], Ints, bool]:
+    """Of a run of bytes: ids, where each ends, and whether the first spells a space that the run has not."""
     if not run:
-        return [], np.zeros(0, np.int64)
+        return [], np.zeros(0, np.int64), False
     try:
         words = run.encode("latin-1").decode()
     except UnicodeDecodeError as error:
@@ -63,11 +66,12 @@ def _tokens(run: str, student: Spelling, where: str, first: int) -> tuple[list[i
         backend.encode_special_tokens = before
     spelled = "".join(student.symbols[token] for token in ids)
     lengths = np.asarray([len(student.symbols[token]) for token in ids], np.int64)
-    if spelled == " " + run and lengths[0]:  # SentencePiece puts a space before a text
+    has_space = spelled == " " + run and bool(lengths[0])  # SentencePiece puts one before a text
+    if has_space:
         spelled, lengths[0] = run, lengths[0] - 1
     if spelled != run:
         raise _other_text(run, spelled, where, first)
-    return ids, lengths.cumsum()
+    return ids, lengths.cumsum(), has_space
 
 
 def _other_text(run: str, spelled: str, where: str, first: int) -> MismatchError:

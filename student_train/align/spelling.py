@@ -1,7 +1,7 @@
 """What the tokens of two tokenizers spell, in one alphabet, so that their texts can be compared symbol by symbol.
 
-A symbol is a byte of UTF-8, or a mark: what a special token means. Marks of one role (the end of a text) are the same symbol
-whatever the two tokenizers call them; other special tokens are the same where they are spelled alike. What a tokenizer puts before
+A symbol is a byte of UTF-8, or a mark: what a special token means. Special tokens that are spelled alike are the same mark; so are
+the ends of texts, whatever the two tokenizers call them, unless the other has a token of that name. What a tokenizer puts before
 a text is no symbol: only one of two may put something there. Strings of symbols are `str`: bytes as the first 256 characters,
 marks behind them.
 """
@@ -115,22 +115,23 @@ class Spelling:
         lengths[:leading] = 0
         return "".join(self.symbols[token] for token in ids[leading:].tolist()), lengths.cumsum()
 
-    def runs(self, text: str) -> Iterator[tuple[int, str]]:
-        """(first place, symbols) of runs of bytes, and of marks one by one."""
-        start = 0
-        for place, symbol in enumerate(text):
-            if ord(symbol) >= FIRST_MARK:
-                if start < place:
-                    yield start, text[start:place]
-                yield place, symbol
-                start = place + 1
-        if start < len(text):
-            yield start, text[start:]
+
+def runs_of(text: str) -> Iterator[tuple[int, str]]:
+    """(first place, symbols) of runs of bytes, and of marks one by one."""
+    start = 0
+    for place, symbol in enumerate(text):
+        if ord(symbol) >= FIRST_MARK:
+            if start < place:
+                yield start, text[start:place]
+            yield place, symbol
+            start = place + 1
+    if start < len(text):
+        yield start, text[start:]
 
 
 def spellings(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> tuple[Spelling, Spelling]:
     """Of both, their marks paired. InputError for a tokenizer whose tokens do not say their bytes."""
-    names = [_mark_names(tokenizer) for tokenizer in (teacher, student)]
+    names = [_mark_names(tokenizer, other) for tokenizer, other in ((teacher, student), (student, teacher))]
     known = sorted({name for own in names for name in own.values()})
     symbol_of = {name: chr(FIRST_MARK + number) for number, name in enumerate(known)}
     first, second = (
@@ -140,16 +141,27 @@ def spellings(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast
     return first, second
 
 
-def _mark_names(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+def _mark_names(tokenizer: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> dict[int, str]:
     """By id of a special token, what it means."""
+    mine, theirs = _special(tokenizer), _special(other).values()
+    ends = {} if tokenizer.eos_token_id is None or other.eos_token_id is None else {int(tokenizer.eos_token_id): END}
+    shared = {str(tokenizer.eos_token), str(other.eos_token)} & {*mine.values()} & {*theirs}
+    return {number: f"token {content}" for number, content in mine.items()} | ({} if shared else ends)
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """By id, how special tokens are spelled."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
-    named = {number: f"token {token.content}" for number, token in added if token.special}
-    return named | ({} if tokenizer.eos_token_id is None else {tokenizer.eos_token_id: END})
+    found = {number: token.content for number, token in added if token.special}
+    return found | ({} if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id): str(tokenizer.eos_token)})
 
 
 def _spelling(tokenizer: PreTrainedTokenizerFast, marks: dict[int, str], where: str) -> Spelling:
+    if not tokenizer.get_vocab():
+        raise InputError("the tokenizer has no tokens", where=where)
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
-    spelled = _text_bytes(tokenizer, where) | {number: token.content.encode() for number, token in added}
+    bytes_of = str.encode if "ByteLevel" in _decoders(tokenizer.backend_tokenizer) else _sentencepiece_bytes
+    spelled = _text_bytes(tokenizer, where) | {number: bytes_of(token.content) for number, token in added}
     symbols = [""] * vocabulary_size(tokenizer)
     for number, data in spelled.items():
         symbols[number] = data.decode("latin-1")

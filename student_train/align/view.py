@@ -6,15 +6,17 @@ made again from the cache and the tokenizer, so nothing repairs it: what is dama
 """
 
 import json
+import os
+import platform
+import random
 import re
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,13 @@ from transformers import PreTrainedTokenizerFast
 
 from model_taps.loading import load_tokenizer, tokenizer_digest
 from run_kit.progress import progress_bar
+from run_kit.worker_pool import worker_pool
 from signal_store.cache import Cache, open_cache
 from signal_store.canonical import sha256
-from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
+from signal_store.errors import CorruptError, IncompleteError, MismatchError, NotFoundError, OutOfMemoryError
+from signal_store.io.local import LocalObjects
 from signal_store.io.objects import Objects, objects_at
+from signal_store.ledger.documents import refuse_inside_a_cache
 from student_train.align.spelling import spellings
 from student_train.align.tokenizers import cached_tokenizer
 from student_train.align.turns import TurnPair
@@ -33,6 +38,8 @@ from student_train.align.unit_view import UnitView, view_unit
 from student_train.align.vocabularies import Vocabularies
 
 FORMAT = 1
+MOST_REFUSED = 0.02
+"""Share of the segments."""
 ALONE_SECONDS = 10.0
 """Work of this process before others are started: about what starting them costs."""
 BEGUN, VIEW, UNITS, TOKENIZER = "begun.json", "view.json", "units", "tokenizer"
@@ -44,8 +51,9 @@ class View:
     """A finished one.
 
     `about`: of what it is, as `begun.json` says; `units`: digests; `longest`: tokens of its longest segment; `rows`: how many
-    segments could not be told (`untold_segments`), how many of its rows count (`counted`), how many of those are `one_to_one`, know
-    the `same_text`, or are `within`, and the `text_bytes` that they predict.
+    `segments` and `tokens` it has, how many segments could not be told (`untold_segments`, of which `refused_segments` because a
+    tokenizer changes them), how many of its rows count (`counted`), how many of those are `one_to_one`, know the `same_text`, or
+    are `within`, and the `text_bytes` that they predict.
     """
 
     uri: str
@@ -91,11 +99,13 @@ class View:
 
     def of_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> "View":
         """The same; MismatchError where it is in another tokenizer's tokens."""
-        if (found := tokenizer_digest(tokenizer)) != self.about["student_tokenizer"]:
+        expected = {"student_tokenizer": tokenizer_digest(tokenizer), "student_end": tokenizer.eos_token}
+        found = {name: self.about[name] for name in expected}
+        if found != expected:
             raise MismatchError(
                 "the view is in the tokens of another tokenizer",
-                expected=found,
-                found=self.about["student_tokenizer"],
+                expected=expected,
+                found=found,
                 where=self.uri,
                 remedy="Give align.view another place.",
             )
@@ -133,23 +143,29 @@ class View:
 
 def make_view(
     cache: Cache, tokenizer: PreTrainedTokenizerFast, uri: str, *, processes: int = 1, first_units: int | None = None
-) -> View | None:
-    """Tell every unit again that is not there yet, or only of the first so many, to look at; any number of processes may do so at a
-    time. None where others still work.
+) -> View:
+    """Tell every unit again that is not there yet, or only of the first so many, to look at. Several machines may do so at a time:
+    each goes over the units in an order of its own, and leaves out what has come meanwhile.
 
     Raises:
-        MismatchError: if another view lies there; or where a text cannot be told in the student's tokens.
+        InputError: if the tokens of a tokenizer do not say their bytes, or the place is inside a cache.
+        MismatchError: if another view lies there; or where more than `MOST_REFUSED` of the segments cannot be told, because one of
+            the tokenizers changes them, with the first place that differs.
     """
     objects = objects_at(uri)
+    if isinstance(objects, LocalObjects):
+        refuse_inside_a_cache(Path(objects.uri))
     about = _begin(cache, tokenizer, objects)
     numbers = range(cache.seal.num_units if first_units is None else min(first_units, cache.seal.num_units))
     with progress_bar() as progress:
         bar = progress.add_task("align", total=len(numbers), unit="units")
         there = set(_there(objects))
         progress.advance(bar, len(there))
-        for _ in _told(cache, tokenizer, uri, [n for n in numbers if n not in there], processes):
+        missing = [n for n in numbers if n not in there]
+        random.Random(f"{os.getpid()} {platform.node()}").shuffle(missing)
+        for _ in _told(cache, tokenizer, uri, missing, processes):
             progress.advance(bar)
-    return _finish(objects, about, len(numbers))
+    return _finish(cache, tokenizer, objects, about, len(numbers))
 
 
 def _begin(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects) -> dict[str, Any]:
@@ -164,6 +180,7 @@ def _begin(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects) -
         "units": cache.seal.num_units,
         "teacher_tokenizer": cache.manifest.tokenizer.digest,
         "student_tokenizer": tokenizer_digest(tokenizer),
+        "student_end": tokenizer.eos_token,
         "tokenizer_files": list(files),
     }
     for name, data in files.items():
@@ -197,8 +214,15 @@ def _told(cache: Cache, tokenizer: PreTrainedTokenizerFast, uri: str, units: lis
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         arguments = ([uri for uri, _ in places], places[0][1], folder, uri)
-        with ProcessPoolExecutor(min(processes, len(waiting)), get_context("spawn"), _begin_process, arguments) as pool:
-            yield from pool.map(_tell, waiting)
+        with worker_pool(min(processes, len(waiting)), _begin_process, arguments) as pool:
+            try:
+                yield from pool.map(_tell, waiting)
+            except BrokenProcessPool as error:
+                raise OutOfMemoryError(
+                    "a process that aligns was ended from outside",
+                    found="most often a system short of memory",
+                    remedy="Lower --processes; the same command goes on.",
+                ) from error
 
 
 class _Worker:
@@ -213,7 +237,9 @@ class _Worker:
         self.turns = TurnPair.of(teacher, student) if any(source.chats is not None for source in cache.sources) else None
 
     def tell(self, unit: int) -> int:
-        """Write a unit."""
+        """Write a unit, unless it has come meanwhile."""
+        if unit in _there(self.objects):
+            return unit
         data = view_unit(self.cache, unit, self.vocabularies, self.turns).to_bytes()
         self.objects.put(f"{UNITS}/{unit:07d}-{sha256(data).removeprefix('sha256:')}", data)
         return unit
@@ -228,11 +254,9 @@ def _tell(unit: int) -> int:
     return _Worker.here.tell(unit)
 
 
-def _finish(objects: Objects, about: dict[str, Any], num_units: int) -> View | None:
+def _finish(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects, about: dict[str, Any], num_units: int) -> View:
     """Read all of it once more, and write down what it is."""
     there = _there(objects)
-    if len(there) < num_units:
-        return None
     longest, rows = 0, Counter[str]()
     for number in range(num_units):
         data = objects.read(f"{UNITS}/{number:07d}-{there[number]}")
@@ -244,12 +268,19 @@ def _finish(objects: Objects, about: dict[str, Any], num_units: int) -> View | N
         unit = UnitView.from_bytes(data)
         longest = max(longest, int(unit.length.max()))
         counts = unit.counts
+        rows["segments"] += len(unit.length)
         rows["untold_segments"] += int((unit.length == 0).sum())
+        rows["refused_segments"] += int(unit.refused.sum())
+        rows["tokens"] += int(unit.length.sum())
         rows["counted"] += int(counts.sum())
         rows["one_to_one"] += int((counts & unit.one_to_one).sum())
         rows["same_text"] += int((counts & (unit.teacher >= 0) & (unit.spoken == 0)).sum())
         rows["within"] += int((counts & unit.within).sum())
         rows["text_bytes"] += int(unit.text_bytes[1:][counts[:-1]].sum())
+    if rows["refused_segments"] > MOST_REFUSED * rows["segments"]:
+        worker = _Worker(cache, tokenizer, objects.uri)
+        for number in range(num_units):
+            view_unit(cache, number, worker.vocabularies, worker.turns, raises=True)  # says where the first of them differs
     if not rows["counted"]:
         raise MismatchError(
             "no segment can be told in the student's tokens",

@@ -39,9 +39,3 @@ def align(teacher_ends: Ints, student_ends: Ints) -> Alignment:
     has_next = (teacher >= 0) & (next_of_teacher >= 0)
     within = has_next & (next_of_student <= next_of_teacher) & (next_of_student > student_ends)
     return Alignment(teacher, spoken, has_next & (spoken == 0) & (next_of_student == next_of_teacher), within)
-
-
-def common_ends(teacher_ends: Ints, student_ends: Ints) -> tuple[Ints, Ints]:
-    """Tokens, by number on either side, that end together: of several on one side, the last."""
-    ends = np.intersect1d(teacher_ends, student_ends)
-    return np.searchsorted(teacher_ends, ends, side="right") - 1, np.searchsorted(student_ends, ends, side="right") - 1

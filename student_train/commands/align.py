@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from student_train.align.view import View
 
 
-def align(cache: str | tuple[str, ...], student: str, out: str, processes: int = 1) -> "View | None":
+def align(cache: str | tuple[str, ...], student: str, out: str, processes: int = 1) -> "View":
     """Make the view of a cache in a student's tokens, or go on with it; any number of processes may do so at a time.
 
     Args:
         student: a folder or hub name with the student's tokenizer.
         out: where the view goes: a folder of its own, or `s3://bucket/prefix`.
     Returns:
-        the view; None where other processes have not finished their part.
+        the view.
     Raises:
         InputError: if the tokens of a tokenizer do not say their bytes.
-        MismatchError: if a text cannot be told in the student's tokens, with the first place that differs; or if another view is
-            there.
+        MismatchError: if too many texts cannot be told in the student's tokens, with the first place that differs; or if another
+            view is there.
     """
     from model_taps.loading import load_tokenizer
     from signal_store.cache import open_cache
@@ -41,8 +41,5 @@ def command(
     from run_kit.cores import usable_cores
 
     found = align(tuple(cache), student, out, processes or usable_cores())
-    if found is None:
-        typer.echo("other processes have not finished their part", err=True)
-        return
     facts = {"view": found.uri, "units": len(found.units), "longest": found.longest, **found.rows}
     say(facts, lambda shown: "  ".join(f"{name}: {value}" for name, value in shown.items()), as_json)

@@ -32,8 +32,8 @@ class CodedBatch:
     `input_ids`, `position_ids` int64 [B, S]; `real` bool [B, S], False on filler. `flat` int64 [N]: rows whose distribution
     counts; `labels` int64 [N], IGNORE where the label is not stored; `importance` float32 [N] their weights, or None. `segments`:
     which segments are in it, `sources` their sources' numbers, `segment_rows` how many of the N rows each has, `context_only` how
-    many of its first tokens are there as context only. `cursor`: where the lanes that it drew from go on. `signals`: by class, the
-    part of each signal that was asked for; none where there is no segment.
+    many of its first tokens, as the cache counts them, are there as context only. `cursor`: where the lanes that it drew from go
+    on. `signals`: by class, the part of each signal that was asked for; none where there is no segment.
     """
 
     input_ids: Tensor

@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from signal_store.errors import SignalStoreError
 from signal_store.io.local import LocalObjects
+from student_train.align.aligned_cache import AlignedCache
 from student_train.data.packed_batch import PackedBatch
 from student_train.data.stream import Cursor, Stream
 
@@ -34,7 +35,9 @@ def load(stream: Stream, cursor: Cursor, first_step: int, *, pin_memory: bool) -
     client would not survive a fork.
     """
     workers = stream.config.workers
-    local = all(isinstance(part.objects, LocalObjects) for part in stream.cache.parts)
+    places = [part.objects for part in stream.cache.parts]
+    places += [stream.cache.view.objects] if isinstance(stream.cache, AlignedCache) else []
+    local = all(isinstance(place, LocalObjects) for place in places)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         loader: StatefulDataLoader[PackedBatch] = StatefulDataLoader(

@@ -29,7 +29,7 @@ from student_train.student.packing import packs_rows
 from student_train.student.sections import StudentSection
 
 ROWS = 4
-"""Of a forward pass, each as long as the cache's context."""
+"""Of a forward pass, each as long as the longest segment."""
 
 
 def facts_of(found: Mapping[str, Mapping[str, Quantity]]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def alignment_of(divergences: Mapping[str, AcrossDivergence], cache: Cache) -> d
     mass = common_mass(cache)
     masses = {} if mass is None else {"teacher_mass_on_common_tokens": mass, "teacher_mass_on_the_rest": 1 - mass}
     told = {"units": f"{len(cache.view.units)} of {cache.seal.num_units}", "rows": rows["counted"]}
-    told |= {"untold_segments": rows["untold_segments"]} if rows["untold_segments"] else {}
+    told |= {name: rows[name] for name in ("untold_segments", "refused_segments") if rows[name]}
     return {**told, **shares, **masses, "of_terms": shares_of(divergences, cache)}
 
 
@@ -91,6 +91,11 @@ def refuse_few_rows(divergences: Mapping[str, AcrossDivergence], cache: Cache, a
                 where=f"losses.{name}",
                 remedy="Lower align.least_share, or take prefix, which knows most rows.",
             )
+
+
+def _aligns(term: StateLoss) -> bool:
+    """Whether all that it reads is of tokens that end together."""
+    return all(request.aligns for request in term.reads.cache)
 
 
 def check_tokens(losses: Losses, states: Mapping[str, StateLoss], cache: Cache, tail_rank: int | None) -> None:
@@ -118,7 +123,8 @@ def check_tokens(losses: Losses, states: Mapping[str, StateLoss], cache: Cache, 
     if not isinstance(cache, AlignedCache):
         return
     refused = [name for name in losses.divergences if isinstance(known[name], LogitsTerm)]
-    refused += [name for name, term in states.items() if not all(request.aligns for request in term.reads.cache)]
+    aligning = (name for name, term in registry.state_terms().items() if term.across)
+    refused += sorted({*states} - {name for name in aligning if name in states and _aligns(states[name])})
     refused += [name for name in ("importance", "gate") if getattr(losses, name) is not None]
     if refused:
         raise MismatchError(

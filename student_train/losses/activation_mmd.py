@@ -133,5 +133,6 @@ TERM = StateTerm(
     kind=Kind.STRUCTURED,
     module=ActivationMmd,
     residue=1e-4,
+    across=True,
     whole_gradient=False,  # the kernel's unit, the median distance, is held constant
 )

@@ -86,4 +86,4 @@ class RelativeAsr(StateLoss):
         return below_SL.nan_to_num().mean(1).sum()
 
 
-TERM = StateTerm(section=AsrSection, kind=Kind.IMPLICIT, module=make_asr, residue=None)
+TERM = StateTerm(section=AsrSection, kind=Kind.IMPLICIT, module=make_asr, residue=None, across=True)

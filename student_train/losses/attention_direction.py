@@ -12,4 +12,4 @@ class AttentionDirection(Direction):
     at = "attention_output"
 
 
-TERM = StateTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=AttentionDirection, residue=1e-5)
+TERM = StateTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=AttentionDirection, residue=1e-5, across=True)

@@ -55,4 +55,4 @@ def relative_l1(found_PD: Tensor, target_PD: Tensor) -> Tensor:
     return (found_PD - target_PD).abs().mean(1) / (target_PD.abs().mean(1) + TINY)
 
 
-TERM = StateTerm(section=InputReconstructionSection, kind=Kind.STRUCTURED, module=InputReconstruction, residue=None)
+TERM = StateTerm(section=InputReconstructionSection, kind=Kind.STRUCTURED, module=InputReconstruction, residue=None, across=True)

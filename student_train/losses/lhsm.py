@@ -62,4 +62,4 @@ def lhsm_sum(mapped_PD: Tensor, target_PE: Tensor, projection: nn.Linear) -> Ten
         return difference.square().mean(1).sum()
 
 
-TERM = StateTerm(section=LhsmSection, kind=Kind.STRUCTURED, module=Lhsm, residue=1e-5)
+TERM = StateTerm(section=LhsmSection, kind=Kind.STRUCTURED, module=Lhsm, residue=1e-5, across=True)

@@ -78,4 +78,4 @@ class Likelihood(StateLoss):
         return surprise_gap(part.teacher.to(student_G.dtype), student_G).sum()
 
 
-TERM = StateTerm(section=LikelihoodSection, kind=Kind.EXPLICIT, module=Likelihood, residue=1e-4)
+TERM = StateTerm(section=LikelihoodSection, kind=Kind.EXPLICIT, module=Likelihood, residue=1e-4, across=True)

@@ -12,4 +12,4 @@ class NormalisedDirection(Direction):
     at = "ffn_input"
 
 
-TERM = StateTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=NormalisedDirection, residue=1e-5)
+TERM = StateTerm(section=DirectionSection, kind=Kind.STRUCTURED, module=NormalisedDirection, residue=1e-5, across=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 
+import torch
 from transformers import PreTrainedModel
 
 from model_taps.slices import State
@@ -47,6 +48,11 @@ class Objective:
     """By name, what compares a student whose tokens are others."""
     balance: RouterBalance | None = None
     """Of the student's experts, where `losses.router_balance` is on."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the tables of what compares across vocabularies, which are no part of the wrapped module: DDP would send them."""
+        for divergence in self.across.values():
+            divergence.to(device)
 
     @property
     def terms(self) -> dict[str, TermSection | RouterBalanceSection]:

@@ -45,8 +45,8 @@ class Partition(nn.Module):
         return Softened((logits_BO - softened.log_sum).exp_(), logits_BO, softened.log_sum)
 
     def spread(self, gradient_BO: Tensor, softened: Softened, outcomes: Softened) -> Tensor:
-        """The gradient with respect to the tokens' logits [B, V]: an outcome's part falls to its tokens by their shares of it,
-        ∂ log q_o / ∂ u_v = q_v / q_o - q_v, of which the second part cancels, since the outcomes' gradients sum to 0."""
+        """The gradient with respect to the tokens' logits [B, V]: an outcome's part falls to its tokens by their shares of it, for
+        its logit is the logarithm of the sum of their exponentials."""
         gradient_BV = torch.zeros_like(softened.p)
         gradient_BV[:, self.single_tokens] = gradient_BO[:, self.single]
         for number in self.several:

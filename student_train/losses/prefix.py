@@ -37,7 +37,7 @@ class Prefix(AcrossDivergence):
     """s · D(t / s ‖ q), t(u) = Σ_{v : φ(v) = u} p(v | v begins with what is spoken), s = Σ t: what is not lost on tokens that no
     token of the student begins.
 
-    `place` int64 [V]: of each of the teacher's tokens among all, sorted by what they spell. `begins` int64 [n, V]: φ, by symbols
+    `place` int64 [V]: of each of the teacher's tokens among all, sorted by what they spell. `begins` int32 [n, V]: φ, by symbols
     that are spoken; W where there is none.
     Source: byte-prefix marginals, arXiv 2607.22334; the weight s is ours.
     """
@@ -52,7 +52,7 @@ class Prefix(AcrossDivergence):
         self.inner, self.width = inner, vocabularies.rows
         begins = np.stack([vocabularies.beginning(spoken) for spoken in range(longest + 1)])
         self.register_buffer("place", torch.from_numpy(vocabularies.sorted_places()), persistent=False)
-        self.register_buffer("begins", torch.from_numpy(begins.astype(np.int64)), persistent=False)
+        self.register_buffer("begins", torch.from_numpy(begins), persistent=False)
 
     def counts(self, rows: AlignedRows) -> Tensor:
         """See the base."""

@@ -33,4 +33,4 @@ class ResidualCka(GroupedLoss):
         return (1 - debiased_cka(groups.of(own_Pd), groups.of(other_PD), groups.inside)).sum()
 
 
-TERM = StateTerm(section=ResidualCkaSection, kind=Kind.STRUCTURED, module=ResidualCka, residue=1e-4)
+TERM = StateTerm(section=ResidualCkaSection, kind=Kind.STRUCTURED, module=ResidualCka, residue=1e-4, across=True)

@@ -77,12 +77,14 @@ class StateTerm(KnowledgeTerm):
 
     `residue`: the most that is left of its mean where the student is its teacher, which is what the codecs round; None where its
     formula leaves more. `whole_gradient`: False where the formula holds something of the student constant, so that its gradient is
-    not the slope of its value. Every term is tested by both.
+    not the slope of its value. Every term is tested by both. `across`: whether it means the same of a student whose tokens are not
+    the cache's, at tokens that end together.
     """
 
     module: "Callable[[Any, Cache, PreTrainedModel], StateLoss]"
     residue: float | None
     whole_gradient: bool = True
+    across: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

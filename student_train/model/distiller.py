@@ -47,7 +47,6 @@ class Distiller(nn.Module):
         self.impl: Impl = impl
         self.terms = nn.ModuleDict(objective.states)
         self.gate = objective.gate
-        self.across = nn.ModuleDict(objective.across)
         self.codecs = Codecs(None)
         self.head_pairs: HeadPairs = {}
         self._open_taps = contextlib.ExitStack()

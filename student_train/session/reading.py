@@ -10,25 +10,25 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from model_taps.loading import load_tokenizer, tokenizer_digest
-from run_kit.cores import usable_cores
 from run_kit.progress import tell
 from signal_store.cache import Cache
 from signal_store.errors import IncompleteError
 from signal_store.io.objects import objects_at
 from student_train.align.aligned_cache import AlignedCache
 from student_train.align.tokenizers import cached_tokenizer
-from student_train.align.view import VIEW, View, make_view
+from student_train.align.view import UNITS, VIEW, View, make_view
 from student_train.recipe import RunRecipe
 from student_train.student.build import own_tokenizer
 
 FOLDER = "view"
 """Of a run, where no other place is given."""
-POLL_SECONDS, PATIENCE_SECONDS = 1.0, 3600.0
+POLL_SECONDS, PATIENCE_SECONDS = 1.0, 600.0
+"""A waiter that has seen nothing come for so long gives up."""
 SAMPLED_UNITS = 4
 
 
 def reading_cache(recipe: RunRecipe, cache: Cache) -> Cache:
-    """For a run: the view is made by its first process, in all that it may use; the others wait."""
+    """For a run: the view is made by its first process; the others wait. `student-train align` makes it in several."""
     tokenizer = _another_tokenizer(recipe, cache)
     if tokenizer is None:
         return cache
@@ -37,8 +37,7 @@ def reading_cache(recipe: RunRecipe, cache: Cache) -> Cache:
         _wait(uri)
     elif not objects_at(uri).exists(VIEW):
         tell(f"the student's tokenizer is another than the teacher's: the texts are told again in its tokens, in {uri}")
-        if make_view(cache, tokenizer, uri, processes=usable_cores()) is None:
-            _wait(uri)
+        make_view(cache, tokenizer, uri)
     return AlignedCache(cache.parts, View.open(uri).of_tokenizer(tokenizer))
 
 
@@ -57,7 +56,6 @@ def looked_at_cache(recipe: RunRecipe, cache: Cache) -> Iterator[Cache]:
         return
     with tempfile.TemporaryDirectory() as folder:
         view = make_view(cache, tokenizer, folder, first_units=SAMPLED_UNITS)
-        assert view is not None
         yield AlignedCache(cache.parts, view.of_tokenizer(tokenizer))
 
 
@@ -75,9 +73,10 @@ def _another_tokenizer(recipe: RunRecipe, cache: Cache) -> PreTrainedTokenizerFa
 
 
 def _wait(uri: str) -> None:
-    waited = 0.0
-    while not objects_at(uri).exists(VIEW):
+    objects, waited, units = objects_at(uri), 0.0, 0
+    while not objects.exists(VIEW):
         if waited >= PATIENCE_SECONDS:
             raise IncompleteError("another process has not finished the view", where=uri, remedy="Run student-train align.")
         time.sleep(POLL_SECONDS)
-        waited += POLL_SECONDS
+        there = len(objects.list(UNITS))
+        waited, units = (0.0, there) if there > units else (waited + POLL_SECONDS, units)

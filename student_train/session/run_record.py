@@ -18,7 +18,7 @@ from signal_store.canonical import digest
 from signal_store.errors import MismatchError
 from signal_store.format.renamed import untold
 from signal_store.io.local import LocalObjects
-from student_train.align.aligned_cache import student_tokenizer_digest
+from student_train.align.aligned_cache import AlignedCache, student_tokenizer_digest
 from student_train.model.precision import Precision
 from student_train.recipe import RunRecipe, flat
 from student_train.session.identity import differences, identity, role_of, rules_digest
@@ -80,10 +80,15 @@ class Begun:
         return differences(identity(held) | known, asked)
 
     def refuse_another_tokenizer(self, cache: Cache, where: Path) -> None:
-        """MismatchError where the run began with another tokenizer of the student's; an older record does not say."""
-        held, found = self.about.get("tokenizer"), student_tokenizer_digest(cache)
-        if held not in (None, found):
-            raise MismatchError("the run began with another tokenizer", expected=held, found=found, where=where)
+        """MismatchError where the run began with another tokenizer of the student's, or read the cache as it is and not through a
+        view, or the other way; an older record says neither, and knew no views."""
+        if not self.about:
+            return
+        found = (student_tokenizer_digest(cache), isinstance(cache, AlignedCache))
+        held = (self.about.get("tokenizer", found[0]), self.about.get("through_view", False))
+        if held != found:
+            what = "the run began with another tokenizer, or another way to read the cache"
+            raise MismatchError(what, expected=held, found=found, where=where, remedy="Give another out, or the recipe as it was.")
 
     def run_id(self, recipe: RunRecipe, cache_id: str) -> str:
         """The digest that names the run: the one that it began with, or a new one."""
@@ -125,6 +130,7 @@ def write_record(
         "rules_digest": rules_digest(recipe),
         "cache_id": cache.manifest.cache_id,
         "tokenizer": student_tokenizer_digest(cache),
+        "through_view": isinstance(cache, AlignedCache),
         "generation": cache.seal.generation,
         "command": sys.argv,
         "processes": accelerator.num_processes,

@@ -95,6 +95,7 @@ def start(
     """
     objective, device = distiller.objective, accelerator.device
     distiller.to(device)
+    objective.to(device)
     able = _probe(settings, accelerator, cache, distiller)
     ranks = accelerator.process_index, accelerator.num_processes
     stream = Stream(cache, objective.needs, settings.stream, _packs(able, packed, distiller), *ranks, objective.token_weights)

@@ -5,12 +5,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from signal_store.cache import Cache, open_cache
-from student_train.align.aligned_cache import student_vocabulary
+from student_train.align.aligned_cache import student_tokens, student_vocabulary
 from student_train.data.stream import Stream
 from student_train.evaluate.validation import check_splits
 from student_train.importance.rules import load_rules
 from student_train.losses import registry
-from student_train.losses.across_check import alignment_of
+from student_train.losses.across_check import alignment_of, refuse_few_rows
 from student_train.losses.kinds import Kind
 from student_train.losses.objective import Objective, refusals, resolve
 from student_train.losses.presets import find_preset
@@ -30,6 +30,7 @@ def explanation(recipe: RunRecipe) -> dict[str, Any]:
 def _explained(recipe: RunRecipe, cache: Cache) -> dict[str, Any]:
     student, _ = build_student(recipe.student, cache)
     objective = resolve(recipe.objective, cache, student, recipe.tail_rank)
+    refuse_few_rows(objective.across, cache, recipe.align)
     refuse_lost_losses(student, student_vocabulary(cache), objective.balance)
     check_splits(cache, validates=recipe.validation is not None)
     Stream(cache, objective.needs, recipe.stream, packed=True)  # refuses what it cannot cut
@@ -57,7 +58,7 @@ def _explained(recipe: RunRecipe, cache: Cache) -> dict[str, Any]:
     weights_of_tokens = "1 each"
     if importance is not None:
         weights_of_tokens = f"0.2 to 3, rules {load_rules(importance.rules).digest[:19]}, divided by {importance.normalise}"
-    tokens = sum(source.num_tokens for source in cache.sources if source.split == "train")
+    tokens = student_tokens(cache, sum(source.num_tokens for source in cache.sources if source.split == "train"))
     per_step = recipe.stream.sequence_length * recipe.stream.global_batch_rows
     return {
         "cache_id": cache.manifest.cache_id,

@@ -3,10 +3,6 @@
 The work begins in this process. Others are started once it took a while: a small corpus does not pay for them.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Self
 
+from run_kit.worker_pool import worker_pool
 from signal_store.errors import OutOfMemoryError
 from teacher_cache.corpus.cutting import Cutter, Job, Outcome
 
@@ -71,10 +68,7 @@ class Cutting:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-            context = multiprocessing.get_context(method)
-            context.set_forkserver_preload(["__main__", _cut.__module__])  # imported once, for all
-            self._pool = ProcessPoolExecutor(self._processes, context, _begin, (self._cutter.elsewhere(),))
+            self._pool = worker_pool(self._processes, _begin, (self._cutter.elsewhere(),))
         return self._pool
 
 
@@ -83,18 +77,7 @@ _own: list[Cutter] = []
 
 
 def _begin(cutter: Cutter) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core each
-    threading.Thread(target=_end_with_the_first, daemon=True).start()
     _own.append(cutter)
-
-
-def _end_with_the_first() -> None:
-    """A process whose parent was killed would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _cut(job: Job) -> list[Outcome]:

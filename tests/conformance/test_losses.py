@@ -6,6 +6,7 @@ order of its rows. Divergences besides: closed form, compiled and dense are one,
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,6 @@ def read_for(tmp_path_factory: pytest.TempPathFactory) -> Read:
             return cache
         if cache.uri not in made:
             view = make_view(cache, make_other_tokenizer(), str(tmp_path_factory.mktemp("views") / "view"))
-            assert view is not None
             made[cache.uri] = AlignedCache(cache.parts, view)
         return made[cache.uri]
 
@@ -188,6 +188,21 @@ def test_parts_add_up_to_the_whole_in_any_order(
     reversed_rows: Any = lambda rows, *given, **named: collate(rows[::-1], *given, **named)
     monkeypatch.setattr("student_train.data.stream.collate", reversed_rows)
     same(batches_of(cache, objective, PARTS * ROWS))
+
+
+@pytest.mark.parametrize("name", list(registry.state_terms()))
+def test_a_term_on_states_is_had_across_tokenizers_or_refused_by_name(knowing_cache: Cache, name: str, read_for: Read) -> None:
+    cache = read_for(knowing_cache, next(iter(ACROSS)))
+    student = student_of(cache)
+    if not registry.state_terms()[name].across:
+        with pytest.raises(MismatchError, match=f"{name} compares token by token"):
+            resolve(Losses.of({name: {}}), cache, student)
+        return
+    distiller, objective = distiller_of(cache, student, name)
+    total, count = sum_and_count(distiller, objective, batches_of(cache, objective, PARTS * ROWS), name)
+    assert count > 0
+    assert math.isfinite(total)
+    assert total > 0
 
 
 @pytest.mark.parametrize("name", [name for name, term in registry.state_terms().items() if term.residue is not None])

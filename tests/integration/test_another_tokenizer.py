@@ -64,7 +64,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def aligned(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> AlignedCache:
     view = make_view(cache, make_other_tokenizer(), str(tmp_path_factory.mktemp("view") / "view"))
-    assert view is not None
     return AlignedCache(cache.parts, view)
 
 
@@ -168,7 +167,6 @@ def test_chunks_are_told_token_by_token(cache: Cache, aligned: AlignedCache) -> 
 def test_the_same_tokenizer_compared_across_is_forward_kl(cache: Cache, tmp_path: Path) -> None:
     """Loss and gradient, over the head's whole pass."""
     view = make_view(cache, make_tokenizer(), str(tmp_path / "view"))
-    assert view is not None
     assert view.rows["one_to_one"] == view.rows["counted"]
     aligned = AlignedCache(cache.parts, view)
     student = make_model("llama", cache.manifest.tokenizer.vocab_size, seed=3)
@@ -253,7 +251,6 @@ def test_chats_are_told_in_the_students_template(recipe_for: RecipeMaker, tmp_pa
     tokenizer.chat_template = HEADED
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     view = make_view(cache, tokenizer, str(tmp_path / "view"))
-    assert view is not None
     assert 0 < view.rows["untold_segments"] < len(cache) / 4
     answers = {str(chat[-1]["content"]) for chat in chats}
     for number in range(len(cache)):
@@ -304,7 +301,6 @@ def test_a_view_is_made_once_and_checked_whenever_it_is_read(
     first = tmp_path / "v/units" / f"0000000-{view.units[0]}"
     first.unlink()
     again = make_view(cache, make_other_tokenizer(), str(tmp_path / "v"))
-    assert again is not None
     assert again.units == view.units
     data = bytearray(first.read_bytes())
     data[len(data) // 2] ^= 1

@@ -94,9 +94,7 @@ def other_tokenizer(args: argparse.Namespace) -> str:
 
 
 def view_of(cache: Cache, tokenizer: str, place: Path) -> View:
-    found = make_view(cache, load_tokenizer(tokenizer), str(place))
-    assert found is not None
-    return found
+    return make_view(cache, load_tokenizer(tokenizer), str(place))
 
 
 def row_tokens(views: dict[str, View]) -> dict[str, int]:
