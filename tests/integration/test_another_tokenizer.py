@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
 from model_taps.head import OutputHead
@@ -203,6 +204,28 @@ def test_a_run_in_another_tokenizers_tokens(cache: Cache, tokenizer_folder: Path
     shutil.copytree(tmp_path / "run/view", tmp_path / "again/view")
     assert run(again)["validation_loss"] == result["validation_loss"]
     assert json.loads((tmp_path / "run/student/config.json").read_text())["vocab_size"] == len(make_other_tokenizer())
+
+
+def test_a_tokenizer_that_changes_texts_is_refused_where_it_does(cache: Cache, tmp_path: Path) -> None:
+    lower = make_other_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(MismatchError, match=r"the student's tokenizer changes the text; expected b'[A-Z].*segment \d+, byte \d+"):
+        make_view(cache, lower, str(tmp_path / "view"))
+    with pytest.raises(InputError, match="a cache holds nothing but itself"):
+        make_view(cache, make_other_tokenizer(), f"{cache.uri}/view")
+
+
+def test_a_run_goes_on_only_as_it_read(cache: Cache, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Through a view of the same tokenizer other rows count: that is another run."""
+    plain = {"student": {"config": {"model_type": "llama", **COMMON}}, "losses": {"cross_entropy": {}}, "validation": None}
+    stream = {"sequence_length": 64, "global_batch_rows": 4, "workers": 0}
+    recipe = recipe_of(cache, tmp_path / "run", tokenizer_folder, **plain, stream=stream, steps=2)
+    run(recipe)
+    (tmp_path / "run/result.json").unlink()
+    through = RunRecipe.model_validate(recipe.model_dump() | {"align": {}})
+    with pytest.raises(MismatchError, match="another way to read the cache"):
+        run(through)
+    assert run(recipe)["steps"] == 2
 
 
 def test_a_finished_student_is_looked_at_and_writes(cache: Cache, tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from signal_store.errors import InputError, MismatchError
 from student_train.align.retokenise import retokenise
 from student_train.align.spelling import FIRST_MARK, Spelling, spellings
 from student_train.align.turns import TURN, TurnPair, tell_chat
-from student_train.align.unit_view import segment_text
+from student_train.align.unit_view import SegmentText, _aligned, segment_text
 from student_train.align.vocabularies import Vocabularies
 from student_train.align.walk import align
 from teacher_cache.corpus.document import Document
@@ -264,3 +264,48 @@ def test_templates_that_cannot_be_taken_apart_are_refused() -> None:
     with pytest.raises(InputError, match="no chat template"):
         TurnPair.of(*spellings(make_tokenizer(), none))
     assert TurnPair.of(mine, mine) is None
+
+
+def test_a_mark_is_the_same_by_name_before_it_is_the_end() -> None:
+    """Where the student has the teacher's end under its name, a chat keeps it, whatever the student's own end is."""
+    teacher, student = make_tokenizer(), make_tokenizer(bos=True)
+    student.eos_token = "<|bos|>"
+    mine, other = spellings(teacher, student)
+    assert mine.symbols[0] == other.symbols[0]
+    assert mine.symbols[1] == other.symbols[1]
+    assert mine.symbols[0] != mine.symbols[1]
+
+
+def test_a_token_with_a_space_that_is_no_text_is_compared_nowhere() -> None:
+    """SentencePiece puts one before a text, behind a mark too: the token is ▁b, the text is b."""
+    mine, other = both("byte level", "byte fallback")
+    end = mine.symbols[0]
+    text = f"a{end}bc"
+    told = retokenise(text, other, "here")
+    assert other.symbols[told.input_ids[-3]] == " "
+    ids = np.asarray([mine.token_of[symbol] for symbol in text])
+    spelled, ends = mine.spelled(ids)
+    assert spelled == text
+    found = _aligned(SegmentText(text, ends, -1), np.ones(4, np.int64), told, Vocabularies(mine, other, len(other.symbols)))
+    before = told.bare.nonzero()[0] - 1
+    assert len(before) == 2  # of each run of text; the first has no row before it
+    assert not found["one_to_one"][before].any()
+    assert not found["within"][before].any()
+    assert (found["teacher"][before[before >= 0]] == -1).all()
+    assert found["one_to_one"].any()
+
+
+def test_added_tokens_spell_what_the_vocabularys_own_would() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=False)])
+    _, other = spellings(make_tokenizer(), tokenizer)
+    assert other.symbols[-1] == "  "
+
+
+def test_a_tokenizer_without_tokens_is_refused() -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    nothing = Tokenizer(models.BPE())
+    nothing.decoder = decoders.ByteLevel()
+    with pytest.raises(InputError, match="has no tokens"):
+        spellings(make_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=nothing))
