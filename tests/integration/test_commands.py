@@ -317,8 +317,8 @@ def test_unsealed_caches_and_other_tokenizers_are_refused(tmp_path: Path, run_re
     shutil.rmtree(copy / "ledger" / "seals")
     refused(cli("student_train", "run", write(tmp_path, {**run_recipe, "cache": str(copy)})), "not sealed", "teacher-cache build")
     other = make_tokenizer(bos=True)
-    make_model("llama", len(other)).save_pretrained(tmp_path / "other")
     other.add_tokens(["<|more|>"])
+    make_model("llama", len(other)).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
     content = {**run_recipe, "student": {"checkpoint": str(tmp_path / "other")}}
     refused(cli("student_train", "run", write(tmp_path, content)), "forward_kl compares token by token", "strict")
