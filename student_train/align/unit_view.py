@@ -48,6 +48,12 @@ class UnitView:
     text_bytes: NDArray[np.uint16]
 
     @cached_property
+    def same_text(self) -> NDArray[np.bool_]:
+        """bool [m]: rows that know the same text as the teacher's row beside them."""
+        found: NDArray[np.bool_] = (self.teacher >= 0) & (self.spoken == 0)
+        return found
+
+    @cached_property
     def token_start(self) -> Ints:
         """int64 [segments + 1]: the first token of each segment, and the end of the last."""
         return np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])
@@ -85,7 +91,6 @@ def view_unit(
     """Tell a unit's segments again in the student's tokens; chats in its template, where that is another (`turns`). A chat that
     cannot be told, such as a window that begins inside a turn, has no tokens; nor has a segment that one of the tokenizers changes,
     unless it `raises` MismatchError with the first place that differs.
-
     """
     columns = cache.segment_columns(unit, "token_start", "length", "context_only", "source")
     starts = columns["token_start"].astype(np.int64) - unit * cache.manifest.plan.unit_tokens

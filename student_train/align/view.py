@@ -114,18 +114,7 @@ class View:
 
     def unit(self, number: int) -> UnitView:
         """CorruptError where it is not what was written."""
-        digest = self.units[number]
-        key = f"{UNITS}/{number:07d}-{digest}"
-        data = self.objects.read(key)
-        if sha256(data) != f"sha256:{digest}":
-            raise CorruptError(
-                "a unit of the view was altered",
-                expected=digest,
-                found=sha256(data),
-                where=f"{self.uri}/{key}",
-                remedy="Delete it and view.json, and run student-train align again.",
-            )
-        return UnitView.from_bytes(data)
+        return _read_unit(self.objects, number, self.units[number])
 
     def refuse_another(self, cache: Cache) -> None:
         """MismatchError where it is of another cache."""
@@ -155,6 +144,7 @@ def make_view(
     objects = objects_at(uri)
     if isinstance(objects, LocalObjects):
         refuse_inside_a_cache(Path(objects.uri))
+    worker = _Worker(cache, tokenizer, uri)  # refuses tokenizers whose tokens do not say their bytes, before anything is written
     about = _begin(cache, tokenizer, objects)
     numbers = range(cache.seal.num_units if first_units is None else min(first_units, cache.seal.num_units))
     with progress_bar() as progress:
@@ -163,14 +153,13 @@ def make_view(
         progress.advance(bar, len(there))
         missing = [n for n in numbers if n not in there]
         random.Random(f"{os.getpid()} {platform.node()}").shuffle(missing)
-        for _ in _told(cache, tokenizer, uri, missing, processes):
+        for _ in _told(worker, tokenizer, missing, processes):
             progress.advance(bar)
-    return _finish(cache, tokenizer, objects, about, len(numbers))
+    return _finish(worker, about, len(numbers))
 
 
 def _begin(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects) -> dict[str, Any]:
     """Claim the place, or find it claimed for the same."""
-    spellings(cached_tokenizer(cache), tokenizer)  # refuses tokenizers whose tokens do not say their bytes
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
@@ -197,23 +186,37 @@ def _begin(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects) -
     return about
 
 
+def _read_unit(objects: Objects, number: int, digest: str) -> UnitView:
+    key = f"{UNITS}/{number:07d}-{digest}"
+    data = objects.read(key)
+    if sha256(data) != f"sha256:{digest}":
+        raise CorruptError(
+            "a unit of the view was altered",
+            expected=digest,
+            found=sha256(data),
+            where=f"{objects.uri}/{key}",
+            remedy=f"Delete it, and {VIEW} if it is there, and run student-train align again.",
+        )
+    return UnitView.from_bytes(data)
+
+
 def _there(objects: Objects) -> dict[int, str]:
     """By number, the digests of units that are there."""
     found = (KEY.fullmatch(key) for key in objects.list(UNITS))
     return {int(match[1]): match[2] for match in found if match}
 
 
-def _told(cache: Cache, tokenizer: PreTrainedTokenizerFast, uri: str, units: list[int], processes: int) -> Iterator[int]:
-    worker, started = _Worker(cache, tokenizer, uri), time.perf_counter()
+def _told(worker: "_Worker", tokenizer: PreTrainedTokenizerFast, units: list[int], processes: int) -> Iterator[int]:
+    started = time.perf_counter()
     waiting = deque(units)
     while waiting and (processes == 1 or time.perf_counter() - started < ALONE_SECONDS):
         yield worker.tell(waiting.popleft())
     if not waiting:
         return
-    places = [(part.uri, part.seal.generation) for part in cache.parts]
+    places = [(part.uri, part.seal.generation) for part in worker.cache.parts]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        arguments = ([uri for uri, _ in places], places[0][1], folder, uri)
+        arguments = ([uri for uri, _ in places], places[0][1], folder, worker.objects.uri)
         with worker_pool(min(processes, len(waiting)), _begin_process, arguments) as pool:
             try:
                 yield from pool.map(_tell, waiting)
@@ -254,18 +257,13 @@ def _tell(unit: int) -> int:
     return _Worker.here.tell(unit)
 
 
-def _finish(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects, about: dict[str, Any], num_units: int) -> View:
+def _finish(worker: _Worker, about: dict[str, Any], num_units: int) -> View:
     """Read all of it once more, and write down what it is."""
+    objects = worker.objects
     there = _there(objects)
     longest, rows = 0, Counter[str]()
     for number in range(num_units):
-        data = objects.read(f"{UNITS}/{number:07d}-{there[number]}")
-        if sha256(data) != f"sha256:{there[number]}":
-            where = f"{objects.uri}/{UNITS}/{number:07d}-{there[number]}"
-            raise CorruptError(
-                "a unit of the view was altered", where=where, remedy="Delete it, and run student-train align again."
-            )
-        unit = UnitView.from_bytes(data)
+        unit = _read_unit(objects, number, there[number])
         longest = max(longest, int(unit.length.max()))
         counts = unit.counts
         rows["segments"] += len(unit.length)
@@ -274,13 +272,12 @@ def _finish(cache: Cache, tokenizer: PreTrainedTokenizerFast, objects: Objects, 
         rows["tokens"] += int(unit.length.sum())
         rows["counted"] += int(counts.sum())
         rows["one_to_one"] += int((counts & unit.one_to_one).sum())
-        rows["same_text"] += int((counts & (unit.teacher >= 0) & (unit.spoken == 0)).sum())
+        rows["same_text"] += int((counts & unit.same_text).sum())
         rows["within"] += int((counts & unit.within).sum())
         rows["text_bytes"] += int(unit.text_bytes[1:][counts[:-1]].sum())
     if rows["refused_segments"] > MOST_REFUSED * rows["segments"]:
-        worker = _Worker(cache, tokenizer, objects.uri)
         for number in range(num_units):
-            view_unit(cache, number, worker.vocabularies, worker.turns, raises=True)  # says where the first of them differs
+            view_unit(worker.cache, number, worker.vocabularies, worker.turns, raises=True)  # says where the first of them differs
     if not rows["counted"]:
         raise MismatchError(
             "no segment can be told in the student's tokens",

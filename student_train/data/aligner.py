@@ -112,10 +112,9 @@ class ViewAligner(Aligner):
     def places(self, unit: UnitReader, segment: int, places: Ints) -> Ints:
         """See the base; of several tokens of the student's that end there, the last."""
         told, own = self._segment(unit, segment)
-        same = np.flatnonzero(told.spoken[own] == 0)
-        found = np.full(int(unit.segments["length"][segment]) + 1, -1, np.int64)
-        found[told.teacher[own][same]] = same  # without a row of the teacher's it goes to the last, which is no token
-        found[-1] = -1
+        same = np.flatnonzero(told.same_text[own])
+        found = np.full(int(unit.segments["length"][segment]), -1, np.int64)
+        found[told.teacher[own][same]] = same
         return found[places]
 
     def rows(self, segments: Sequence[tuple[UnitReader, int]]) -> AlignedRows:
@@ -124,9 +123,8 @@ class ViewAligner(Aligner):
         for unit, segment in segments:
             told, own = self._segment(unit, segment)
             counts = told.counts[own]
-            same = (told.teacher[own] >= 0) & (told.spoken[own] == 0)
             ranges = (told.spoken[own], told.first[own], told.last[own], np.append(told.text_bytes[own][1:], 0))
-            parts.append([part[counts] for part in (same, told.one_to_one[own], told.within[own], *ranges)])
+            parts.append([part[counts] for part in (told.same_text[own], told.one_to_one[own], told.within[own], *ranges)])
         if not parts:
             nothing, none = torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
             return AlignedRows(nothing, nothing, nothing, none, none, none, none)
