@@ -25,7 +25,7 @@ def align(cache: str | tuple[str, ...], student: str, out: str, processes: int =
     """
     from model_taps.loading import load_tokenizer
     from signal_store.cache import open_cache
-    from student_train.align.view import make_view
+    from student_train.align.view_maker import make_view
 
     return make_view(open_cache(cache), load_tokenizer(student), out, processes=processes)
 

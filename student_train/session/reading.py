@@ -16,7 +16,8 @@ from signal_store.errors import IncompleteError
 from signal_store.io.objects import objects_at
 from student_train.align.aligned_cache import AlignedCache
 from student_train.align.tokenizers import cached_tokenizer
-from student_train.align.view import UNITS, VIEW, View, make_view
+from student_train.align.view import UNITS, VIEW, View
+from student_train.align.view_maker import make_view
 from student_train.recipe import RunRecipe
 from student_train.student.build import own_tokenizer
 

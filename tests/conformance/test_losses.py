@@ -23,7 +23,7 @@ from signal_store.cache import Cache, open_cache
 from signal_store.errors import InputError, MismatchError
 from student_train.align.aligned_cache import AlignedCache, longest_segment, student_vocabulary
 from student_train.align.spelling import Spelling
-from student_train.align.view import make_view
+from student_train.align.view_maker import make_view
 from student_train.align.vocabularies import Vocabularies
 from student_train.data.aligned_rows import AlignedRows
 from student_train.data.batch import CodedBatch

@@ -19,7 +19,8 @@ from signal_store.cache import Cache, open_cache
 from signal_store.errors import CorruptError, InputError, MismatchError
 from signal_store.signals.distribution import SCALARS
 from student_train.align.aligned_cache import AlignedCache, longest_segment
-from student_train.align.view import VIEW, View, make_view
+from student_train.align.view import VIEW, View
+from student_train.align.view_maker import make_view
 from student_train.cli import app
 from student_train.commands.doctor import spikes
 from student_train.commands.explain import explain

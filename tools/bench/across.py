@@ -24,7 +24,8 @@ from model_taps.loading import load_tokenizer
 from run_kit.command_line import guarded, keep_freed_memory
 from signal_store.cache import Cache, open_cache
 from stdlib_corpus import modules
-from student_train.align.view import View, make_view
+from student_train.align.view import View
+from student_train.align.view_maker import make_view
 from student_train.commands.run import run
 from student_train.recipe import RunRecipe
 from teacher_cache.commands.build import build
